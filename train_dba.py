@@ -1,16 +1,712 @@
-"""Decoupled Bottleneck Attention (stub: tokenizers and the token-file reader, the part that prepare_fineweb.py imports)."""
+"""
+Decoupled Bottleneck Attention (DBA): training and sampling for standard, bottleneck, decoupled, GQA and MLA attention.
 
+DBA splits the attention score of a head in two. A low-rank semantic path sees content without position, a geometric path
+carries RoPE, and the two scaled scores add up:
+
+    score = q_sem · k_sem / sqrt(r)  +  rope(q_geo) · rope(k_geo) / sqrt(p)
+
+Once each part of q is scaled, the sum is one dot product of concatenated vectors, so every mode is a row of widths for the
+same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem_dim, p = geo_dim):
+
+    mode         semantic          geometric           values     key groups   cached per token and layer
+    standard     -                 d                   d          H            2d
+    bottleneck   -                 a                   a          H            2a
+    gqa          -                 a                   a          kv_head      2a · kv_head / H
+    decoupled    s                 p                   a (s + p)  H, kv_head   (s + p + a) · groups / H
+    mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
+
+Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
+and per head r semantic width, p geometric width, v value width.
+
+    python3 train_dba.py --data data/wikitext2.npy --attn-mode decoupled --tie-qk --null-attn
+    python3 train_dba.py --data data/sample.npy --size tiny --steps 200 --out-dir runs/tiny
+    python3 train_dba.py --data data/fineweb_20b.npy --exp paper_decoupled --compile
+    torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile
+    python3 train_dba.py --mode sample --ckpt runs/tiny/best.pt --prompt "The list" --temperature 0.8
+
+The same command started again resumes its run folder.
+"""
+
+import argparse
+import codecs
+import contextlib
+import ctypes
+import dataclasses
 import hashlib
 import json
+import math
+import os
+import pickle
+import platform
+import resource
+import shlex
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; main() prints it as one line and exits with 1."""
+    """A mistake that the user can mend: main() prints it as one line and exits with 1."""
+
+
+# -----------------------------------------------------------------------------
+# Config: every flag is declared once, as a field; argparse is generated from the fields.
+
+SIZES = {
+    "tiny":   dict(d_model=128, layers=4, n_head=4, d_ff=512),
+    "small":  dict(d_model=512, layers=6, n_head=8, d_ff=2048),             # the papers' WikiText-2 suite
+    "medium": dict(d_model=1024, layers=12, n_head=16, d_ff=2816, block=1024),
+    "large":  dict(d_model=2048, layers=12, n_head=32, d_ff=5632, block=2048),  # the papers' local suite
+    "1b":     dict(d_model=2048, layers=22, n_head=32, d_ff=5632, block=2048),  # the papers' A100 suite
+}
+# January 2026 paper, section 4.1: widths are per head, so they hold at every --size.
+EXPS = {
+    "paper_baseline":       lambda H: dict(attn_mode="standard"),
+    "paper_bottleneck":     lambda H: dict(attn_mode="bottleneck", attn_dim=48 * H),
+    "paper_decoupled":      lambda H: dict(attn_mode="decoupled", sem_dim=16 * H, geo_dim=32 * H, lr=2e-4),
+    "paper_decoupled_sem8": lambda H: dict(attn_mode="decoupled", sem_dim=8 * H, geo_dim=32 * H, lr=2e-4),
+    "paper_gqa":            lambda H: dict(attn_mode="gqa", kv_head=max(1, H // 8)),
+    "paper_mla":            lambda H: dict(attn_mode="mla", kv_lora_rank=512, rope_dim=64),
+}
+EXP_DEFAULTS = dict(size="1b", steps=10_000, warmup_steps=2_000)
+
+
+def flag(group, default, help, choices=None, low=None, modes=None):
+    """One flag. group: its heading in --help, and the --mode that reads it; low: the least value allowed;
+    modes: the attention modes that read it (None: all)."""
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, low=low, modes=modes))
+
+
+@dataclass(frozen=True)
+class ScorePath:
+    """One summand of the attention score: `width` per head, `groups` of keys, and the cache stream that holds them."""
+    name: str                                              # "sem" or "geo"
+    width: int
+    groups: int
+    scale: float
+    rotate: bool
+    tied: bool
+    stream: str
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What an attention mode is: its one or two score paths, the values, and the tensors of which the cache is made."""
+    paths: tuple[ScorePath, ...]
+    v_width: int
+    v_groups: int
+    v_stream: str
+    latent: int                                            # width of MLA's latent, 0 in the other modes
+
+    @property
+    def streams(self):
+        """{name: channels} of what is cached per token and layer; MLA's latent stands for semantic keys and values."""
+        channels = {path.stream: path.groups * path.width for path in self.paths}
+        channels[self.v_stream] = self.latent or self.v_groups * self.v_width
+        return channels
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Build it by make_config(), which fills in presets and derived defaults and validates."""
+
+    mode: str = flag("run", "train", "what to do", choices=("train", "sample"))
+    seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0)
+    device: str = flag("run", "auto", "cpu, cuda, mps or auto")
+    dtype: str = flag("run", "auto", "matrix products; weights stay float32; auto: bfloat16 where the device is fast at it",
+                      choices=("auto", "float32", "bfloat16", "float16"))
+
+    data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
+    val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
+    val_frac: float | None = flag("data", None, "validation part cut from the end where there is no file for it (0.1)", low=0)
+    tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
+                          choices=("auto", "word", "gpt2", "byte"))
+    out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
+    overwrite: bool = flag("data", False, "start afresh in a run folder that is already used")
+
+    size: str | None = flag("model", None, "preset of d_model, layers, heads, d_ff, block", choices=tuple(SIZES))
+    exp: str | None = flag("model", None, "preset of the papers' 1B suite (--size 1b unless said)", choices=tuple(EXPS))
+    attn_mode: str = flag("model", "standard", "attention mode",
+                          choices=("standard", "bottleneck", "decoupled", "gqa", "mla"))
+    d_model: int = flag("model", 512, "width of the residual stream", low=1)
+    layers: int = flag("model", 6, "number of blocks", low=1)
+    n_head: int = flag("model", 8, "query heads", low=1)
+    d_ff: int = flag("model", 2048, "hidden width of the MLP", low=1)
+    embed_dim: int | None = flag("model", None, "width of a factorised embedding (d_model: not factorised)", low=1)
+    block: int = flag("model", 256, "context length in tokens", low=1)
+    attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
+                                "decoupled sem + geo, bottleneck none", low=1)
+    sem_dim: int | None = flag("model", None, "total semantic width (32)", low=1, modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64)", low=1, modes=("decoupled",))
+    kv_head: int | None = flag("model", None, "key/value groups (n_head)", low=1, modes=("gqa", "decoupled"))
+    kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
+    rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
+    null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
+    tie_qk: bool = flag("model", False, "one projection for queries and keys (decoupled: of the semantic path only)",
+                        modes=("standard", "bottleneck", "gqa", "decoupled"))
+    learned_temp: bool = flag("model", False, "a learned temperature per head")
+    one_temperature: bool = flag("model", False, "scale both paths by 1/sqrt(r + p): the partial-RoPE control",
+                                 modes=("decoupled",))
+    rope: bool = flag("model", True, "rotate the geometric path")
+    rope_base: float = flag("model", 10000.0, "base of the RoPE wavelengths", low=1)
+    mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
+    norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
+
+    dropout: float = flag("training", 0.0, "on the embedding and on what each attention and MLP adds to the stream", low=0)
+    steps: int = flag("training", 6000, "optimiser steps", low=1)
+    batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
+    grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
+    micro_batch: int | None = flag("training", None, "sequences per forward pass of one rank (batch-size / ranks)", low=1)
+    lr: float = flag("training", 3e-4, "peak learning rate", low=0)
+    min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
+    warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10))", low=0)
+    weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
+    grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
+    eval_every: int = flag("training", 500, "steps between evaluations", low=1)
+    eval_iters: int | None = flag("training", None, "evaluate this many batches spread over the validation part (all of it)",
+                                  low=1)
+    log_every: int = flag("training", 10, "steps between log lines", low=1)
+    save_every: int = flag("training", 500, "steps between checkpoints", low=1)
+    compile: bool = flag("training", False, "torch.compile the blocks and the loss")
+
+    ckpt: str | None = flag("sampling", None, "checkpoint to sample from")
+    prompt: str | None = flag("sampling", None, "text to continue")
+    prompt_tokens: str | None = flag("sampling", None, "token ids to continue, separated by commas or spaces")
+    max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
+    temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
+    top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
+    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens that hold this much probability", low=0)
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache", choices=("fp32", "bf16", "fp16"))
+
+    @property
+    def attention(self):
+        """The row of the table of modes, as an AttentionShape."""
+        H, d, a = self.n_head, self.d_model, self.attn_dim
+        G = self.kv_head or H
+        sem, geo, v, groups, geo_groups = {                # totals over the query heads
+            "standard":   lambda: (0, d, d, H, H),
+            "bottleneck": lambda: (0, a, a, H, H),
+            "gqa":        lambda: (0, a, a, G, G),
+            "decoupled":  lambda: (self.sem_dim, self.geo_dim, a, G, G),
+            "mla":        lambda: (a, self.rope_dim * H, a, H, 1),
+        }[self.attn_mode]()
+        r, p = sem // H, geo // H
+        joint = self.one_temperature or self.attn_mode == "mla"
+        latent = self.kv_lora_rank or 0
+        sem_stream, geo_stream, v_stream = ("latent", "k_rope", "latent") if latent else ("k_sem", "k_geo" if sem else "k", "v")
+        paths = [ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem, geo_stream)]
+        if sem:
+            paths.insert(0, ScorePath("sem", r, groups, (r + p if joint else r) ** -0.5, False, self.tie_qk, sem_stream))
+        return AttentionShape(tuple(paths), v // H, groups, v_stream, latent)
+
+
+def relative(path):
+    """A path as logs may show it: from the working directory, not from the root of this machine."""
+    return os.path.relpath(path) if path and os.path.isabs(path) else path
+
+
+def derived(c):
+    """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
+    c = dict(c)
+
+    def default(name, value):
+        if c[name] is None:
+            c[name] = value
+
+    if c["attn_mode"] == "decoupled":
+        default("sem_dim", 32)
+        default("geo_dim", 64)
+        default("attn_dim", c["sem_dim"] + c["geo_dim"])
+    if c["attn_mode"] == "mla":
+        default("kv_lora_rank", max(1, c["d_model"] // 4))
+        default("rope_dim", max(1, (c["attn_dim"] or c["d_model"]) // c["n_head"] // 2))
+    if c["attn_mode"] != "bottleneck":
+        default("attn_dim", c["d_model"])
+    if c["attn_mode"] == "gqa":
+        default("kv_head", c["n_head"])
+    default("embed_dim", c["d_model"])
+    default("min_lr", c["lr"])
+    default("warmup_steps", min(100, c["steps"] // 10))
+    default("out_dir", f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}")
+    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
+
+
+def problems(c, given):
+    """Everything wrong with a Config, as sentences that say the values seen and what to do. given: what the user set."""
+    for f in dataclasses.fields(c):
+        value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
+        name = "--" + f.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value) or low is not None and value is not None and value < low:
+            yield f"{name} {value} must be a number of at least {low}"
+        if choices and value is not None and value not in choices:
+            yield f"{name} {value} must be one of {', '.join(choices)}"
+        if f.metadata["modes"] and c.attn_mode not in f.metadata["modes"] and given.get(f.name) not in (None, False):
+            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {' or '.join(f.metadata['modes'])}"
+        other = {"train": "sampling", "sample": ("data", "model", "training")}[c.mode]
+        if f.metadata["group"] in other and f.name in given:
+            yield f"{name} does nothing with --mode {c.mode}; leave it out"
+    if c.mode == "sample":
+        if not c.ckpt:
+            yield "--mode sample needs --ckpt, the checkpoint to sample from"
+        if c.prompt is not None and c.prompt_tokens is not None:
+            yield "--prompt and --prompt-tokens exclude each other; give one"
+        if c.top_p is not None and not 0 < c.top_p <= 1:
+            yield f"--top-p {c.top_p} must be above 0 and at most 1"
+    else:
+        yield from training_problems(c)
+
+
+def training_problems(c):
+    if not c.data:
+        yield "--data is missing: a .npy by prepare_fineweb.py, or a text file"
+    if c.val_data and c.val_frac is not None:
+        yield "--val-data and --val-frac exclude each other; give one"
+    if c.val_frac is not None and not 0 < c.val_frac < 1:
+        yield f"--val-frac {c.val_frac} must lie between 0 and 1"
+    if c.dtype == "float16":
+        yield "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"
+    if not c.dropout < 1:
+        yield f"--dropout {c.dropout} must be below 1"
+    if c.lr == 0:
+        yield "--lr 0 trains nothing"
+    if c.min_lr > c.lr:
+        yield f"--min-lr {c.min_lr} is above --lr {c.lr}"
+    if c.warmup_steps > c.steps:
+        yield f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"
+    if c.micro_batch and c.batch_size % c.micro_batch:
+        yield f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"
+    if c.attn_dim is None:
+        yield f"--attn-mode {c.attn_mode} needs --attn-dim"
+        return
+    if c.attn_mode == "standard" and c.attn_dim != c.d_model:
+        yield f"--attn-mode standard attends at full width, not --attn-dim {c.attn_dim}; use bottleneck, or --d-model"
+    H, G = c.n_head, c.kv_head or c.n_head
+    widths = dict(sem_dim=c.sem_dim, geo_dim=c.geo_dim, attn_dim=c.attn_dim)
+    uneven = [f"--{name.replace('_', '-')} {w}" for name, w in widths.items() if w and w % H]
+    if uneven:
+        yield f"{' and '.join(uneven)}: --n-head {H} must divide it"
+    if H % G:
+        yield f"--kv-head {G} must divide --n-head {H}"
+    if c.tie_qk and G != H:
+        yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
+    p = c.attention.paths[-1].width
+    if c.rope and p % 2 and not uneven:
+        yield f"RoPE turns pairs, so the geometric width per head must be even, not {p}; change the widths or give --no-rope"
+
+
+def make_config(**given):
+    """Config from explicit settings: --exp and --size fill in what isn't given, then derived defaults. Raises UserError."""
+    exp, H = given.get("exp"), None
+    preset = dict(EXP_DEFAULTS) if exp in EXPS else {}
+    preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
+    if exp in EXPS:
+        H = given.get("n_head") or preset["n_head"]
+        preset.update(EXPS[exp](H))
+    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    cfg = Config(**derived({**fields, **preset, **given}))
+    found = list(problems(cfg, given))
+    if found:
+        raise UserError("; ".join(found))
+    return cfg
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                              # one line, where argparse prints the whole usage first
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse_args(argv=None):
+    """Command line -> dict of the flags that were given."""
+    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    hints = get_type_hints(Config)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
+    for f in dataclasses.fields(Config):
+        m = f.metadata
+        kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
+        default = "" if f.default is None or kind is bool else f" ({f.default})"
+        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=m["help"] + default, **how)
+    return vars(parser.parse_args(argv))
+
+
+# -----------------------------------------------------------------------------
+# Cache formats: what one token of a stream with C channels costs.
+
+CACHE_BLOCK = 128                                          # capacity is padded to a multiple of this many tokens
+
+
+def float_bytes(size):
+    return lambda C: size * C
+
+
+def block_bytes(bits):
+    """Codes of `bits` bits and one float16 scale per 32 channels of a token."""
+    return lambda C: -(-C * bits // 8) + 2 * -(-C // 32)
+
+
+FORMAT_BYTES = {"fp32": float_bytes(4), "bf16": float_bytes(2), "fp16": float_bytes(2), "q8_0": block_bytes(8),
+                "q4_0": block_bytes(4), "q4_sym": block_bytes(4), "nf4": block_bytes(4)}
+FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+
+
+def kv_bytes_per_token(cfg):
+    """{format: bytes of KV cache per token over all layers}, every stream in that format; hetero: null unless decoupled."""
+    streams = cfg.attention.streams
+    sizes = {name: cfg.layers * sum(map(nbytes, streams.values())) for name, nbytes in FORMAT_BYTES.items()}
+    mixed = cfg.layers * sum(FORMAT_BYTES[HETERO[n]](C) for n, C in streams.items()) if HETERO.keys() == streams.keys() else None
+    return {**sizes, "hetero": mixed}
+
+
+# -----------------------------------------------------------------------------
+# KV cache
+
+class CacheStream:
+    """One cached tensor of one layer, [B, channels, capacity]: channel-major, so that tokens are contiguous."""
+
+    def __init__(self, batch, channels, capacity, fmt, device):
+        self.fmt = fmt
+        self.codes = torch.empty(batch, channels, capacity, dtype=FLOAT_FORMATS[fmt], device=device)
+
+    def write(self, pos, x):
+        """Store x [B, T, C] at the positions pos [B, T]."""
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        self.codes[rows, :, pos] = x.to(self.codes.dtype)
+
+    def read(self, start, stop):
+        """Values of the tokens start..stop as float32, [B, C, stop - start]."""
+        return self.codes[:, :, start:stop].float()
+
+    def nbytes(self):
+        return self.codes.nbytes
+
+
+class KVCache:
+    """The streams of all layers, allocated once for `tokens` tokens and appended in place.
+
+    `length` [B] counts the tokens that all layers hold; those of a forward pass are added when it is over.
+    """
+
+    def __init__(self, cfg, batch, tokens, fmt, device="cpu"):
+        self.capacity = -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
+        self.layers = [{name: CacheStream(batch, C, self.capacity, fmt, device) for name, C in cfg.attention.streams.items()}
+                       for _ in range(cfg.layers)]
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.longest = 0                                   # max of length, known without asking the device
+
+    def make_room(self, T):
+        """Count T more tokens per sequence as about to be written. Raises ValueError past the allocated length."""
+        if self.longest + T > self.capacity:
+            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {self.longest + T}")
+        self.longest += T
+
+    def truncate(self, n):
+        """Forget all but the first n tokens of every sequence."""
+        self.length.clamp_(max=n)
+        self.longest = min(self.longest, n)
+
+    def nbytes(self):
+        """Bytes that the cache's tensors own."""
+        return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
+
+
+def decode_attention(q, streams, shape, length, null=None):
+    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
+
+    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions length .. length + T. length [B].
+    null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v] in float32. Buffers may hold NaN past the length.
+    """
+    B, H, T, w = q.shape
+    key_streams, v_stream = [streams[path.stream] for path in shape.paths], streams[shape.v_stream]
+    G = 1 if shape.latent else shape.v_groups
+    q = q.float().reshape(B, G, H // G * T, w)                                  # [B, G, H/G·T, w]
+    pos = length[:, None] + torch.arange(T, device=q.device)                    # [B, T]
+    stop = int(pos.max()) + 1
+    chunk = max(CACHE_BLOCK, 2**22 // (B * H * T))                              # scores of a chunk: about 16 MB
+    if null is None:
+        top, total, out = q.new_full((B, G, H // G * T, 1), -torch.inf), 0.0, 0.0
+    else:                                                                       # the null token is the first key seen
+        score, value = null
+        top, total = score.reshape(B, G, H // G * T, 1), 1.0
+        out = value.float()[None, :, None]                                      # [1, G, 1, v]
+    for start in range(0, stop, chunk):
+        end = min(start + chunk, stop)
+        token = torch.arange(start, end, device=q.device)
+        k = torch.cat([s.read(start, end).unflatten(1, (G, -1)) for s in key_streams], 2)      # [B, G, w, S]
+        v = v_stream.read(start, end).unflatten(1, (G, -1))                                    # [B, G, v, S]
+        v = torch.where(token < length[:, None, None, None] + T, v, 0.0)
+        visible = (token <= pos[:, :, None]).repeat(1, H // G, 1)[:, None]                     # [B, 1, H/G·T, S]
+        scores = torch.where(visible, q @ k, -torch.inf)                                       # [B, G, H/G·T, S]
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
+        total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
+    return (out / total).reshape(B, H, T, -1)
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+def rope(x, pos, inv_freq):
+    """Rotate x [B, n, T, p] to the positions pos [B or 1, T]; halves form pairs. inv_freq [1 or G, p/2]. float32."""
+    theta = pos[:, None, :, None] * inv_freq[:, None]                           # [B, G, T, p/2]
+    theta = theta.repeat_interleave(x.size(1) // theta.size(1), 1) if theta.size(1) > 1 else theta
+    cos, sin = theta.cos(), theta.sin()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, null_v=None):
+    """Causal self-attention by the fused kernels of scaled_dot_product_attention.
+
+    q [B, H, T, w] already scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u] the last channel of q (w = w' + 1)
+    is the score of the null token: one more key and value, which every query may attend to. Returns [B, H, T, u].
+    """
+    u, w = v.size(-1), q.size(-1)
+    width = -(-max(w, u) // 8) * 8                         # the CPU's fused kernel takes one width for all, or falls back
+    q, k, v = (F.pad(x, (0, width - x.size(-1))) for x in (q, k, v))
+    if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
+        null_k = k.new_zeros(width).index_fill(0, torch.tensor(w - 1, device=k.device), 1)
+        null_v = F.pad(null_v, (0, width - u)).to(v.dtype)
+        k = torch.cat([null_k.expand(*k.shape[:2], 1, -1), k], 2)               # [B, G, 1 + T, width]
+        v = torch.cat([null_v[:, None].expand(*v.shape[:2], 1, -1), v], 2)
+        q = F.pad(q, (0, 0, 1, 0))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
+    return y[:, :, int(null_v is not None):, :u]
+
+
+def linear(n_in, n_out):
+    return nn.Linear(n_in, n_out, bias=False)
+
+
+def split_heads(x, n):
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
+
+
+class Attention(nn.Module):
+    """Every mode of the table at the top: project, rotate, cache, attend, merge. Papers: section 3, equations 4 to 10."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.shape = shape = cfg.attention
+        self.n_head, D, H = cfg.n_head, cfg.d_model, cfg.n_head
+        source = shape.latent or D                         # what semantic keys and values are projected from
+        self.latent = nn.Sequential(linear(D, source), nn.RMSNorm(source, cfg.norm_eps)) if shape.latent else nn.Identity()
+        self.q = nn.ModuleDict({path.name: linear(D, H * path.width) for path in shape.paths})
+        self.k = nn.ModuleDict({path.name: self.q[path.name] if path.tied else
+                                linear(source if path.name == "sem" else D, path.groups * path.width) for path in shape.paths})
+        self.v = linear(source, shape.v_groups * shape.v_width)
+        self.o = linear(H * shape.v_width, D)
+        self.null = nn.ParameterDict({name: torch.empty(C) for name, C in shape.streams.items()} if cfg.null_attn else {})
+        self.log_temp = nn.Parameter(torch.empty(H)) if cfg.learned_temp else None
+        geo = shape.paths[-1]
+        self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
+
+    def lift(self, project, stream, entry):
+        """A cached entry as the key or value that is attended to: itself, or what MLA projects up from its latent."""
+        return project(entry) if stream == "latent" else entry
+
+    def project(self, path, x, latent, pos, absorb):
+        """Scaled queries [B, H, T, w] in float32, keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
+
+        absorb: leave MLA's semantic keys in latent space, and bring the queries there instead.
+        """
+        temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]            # [H, 1, 1]
+        q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
+        null_score = 0.0
+        if self.null:                                      # q before its rotation: the score must not depend on position
+            null_k = self.lift(self.k[path.name], path.stream, self.null[path.stream]).float()        # [G·w]
+            null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
+            null_score = (q * null_k).sum(-1)
+        if absorb and path.stream == "latent":
+            up = self.k[path.name].weight.view(self.n_head, path.width, -1)                           # [H, r, C]
+            return q @ up.float(), latent[:, None], null_score
+        k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
+        if path.rotate:
+            q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq).to(k.dtype)
+        return q, k, null_score
+
+    def forward(self, x, streams=None, length=None):
+        """x [B, T, D] -> [B, T, D]. streams: this layer's cache, which holds length [B] tokens and is given T more."""
+        shape, T = self.shape, x.size(1)
+        absorb = streams is not None and shape.latent > 0
+        pos = torch.arange(T, device=x.device)[None] + (0 if streams is None else length[:, None])    # [B or 1, T]
+        latent = self.latent(x)                            # x itself, except in MLA
+        v = latent if absorb else self.v(latent)           # [B, T, G·v]
+        q, k, null_score = zip(*(self.project(path, x, latent, pos, absorb) for path in shape.paths))
+        null_v = None
+        if self.null:
+            null_v = self.null[shape.v_stream]
+            null_v = null_v[None] if absorb else self.lift(self.v, shape.v_stream, null_v).view(shape.v_groups, -1)
+        if streams is None:
+            if self.null:
+                q += (sum(null_score)[..., None],)
+            k = torch.cat([part.expand(-1, max(p.groups for p in shape.paths), -1, -1) for part in k], -1)
+            y = attend(torch.cat(q, -1).to(v.dtype), k, split_heads(v, shape.v_groups), null_v)
+        else:
+            entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
+            for name, tensor in {**entry, shape.v_stream: v}.items():
+                streams[name].write(pos, tensor)
+            null = (sum(null_score), null_v) if self.null else None
+            y = decode_attention(torch.cat(q, -1), streams, shape, length, null).to(v.dtype)
+            if absorb:
+                y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
+        return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.up = linear(cfg.d_model, cfg.d_ff)
+        self.gate = linear(cfg.d_model, cfg.d_ff) if cfg.mlp == "swiglu" else None
+        self.down = linear(cfg.d_ff, cfg.d_model)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps), nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
+        self.dropout = cfg.dropout
+
+    def forward(self, x, streams=None, length=None):
+        x = x + F.dropout(self.attn(self.attn_norm(x), streams, length), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+LOGIT_CHUNK = 2**24                                        # logits that exist at once
+
+
+def nll_and_grad(h, weight, targets, vocab_size):
+    """Sum of -log softmax(h·weightᵀ)[target] over h [n, E], and its gradient by the logits [n, rows].
+
+    Rows of weight beyond the vocabulary take no part; targets below 0 are ignored.
+    """
+    logits = (h @ weight.T).float()
+    logits[:, vocab_size:] = -torch.inf
+    logp = torch.log_softmax(logits, -1)
+    known = (targets >= 0).float()[:, None]                                     # [n, 1]
+    target = targets.clamp(min=0)[:, None]
+    nll = -(logp.gather(1, target) * known).sum()
+    grad = logp.exp().scatter_add(1, target, torch.full_like(target, -1, dtype=logp.dtype)) * known
+    return nll, grad.to(h.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of h [N, E] · weightᵀ [E, rows]; the gradients are made on the way forward, a chunk of rows of
+    h at a time, so that nothing is computed twice and the full logits never exist at once."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, vocab_size, nll_and_grad):
+        w = weight.to(h.dtype)
+        total = torch.zeros((), device=h.device)
+        wanted = any(ctx.needs_input_grad)
+        dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if wanted else (None, None)
+        rows = max(1, LOGIT_CHUNK // len(w))
+        for start in range(0, len(h), rows):
+            chunk = slice(start, start + rows)
+            nll, grad = nll_and_grad(h[chunk], w, targets[chunk], vocab_size)
+            total += nll
+            if wanted:
+                dh[chunk] = grad @ w
+                dw += grad.T @ h[chunk]
+        ctx.save_for_backward(dh, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        dh, dw = ctx.saved_tensors
+        return dh * grad_output, dw.mul_(grad_output), None, None, None
+
+
+class GPT(nn.Module):
+    """Pre-norm transformer with a tied, optionally factorised embedding. vocab_size counts the tokenizer's ids; the
+    embedding has that many rows rounded up to a multiple of 64."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.embed = nn.Embedding(-(-vocab_size // 64) * 64, cfg.embed_dim)
+        factorised = cfg.embed_dim != cfg.d_model
+        self.embed_up = linear(cfg.embed_dim, cfg.d_model) if factorised else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.embed_down = linear(cfg.d_model, cfg.embed_dim) if factorised else nn.Identity()
+        self.nll_and_grad = nll_and_grad                   # --compile replaces it by its compiled form
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal with standard deviation 0.02, projections into the residual stream less by sqrt(2 L); norms 1; log
+        temperatures 0."""
+        for name, p in self.named_parameters():
+            if "norm" in name or name.endswith("latent.1.weight"):
+                p.fill_(1.0)
+            elif name.endswith("log_temp"):
+                p.zero_()
+            else:
+                into_stream = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                p.normal_(std=0.02 / math.sqrt(2 * self.cfg.layers) if into_stream else 0.02)
+        return self
+
+    def hidden(self, idx, cache=None):
+        """idx [B, T] -> what the output embedding multiplies, [B, T, E]; a KVCache is given the T tokens."""
+        if cache is not None:
+            cache.make_room(idx.size(1))
+        x = F.dropout(self.embed_up(self.embed(idx)), self.cfg.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache.layers[i], cache.length)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.embed_down(self.norm(x))
+
+    def logits(self, h):
+        return (h @ self.embed.weight.to(h.dtype).T)[..., :self.vocab_size].float()               # [B, T, V]
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx [B, T] -> logits [B, T, V], or with targets [B, T] (below 0: ignored) the sum of their nll in nats."""
+        h = self.hidden(idx, cache)
+        if targets is None:
+            return self.logits(h)
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        return LinearCrossEntropy.apply(h.flatten(0, 1), self.embed.weight, targets.flatten(), self.vocab_size, self.nll_and_grad)
+
+
+def count_params(cfg, vocab_size):
+    """Parameters by part, by formula: embedding, attention, mlp, norm, null and their total."""
+    D, H, L, shape = cfg.d_model, cfg.n_head, cfg.layers, cfg.attention
+    source = shape.latent or D
+    attention = sum(D * H * p.width for p in shape.paths)                                             # W_q
+    attention += sum((source if p.name == "sem" else D) * p.groups * p.width for p in shape.paths if not p.tied)  # W_k
+    attention += source * shape.v_groups * shape.v_width + H * shape.v_width * D                      # W_v, W_o
+    attention += D * shape.latent + shape.latent + H * cfg.learned_temp
+    parts = {
+        "embedding": -(-vocab_size // 64) * 64 * cfg.embed_dim + 2 * D * cfg.embed_dim * (cfg.embed_dim != D),
+        "attention": L * attention,
+        "mlp": L * D * cfg.d_ff * (3 if cfg.mlp == "swiglu" else 2),
+        "norm": (2 * L + 1) * D,
+        "null": L * sum(shape.streams.values()) * cfg.null_attn,
+    }
+    return {**parts, "total": sum(parts.values())}
 
 
 # -----------------------------------------------------------------------------
@@ -82,3 +778,688 @@ class WordTokenizer:
 
     def decode(self, ids):
         return "".join("\n" if i == self.eot else self.words[i] + " " for i in ids).encode()
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+
+
+def read_sidecar(path):
+    """The JSON beside a token file NAME.npy. Raises UserError when it is missing or not what prepare_fineweb.py writes."""
+    sidecar = path.with_suffix(".json")
+    try:
+        info = json.loads(sidecar.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? make it with prepare_fineweb.py") from None
+    except ValueError as e:
+        raise UserError(f"{sidecar} is not JSON ({e}); make the token file again with prepare_fineweb.py") from None
+    missing = {"tokenizer", "vocab_size", "tokens", "sha256", "text_bytes", "val", "vocab"} - (info.keys() if isinstance(info, dict) else set())
+    if missing:
+        raise UserError(f"{sidecar} lacks {', '.join(sorted(missing))}; make the token file again with prepare_fineweb.py")
+    return info
+
+
+def open_tokens(path, info):
+    """Memory map of a token file, checked against its sidecar: length, dtype, and every id within the vocabulary."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{path} is not a whole .npy file ({e}); make it again with prepare_fineweb.py") from None
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != info["tokens"]:
+        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, its sidecar promises {info['tokens']} ids (uint16 or "
+                        "uint32); make it again with prepare_fineweb.py")
+    top = max((int(tokens[i:i + 2**24].max()) for i in range(0, len(tokens), 2**24)), default=0)
+    if top >= info["vocab_size"]:
+        raise UserError(f"{path} holds id {top}, its vocabulary ends at {info['vocab_size'] - 1}; make it again with prepare_fineweb.py")
+    return tokens
+
+
+def sidecar_tokenizer(path, info):
+    if info["tokenizer"] == "word":
+        try:
+            return WordTokenizer(json.loads((path.parent / str(info["vocab"])).read_text()))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: can't read its vocabulary {info['vocab']} ({e}); make it again with prepare_fineweb.py") from None
+    if info["tokenizer"] not in TOKENIZERS:
+        raise UserError(f"{path}: unknown tokenizer {info['tokenizer']!r} in its sidecar; known: {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[info["tokenizer"]]()
+
+
+def read_text(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files must be .npy by prepare_fineweb.py") from None
+    if text[:10_000].split() and all(w.isdigit() for w in text[:10_000].split()):
+        raise UserError(f"{path} holds numbers: token ids? as words they would be numbered anew; make a .npy with prepare_fineweb.py")
+    return text
+
+
+@dataclass
+class Data:
+    """Training and validation ids (1-D arrays or memory maps), the tokenizer, the validation text's bytes or None, sha256."""
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: object
+    val_bytes: int | None
+    sha256: str
+
+
+def load_data(cfg):
+    """Data of cfg.data, cfg.val_data, cfg.val_frac, cfg.tokenizer. Raises UserError for whatever is wrong with the files."""
+    paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py any other data")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+    if len({path.suffix == ".npy" for path in paths}) > 1:
+        raise UserError("--data and --val-data must both be .npy or both be text")
+    data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
+    if len(data.train) < cfg.block + 1:
+        raise UserError(f"--block {cfg.block} is longer than the training part, {len(data.train)} tokens; shorten it or add data")
+    if len(data.val) < 2:
+        raise UserError(f"the validation part has {len(data.val)} tokens; give --val-data or a larger --val-frac")
+    return data
+
+
+def load_token_files(cfg, paths):
+    train_path, infos = paths[0], [read_sidecar(path) for path in paths]
+    if len(paths) == 1 and infos[0]["val"] and cfg.val_frac is None:
+        paths = [train_path, train_path.parent / infos[0]["val"]]
+        infos.append(read_sidecar(paths[1]))
+    info = infos[0]
+    if cfg.tokenizer not in ("auto", info["tokenizer"]):
+        raise UserError(f"--tokenizer {cfg.tokenizer}, but {train_path} was made with {info['tokenizer']}; leave it out")
+    if any((i["tokenizer"], i["vocab_size"]) != (info["tokenizer"], info["vocab_size"]) for i in infos):
+        raise UserError(f"{paths[0]} and {paths[1]} have different vocabularies; prepare them together")
+    tokenizer = sidecar_tokenizer(train_path, info)
+    if tokenizer.vocab_size != info["vocab_size"]:
+        raise UserError(f"{train_path}: its sidecar says {info['vocab_size']} types, its tokenizer has {tokenizer.vocab_size}")
+    tokens = [open_tokens(path, i) for path, i in zip(paths, infos)]
+    if len(tokens) == 2:
+        return Data(*tokens, tokenizer, infos[1]["text_bytes"], info["sha256"])
+    cut = len(tokens[0]) - round(len(tokens[0]) * (cfg.val_frac or 0.1))
+    return Data(tokens[0][:cut], tokens[0][cut:], tokenizer, None, info["sha256"])
+
+
+def load_texts(cfg, paths):
+    """Text files, tokenised here; a word vocabulary is that of the training part."""
+    kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
+    sha256 = hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    texts = [read_text(path) for path in paths]
+    if kind == "word":
+        parts = [split_words(text) + [EOS] for text in texts]
+        if len(parts) == 1:
+            cut = len(parts[0]) - round(len(parts[0]) * (cfg.val_frac or 0.1))
+            parts = [parts[0][:cut], parts[0][cut:]]
+        tokenizer = WordTokenizer.build(parts[0])
+        return Data(*map(tokenizer.encode_words, parts), tokenizer, len(texts[1].encode()) if len(texts) > 1 else None, sha256)
+    tokenizer = TOKENIZERS[kind]()
+    parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
+    if len(parts) == 1:
+        cut = len(parts[0]) - round(len(parts[0]) * (cfg.val_frac or 0.1))
+        parts = [parts[0][:cut], parts[0][cut:]]
+    return Data(*parts, tokenizer, len(tokenizer.decode(parts[1])), sha256)
+
+
+def sample_batch(rng, tokens, batch, block):
+    """Random windows: inputs and targets [batch, block] as int64, targets one token on. The same draws for every mode."""
+    starts = rng.integers(0, len(tokens) - block, size=batch)
+    windows = np.stack([tokens[s:s + block + 1] for s in starts]).astype(np.int64)
+    return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+
+
+def eval_batches(tokens, batch, block, limit=None):
+    """Fixed windows that cover all of tokens once, as inputs and targets [batch, block]; targets past the end are -1.
+    limit: that many batches, evenly spread."""
+    windows = -(-(len(tokens) - 1) // block)
+    batches = -(-windows // batch)
+    chosen = range(batches) if limit is None or limit >= batches else np.linspace(0, batches - 1, limit).round().astype(int)
+    for b in chosen:
+        part = tokens[b * batch * block:(b + 1) * batch * block + 1].astype(np.int64)
+        x, y = np.zeros((2, batch * block), dtype=np.int64)
+        y[:] = -1
+        x[:len(part) - 1], y[:len(part) - 1] = part[:-1], part[1:]
+        yield torch.from_numpy(x.reshape(batch, block)), torch.from_numpy(y.reshape(batch, block))
+
+
+# -----------------------------------------------------------------------------
+# Device, ranks, precision
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a data-parallel run."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, *numbers):
+        """Sums over all ranks, as floats."""
+        if self.world == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+def start_ranks(device):
+    """Join the other processes that torchrun started, if it did, and share the cores with them."""
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))     # torchrun would leave one thread
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:            # PyTorch raises AssertionError where it was built without CUDA
+        raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """Type of the matrix products, and the reason for it."""
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    found = next((name for name in ("amx_bf16", "avx512_bf16") if cpu.get(name)), None)
+    return (torch.bfloat16, f"this CPU has {found}") if found else (torch.float32, f"no fast bfloat16 on this {device.type}")
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device):
+    """Peak bytes: what PyTorch allocated on a CUDA device; on a CPU what the process held; unknown elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if device.type == "cpu" else None
+
+
+def keep_freed_memory():
+    """Ask glibc to reuse freed memory rather than return it: a third of a CPU step is page faults otherwise."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# -----------------------------------------------------------------------------
+# Optimiser and schedule
+
+def make_optimizer(model, cfg):
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def lr_at(step, cfg):
+    """Learning rate of a step (from 1): linear warm-up, then a cosine from lr to min_lr, constant where they are equal."""
+    if step <= cfg.warmup_steps:
+        return cfg.lr * step / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def compile_model(model):
+    """The same model with its blocks and its loss compiled."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
+    return model
+
+
+def clip_gradients(params, limit):
+    """Norm of all gradients before they are scaled down to `limit` (0: not at all)."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if limit and norm > limit:
+        torch._foreach_mul_(grads, limit / norm)
+    return norm
+
+
+# -----------------------------------------------------------------------------
+# Run folder: command.txt, resolved_config.json, env.json, train.jsonl, last.pt, best.pt
+
+# What may differ on resume: nothing that changes the losses. Data are compared by their hash.
+MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
+
+
+def write_whole(path, write):
+    """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}); what was saved before is kept. Free some space and "
+                        "run the command again") from None
+
+
+def save_checkpoint(path, cfg, tokenizer, model, **state):
+    """state: step, tokens, best_val_loss, and in last.pt optimizer and rng."""
+    content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=getattr(tokenizer, "words", None)),
+                   model=model.state_dict(), **state)
+    write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path, device="cpu"):
+    """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
+    unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a last.pt or best.pt of a run folder")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
+        raise UserError(f"{path} is not a whole checkpoint, or holds more than weights ({type(e).__name__}); nothing of it was run") from None
+    if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
+        raise UserError(f"{path} is not a checkpoint of train_dba.py")
+    known = {f.name for f in dataclasses.fields(Config)}
+    if not isinstance(ckpt["config"], dict) or ckpt["config"].keys() != known:
+        odd = ", ".join(sorted(map(str, known ^ ckpt["config"].keys()))) if isinstance(ckpt["config"], dict) else "no settings"
+        raise UserError(f"{path} was written by another version of train_dba.py (settings that differ: {odd})")
+    try:
+        cfg = ckpt["config"] = Config(**ckpt["config"])
+        name, words = ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"]
+        ckpt["tokenizer"] = WordTokenizer(words) if name == "word" else TOKENIZERS[name]()
+        wrong = list(problems(cfg, {}))
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} has broken settings ({type(e).__name__}: {e})") from None
+    if wrong:
+        raise UserError(f"{path} has broken settings: {wrong[0]}")
+    return ckpt
+
+
+def load_model(ckpt):
+    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
+    cfg, weights = ckpt["config"], ckpt["model"]
+    try:
+        with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
+            model = GPT(dataclasses.replace(cfg, layers=min(cfg.layers, len(weights))), ckpt["tokenizer"].vocab_size)
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, AttributeError, TypeError) as e:
+        raise UserError(f"the checkpoint's weights don't fit its settings ({' '.join(str(e).split())[:200]})") from None
+    return model.eval()
+
+
+def provenance(device):
+    """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit."""
+    def git(*args):
+        try:
+            return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):   # no git, or not a clone
+            return None
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), platform.processor())
+    commit = git("rev-parse", "HEAD")
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, platform=platform.system(),
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, cpu=cpu,
+                threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
+                dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
+
+
+def append_line(path, **line):
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise UserError(f"can't write {path} ({e.strerror}); what was saved before is kept. Free some space and run the command "
+                        "again") from None
+
+
+def read_log(path):
+    """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    parsed = []
+    for i, line in enumerate(lines):
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            if i + 1 < len(lines):
+                raise UserError(f"{path}:{i + 1} is not JSON; mend the line, or start afresh with --overwrite") from None
+    return parsed
+
+
+def find_run(cfg, given):
+    """What the run folder holds for this command: (cfg, checkpoint or None, finished). Raises UserError if it is another's."""
+    folder = Path(cfg.out_dir)
+    log = [] if cfg.overwrite else read_log(folder / "train.jsonl")
+    ckpt = None if cfg.overwrite or not (folder / "last.pt").exists() else load_checkpoint(folder / "last.pt")
+    if not log and not ckpt:
+        return cfg, None, False
+    if log and "config" not in log[0]:
+        raise UserError(f"{folder / 'train.jsonl'} doesn't begin with a meta line; use another --out-dir, or --overwrite")
+    saved = dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"]
+    if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
+        saved["steps"] = cfg.steps
+        if "warmup_steps" not in given:
+            cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
+    differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
+              if name not in MAY_CHANGE and value != saved.get(name)]
+    if differ:
+        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differ)}. Use another --out-dir, or --overwrite")
+    finished = bool(log) and log[-1].get("type") == "done" and log[-1].get("step") == cfg.steps
+    if ckpt is None and len(log) > 1 and not finished:
+        raise UserError(f"{folder} has a log but no last.pt to go on from; use another --out-dir, or --overwrite")
+    return cfg, ckpt, finished
+
+
+def start_folder(cfg, ckpt, device, meta):
+    """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.jsonl"
+    command = shlex.join(["python3", *("=".join(map(relative, arg.split("=", 1))) for arg in sys.argv)])
+    texts = {"command.txt": command + "\n", "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
+             "env.json": json.dumps(provenance(device), indent=1) + "\n"}
+    kept = [] if ckpt is None else [line for line in read_log(log) if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
+    lines = [*kept, dict(type="resume_meta", step=ckpt["step"], **meta)] if kept else [dict(type="meta", **meta)]
+    texts["train.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
+    if ckpt is None:
+        for name in ("last.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_whole(folder / name, lambda temporary: temporary.write_text(text))
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+@torch.no_grad()
+def evaluate(model, data, cfg, device, dtype, ranks):
+    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over."""
+    model.eval()
+    nll, count = 0.0, 0
+    for i, (x, y) in enumerate(eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters)):
+        if i % ranks.world == ranks.rank:
+            with autocast(device, dtype):
+                nll += model(x.to(device), y.to(device)).item()
+            count += int((y >= 0).sum())
+    model.train()
+    nll, count = ranks.sum(nll, count)
+    return nll / count, int(count)
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+def share_out(cfg, ranks):
+    """Micro-batch size, and the micro-batches of a step that this rank takes: fixed globally, dealt round-robin."""
+    if ranks.world > 1 and cfg.dropout and not cfg.micro_batch:
+        raise UserError("dropout masks are drawn per micro-batch: give --micro-batch, so that they don't depend on the ranks")
+    micro = cfg.micro_batch or cfg.batch_size // ranks.world
+    count = cfg.batch_size * cfg.grad_accum // micro if micro else 0
+    if not micro or cfg.batch_size % micro or count % ranks.world:
+        raise UserError(f"--batch-size {cfg.batch_size} x --grad-accum {cfg.grad_accum} in micro-batches of {micro or 1} can't be "
+                        f"dealt evenly to {ranks.world} ranks; change --batch-size or --micro-batch")
+    return micro, range(ranks.rank, count, ranks.world)
+
+
+def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
+    """Add up the gradients of this rank's micro-batches, scaled to the mean over the global batch. Returns its summed nll."""
+    x, y = (tensor.to(ranks.device) for tensor in batch)
+    total = torch.zeros((), device=ranks.device)
+    for m in mine:
+        if cfg.dropout:
+            torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, m]).generate_state(1)[0]))
+        rows = slice(m * micro, (m + 1) * micro)
+        with model.no_sync() if ranks.world > 1 and m != mine[-1] else contextlib.nullcontext():
+            with autocast(ranks.device, dtype):
+                nll = model(x[rows], y[rows])
+            (nll * (ranks.world / y.numel())).backward()                        # DDP averages over ranks
+        total += nll.detach()
+    return total.item()
+
+
+def catch_signals():
+    """List that SIGINT and SIGTERM append themselves to, once each: a second one of a kind ends the process at once."""
+    caught = []
+
+    def note(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return caught
+
+
+def describe(cfg, data, ranks, dtype, why):
+    """Print what was decided, and return the `meta` line of the log."""
+    params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
+    meta = dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
+                data=dict(train_tokens=len(data.train), val_tokens=len(data.val), vocab_size=data.tokenizer.vocab_size, sha256=data.sha256))
+    if ranks.rank == 0:
+        per_step = cfg.batch_size * cfg.grad_accum * cfg.block
+        print(f"{cfg.attn_mode} attention on {ranks.device}, {torch.get_num_threads()} CPU threads, {ranks.world} rank(s), {dtype} ({why})")
+        print("parameters:", ", ".join(f"{part} {n:,}" for part, n in params.items()))
+        print("KV cache, bytes per token:", ", ".join(f"{fmt} {n:,}" for fmt, n in kv.items() if n is not None))
+        print(f"data: {len(data.train):,} training and {len(data.val):,} validation tokens, {data.tokenizer.vocab_size:,} types; "
+              f"a step is {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {per_step:,} tokens")
+    return meta
+
+
+def train(cfg, given):
+    """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
+    # --- device, data, run folder
+    device = pick_device(cfg.device)
+    ranks = start_ranks(device)
+    dtype, why = pick_dtype(cfg.dtype, device)
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    micro, mine = share_out(cfg, ranks)
+    folder = Path(cfg.out_dir)
+    cfg, ckpt, finished = find_run(cfg, given)
+    if finished:
+        print(f"{folder} is finished ({cfg.steps} steps); larger --steps go on, --overwrite starts afresh")
+        return 0
+    data = load_data(cfg)
+    meta = describe(cfg, data, ranks, dtype, why)
+
+    # --- model, optimiser, random states
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, data.tokenizer.vocab_size).init_weights().to(device)
+    optimizer = make_optimizer(model, cfg)
+    rng = np.random.Generator(np.random.PCG64(cfg.seed))
+    step, best = 0, math.inf
+    if ckpt:
+        if ckpt["data"] != meta["data"]:
+            raise UserError(f"{folder} was trained on other data ({ckpt['data']}, now {meta['data']}); use another --out-dir")
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        rng.bit_generator.state = ckpt["rng"]
+        step, best = ckpt["step"], ckpt["best_val_loss"]
+    runner = compile_model(model) if cfg.compile else model
+    if ranks.world > 1:
+        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
+    main_rank = ranks.rank == 0
+    per_step = cfg.batch_size * cfg.grad_accum * cfg.block
+
+    def log(**line):
+        if main_rank:
+            append_line(folder / "train.jsonl", **line)
+
+    def save(name, **state):
+        if main_rank:
+            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * per_step, best_val_loss=best,
+                            data=meta["data"], **state)
+
+    def save_last():
+        save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
+
+    ranks.sum(0)                                           # every rank has read the folder before rank 0 writes to it
+    if main_rank:
+        start_folder(cfg, ckpt, device, meta)
+    if ckpt is None:
+        save_last()                                        # from here on a log without a checkpoint means that it was deleted
+    del ckpt
+
+    # --- training loop
+    caught = catch_signals()
+    bar = tqdm(total=cfg.steps * per_step, initial=step * per_step, unit="tok", unit_scale=True, disable=not main_rank,
+               dynamic_ncols=True)
+    seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
+    while step < cfg.steps and not stop_with:
+        step += 1
+        started = time.perf_counter()
+
+        # one step
+        lr = lr_at(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
+        nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
+        nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
+        loss, grad_norm = nll / per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder / 'last.pt'} "
+                            f"holds step {saved_at}: start afresh with a lower --lr or longer --warmup-steps")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
+        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
+        bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
+        bar.update(per_step)
+
+        # log, evaluate, save
+        last = step == cfg.steps
+        if step % cfg.log_every == 0 or step == 1 or last:
+            log(type="train", step=step, tokens=step * per_step, loss=loss, lr=lr, grad_norm=grad_norm,
+                tok_s=timed_steps * per_step / seconds, step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
+            seconds, timed_steps = 0.0, 0
+        if step % cfg.eval_every == 0 or last:
+            val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
+            if not math.isfinite(val_loss):
+                raise UserError(f"step {step}: validation loss {val_loss}; {folder / 'last.pt'} holds step {saved_at}")
+            improved, best = val_loss < best, min(val_loss, best)
+            bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
+            ppl = math.exp(val_loss) if val_loss < 700 else None
+            log(type="eval", step=step, tokens=step * per_step, val_loss=val_loss, val_ppl=ppl, val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=best)
+            bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
+            if improved:
+                save("best.pt")
+        if step % cfg.save_every == 0 or last or stop_with:
+            save_last()
+            saved_at = step
+    bar.close()
+    if stop_with:
+        print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
+        return stop_with
+    log(type="done", step=step, tokens=step * per_step, best_val_loss=best)
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+def pick_token(logits, temperature, top_k, top_p, generator):
+    """One token id per row of logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p. [B, 1]"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)     # [B, V] each
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:                                  # keep a token while those before it hold less than top_p
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+    return order.gather(1, torch.multinomial(p, 1, generator=generator))
+
+
+PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
+
+
+@torch.inference_mode()
+def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
+    """Yield token ids [B, 1], continuing prompt [B, T] through the cache, which needs room for T + max_new_tokens - 1."""
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    for chunk in prompt.split(PREFILL_CHUNK, 1):
+        h = model.hidden(chunk, cache)
+    for i in range(max_new_tokens):
+        token = pick_token(model.logits(h[:, -1]), temperature, top_k, top_p, generator)
+        yield token
+        if i + 1 < max_new_tokens:
+            h = model.hidden(token, cache)
+
+
+def prompt_ids(cfg, tokenizer):
+    """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
+    if cfg.prompt_tokens is None:
+        return tokenizer.encode(cfg.prompt).tolist() if cfg.prompt else [tokenizer.eot]
+    try:
+        ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
+    except ValueError:
+        raise UserError(f"--prompt-tokens {cfg.prompt_tokens!r} must be whole numbers") from None
+    if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
+        raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
+    return ids
+
+
+def sample(cfg):
+    """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
+    device = pick_device(cfg.device)
+    dtype, why = pick_dtype(cfg.dtype, device)
+    ckpt = load_checkpoint(cfg.ckpt, device)
+    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    ids = prompt_ids(cfg, tokenizer)
+    tokens = len(ids) + cfg.max_new_tokens - 1
+    cache = KVCache(model.cfg, 1, tokens, cfg.kv_cache, device)
+    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {device}, {dtype} ({why}); {cfg.kv_cache} KV cache: "
+          f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} allocated for {cache.capacity} tokens", file=sys.stderr)
+    if tokens > model.cfg.block:
+        print(f"warning: goes past the {model.cfg.block} tokens that the model was trained on; RoPE extrapolates", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
+    print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
+    with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
+        for token in generate(model, torch.tensor([ids], device=device), cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k,
+                              cfg.top_p, cfg.seed):
+            print(decoder.decode(tokenizer.decode([token.item()])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+def main(argv=None):
+    """Run a command line; returns the exit code: 0, 1 for what the user can mend, 2 for a flag, 130 or 143 by signal."""
+    try:
+        given = parse_args(argv)
+        cfg = make_config(**given)
+        keep_freed_memory()
+        return train(cfg, given) if cfg.mode == "train" else sample(cfg)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
