@@ -1,13 +1,13 @@
 """
 Decoupled Bottleneck Attention (DBA): training and sampling for standard, bottleneck, decoupled, GQA and MLA attention.
 
-DBA splits the attention score of a head in two. A low-rank semantic path sees content without position, a geometric path
-carries RoPE, and the two scaled scores add up:
+DBA splits the attention score of a head in two. A low-rank semantic path sees content without position, a geometric
+path carries RoPE, and the two scaled scores add up:
 
     score = q_sem · k_sem / sqrt(r)  +  rope(q_geo) · rope(k_geo) / sqrt(p)
 
-Once each part of q is scaled, the sum is one dot product of concatenated vectors, so every mode is a row of widths for the
-same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem_dim, p = geo_dim):
+Once each part of q is scaled, the sum is one dot product of concatenated vectors, so every mode is a row of widths for
+the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem_dim, p = geo_dim):
 
     mode         semantic          geometric           values     key groups   cached per token and layer
     standard     -                 d                   d          H            2d
@@ -126,12 +126,12 @@ class Config:
     mode: str = flag("run", "train", "what to do", choices=("train", "sample"))
     seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0)
     device: str = flag("run", "auto", "cpu, cuda, mps or auto")
-    dtype: str = flag("run", "auto", "matrix products; weights stay float32; auto: bfloat16 where the device is fast at it",
+    dtype: str = flag("run", "auto", "of matrix products; weights stay float32; auto: bfloat16 where it is fast",
                       choices=("auto", "float32", "bfloat16", "float16"))
 
     data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
     val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
-    val_frac: float | None = flag("data", None, "validation part cut from the end where there is no file for it (0.1)", low=0)
+    val_frac: float | None = flag("data", None, "validation part, cut from the end if it has no file (0.1)", low=0)
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
@@ -165,18 +165,18 @@ class Config:
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
-    dropout: float = flag("training", 0.0, "on the embedding and on what each attention and MLP adds to the stream", low=0)
+    dropout: float = flag("training", 0.0, "on the embedding and what each attention and MLP adds to the stream", low=0)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
-    micro_batch: int | None = flag("training", None, "sequences per forward pass of one rank (batch-size / ranks)", low=1)
+    micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
     lr: float = flag("training", 3e-4, "peak learning rate", low=0)
     min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
     warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10))", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
     grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
     eval_every: int = flag("training", 500, "steps between evaluations", low=1)
-    eval_iters: int | None = flag("training", None, "evaluate this many batches spread over the validation part (all of it)",
+    eval_iters: int | None = flag("training", None, "evaluate so many batches, spread over the validation part (all)",
                                   low=1)
     log_every: int = flag("training", 10, "steps between log lines", low=1)
     save_every: int = flag("training", 500, "steps between checkpoints", low=1)
@@ -188,7 +188,7 @@ class Config:
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
-    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens that hold this much probability", low=0)
+    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens that hold this probability", low=0)
     kv_cache: str = flag("sampling", "fp16", "format of the KV cache", choices=("fp32", "bf16", "fp16"))
 
     @property
@@ -204,13 +204,13 @@ class Config:
             "mla":        lambda: (a, self.rope_dim * H, a, H, 1),
         }[self.attn_mode]()
         r, p = sem // H, geo // H
-        joint = self.one_temperature or self.attn_mode == "mla"
         latent = self.kv_lora_rank or 0
-        sem_stream, geo_stream, v_stream = ("latent", "k_rope", "latent") if latent else ("k_sem", "k_geo" if sem else "k", "v")
-        paths = [ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem, geo_stream)]
-        if sem:
-            paths.insert(0, ScorePath("sem", r, groups, (r + p if joint else r) ** -0.5, False, self.tie_qk, sem_stream))
-        return AttentionShape(tuple(paths), v // H, groups, v_stream, latent)
+        names = ("latent", "k_rope", "latent") if latent else ("k_sem", "k_geo", "v") if sem else (None, "k", "v")
+        joint = self.one_temperature or self.attn_mode == "mla"
+        r_scale, p_scale = ((r + p) ** -0.5,) * 2 if joint else (max(r, 1) ** -0.5, p ** -0.5)
+        paths = (ScorePath("sem", r, groups, r_scale, False, self.tie_qk, names[0]),
+                 ScorePath("geo", p, geo_groups, p_scale, self.rope, self.tie_qk and not sem, names[1]))
+        return AttentionShape(paths if sem else paths[1:], v // H, groups, names[2], latent)
 
 
 def relative(path):
@@ -245,16 +245,18 @@ def derived(c):
 
 
 def problems(c, given):
-    """Everything wrong with a Config, as sentences that say the values seen and what to do. given: what the user set."""
+    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
     for f in dataclasses.fields(c):
         value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
         name = "--" + f.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value) or low is not None and value is not None and value < low:
+        odd = isinstance(value, float) and not math.isfinite(value)
+        if odd or low is not None and value is not None and value < low:
             yield f"{name} {value} must be a number of at least {low}"
         if choices and value is not None and value not in choices:
             yield f"{name} {value} must be one of {', '.join(choices)}"
         if f.metadata["modes"] and c.attn_mode not in f.metadata["modes"] and given.get(f.name) not in (None, False):
-            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {' or '.join(f.metadata['modes'])}"
+            readers = " or ".join(f.metadata["modes"])
+            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {readers}"
         other = {"train": "sampling", "sample": ("data", "model", "training")}[c.mode]
         if f.metadata["group"] in other and f.name in given:
             yield f"{name} does nothing with --mode {c.mode}; leave it out"
@@ -304,17 +306,16 @@ def training_problems(c):
         yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
     p = c.attention.paths[-1].width
     if c.rope and p % 2 and not uneven:
-        yield f"RoPE turns pairs, so the geometric width per head must be even, not {p}; change the widths or give --no-rope"
+        yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it or give --no-rope"
 
 
 def make_config(**given):
-    """Config from explicit settings: --exp and --size fill in what isn't given, then derived defaults. Raises UserError."""
-    exp, H = given.get("exp"), None
+    """Config from explicit settings; --exp and --size, then derived defaults, fill in the rest. Raises UserError."""
+    exp = given.get("exp")
     preset = dict(EXP_DEFAULTS) if exp in EXPS else {}
     preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
     if exp in EXPS:
-        H = given.get("n_head") or preset["n_head"]
-        preset.update(EXPS[exp](H))
+        preset.update(EXPS[exp](given.get("n_head") or preset["n_head"]))
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
     cfg = Config(**derived({**fields, **preset, **given}))
     found = list(problems(cfg, given))
@@ -330,8 +331,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
-    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
@@ -365,11 +366,12 @@ HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy;
 
 
 def kv_bytes_per_token(cfg):
-    """{format: bytes of KV cache per token over all layers}, every stream in that format; hetero: null unless decoupled."""
+    """{policy: bytes of KV cache per token over all layers}. A policy gives every stream one format; hetero needs
+    decoupled attention and is None elsewhere."""
     streams = cfg.attention.streams
-    sizes = {name: cfg.layers * sum(map(nbytes, streams.values())) for name, nbytes in FORMAT_BYTES.items()}
-    mixed = cfg.layers * sum(FORMAT_BYTES[HETERO[n]](C) for n, C in streams.items()) if HETERO.keys() == streams.keys() else None
-    return {**sizes, "hetero": mixed}
+    policies = {fmt: dict.fromkeys(streams, fmt) for fmt in FORMAT_BYTES} | {"hetero": HETERO}
+    return {name: cfg.layers * sum(FORMAT_BYTES[fmts[stream]](C) for stream, C in streams.items())
+            if fmts.keys() == streams.keys() else None for name, fmts in policies.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -403,7 +405,8 @@ class KVCache:
 
     def __init__(self, cfg, batch, tokens, fmt, device="cpu"):
         self.capacity = -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
-        self.layers = [{name: CacheStream(batch, C, self.capacity, fmt, device) for name, C in cfg.attention.streams.items()}
+        channels = cfg.attention.streams
+        self.layers = [{name: CacheStream(batch, C, self.capacity, fmt, device) for name, C in channels.items()}
                        for _ in range(cfg.layers)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0                                   # max of length, known without asking the device
@@ -428,7 +431,7 @@ def decode_attention(q, streams, shape, length, null=None):
     """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions length .. length + T. length [B].
-    null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v] in float32. Buffers may hold NaN past the length.
+    null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v], float32. Buffers may hold NaN past the length.
     """
     B, H, T, w = q.shape
     key_streams, v_stream = [streams[path.stream] for path in shape.paths], streams[shape.v_stream]
@@ -470,13 +473,13 @@ def rope(x, pos, inv_freq):
 
 
 def attend(q, k, v, null_v=None):
-    """Causal self-attention by the fused kernels of scaled_dot_product_attention.
+    """Causal self-attention by the fused kernels of PyTorch.
 
-    q [B, H, T, w] already scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u] the last channel of q (w = w' + 1)
-    is the score of the null token: one more key and value, which every query may attend to. Returns [B, H, T, u].
+    q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
+    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u].
     """
     u, w = v.size(-1), q.size(-1)
-    width = -(-max(w, u) // 8) * 8                         # the CPU's fused kernel takes one width for all, or falls back
+    width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
     q, k, v = (F.pad(x, (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
         null_k = k.new_zeros(width).index_fill(0, torch.tensor(w - 1, device=k.device), 1)
@@ -497,20 +500,25 @@ def split_heads(x, n):
 
 
 class Attention(nn.Module):
-    """Every mode of the table at the top: project, rotate, cache, attend, merge. Papers: section 3, equations 4 to 10."""
+    """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
 
     def __init__(self, cfg):
         super().__init__()
         self.shape = shape = cfg.attention
         self.n_head, D, H = cfg.n_head, cfg.d_model, cfg.n_head
         source = shape.latent or D                         # what semantic keys and values are projected from
-        self.latent = nn.Sequential(linear(D, source), nn.RMSNorm(source, cfg.norm_eps)) if shape.latent else nn.Identity()
-        self.q = nn.ModuleDict({path.name: linear(D, H * path.width) for path in shape.paths})
-        self.k = nn.ModuleDict({path.name: self.q[path.name] if path.tied else
-                                linear(source if path.name == "sem" else D, path.groups * path.width) for path in shape.paths})
+        self.latent = nn.Identity()
+        if shape.latent:
+            self.latent = nn.Sequential(linear(D, source), nn.RMSNorm(source, cfg.norm_eps))
+        self.q, self.k = nn.ModuleDict(), nn.ModuleDict()
+        for path in shape.paths:
+            n_in, n_out = source if path.name == "sem" else D, path.groups * path.width
+            self.q[path.name] = linear(D, H * path.width)
+            self.k[path.name] = self.q[path.name] if path.tied else linear(n_in, n_out)
         self.v = linear(source, shape.v_groups * shape.v_width)
         self.o = linear(H * shape.v_width, D)
-        self.null = nn.ParameterDict({name: torch.empty(C) for name, C in shape.streams.items()} if cfg.null_attn else {})
+        null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
+        self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
         self.log_temp = nn.Parameter(torch.empty(H)) if cfg.learned_temp else None
         geo = shape.paths[-1]
         self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
@@ -527,7 +535,7 @@ class Attention(nn.Module):
         temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]            # [H, 1, 1]
         q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
         null_score = 0.0
-        if self.null:                                      # q before its rotation: the score must not depend on position
+        if self.null:                                      # with q unrotated: the score must not depend on position
             null_k = self.lift(self.k[path.name], path.stream, self.null[path.stream]).float()        # [G·w]
             null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
             null_score = (q * null_k).sum(-1)
@@ -612,8 +620,8 @@ def nll_and_grad(h, weight, targets, vocab_size):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of h [N, E] · weightᵀ [E, rows]; the gradients are made on the way forward, a chunk of rows of
-    h at a time, so that nothing is computed twice and the full logits never exist at once."""
+    """Summed cross-entropy of h [N, E] · weightᵀ [E, rows]. The gradients are made on the way forward, a chunk of h at
+    a time, so that nothing is computed twice and the full logits never exist at once."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, vocab_size, nll_and_grad):
@@ -688,7 +696,8 @@ class GPT(nn.Module):
             return self.logits(h)
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        return LinearCrossEntropy.apply(h.flatten(0, 1), self.embed.weight, targets.flatten(), self.vocab_size, self.nll_and_grad)
+        return LinearCrossEntropy.apply(h.flatten(0, 1), self.embed.weight, targets.flatten(), self.vocab_size,
+                                        self.nll_and_grad)
 
 
 def count_params(cfg, vocab_size):
@@ -716,7 +725,7 @@ EOS, UNK = "<eos>", "<unk>"
 
 
 def split_words(text):
-    """Word-level tokens of the WikiText convention: lines that aren't blank, split on white space, <eos> between lines."""
+    """Word-level tokens as WikiText has them: lines that aren't blank, split on white space, <eos> between lines."""
     return f" {EOS} ".join(line for line in text.split("\n") if line.strip()).split()
 
 
@@ -781,20 +790,22 @@ class WordTokenizer:
 
 
 TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+SIDECAR_KEYS = {"tokenizer", "vocab_size", "tokens", "sha256", "text_bytes", "val", "vocab"}
+AGAIN = "make it again with prepare_fineweb.py"
 
 
 def read_sidecar(path):
-    """The JSON beside a token file NAME.npy. Raises UserError when it is missing or not what prepare_fineweb.py writes."""
+    """The JSON beside a token file NAME.npy, a dict. Raises UserError unless it is what prepare_fineweb.py writes."""
     sidecar = path.with_suffix(".json")
     try:
         info = json.loads(sidecar.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? make it with prepare_fineweb.py") from None
+        raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}") from None
     except ValueError as e:
-        raise UserError(f"{sidecar} is not JSON ({e}); make the token file again with prepare_fineweb.py") from None
-    missing = {"tokenizer", "vocab_size", "tokens", "sha256", "text_bytes", "val", "vocab"} - (info.keys() if isinstance(info, dict) else set())
+        raise UserError(f"{sidecar} is not JSON ({e}); {AGAIN}") from None
+    missing = SIDECAR_KEYS - (info.keys() if isinstance(info, dict) else set())
     if missing:
-        raise UserError(f"{sidecar} lacks {', '.join(sorted(missing))}; make the token file again with prepare_fineweb.py")
+        raise UserError(f"{sidecar} lacks {', '.join(sorted(missing))}; {AGAIN}")
     return info
 
 
@@ -803,40 +814,41 @@ def open_tokens(path, info):
     try:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as e:
-        raise UserError(f"{path} is not a whole .npy file ({e}); make it again with prepare_fineweb.py") from None
+        raise UserError(f"{path} is not a whole .npy file ({e}); {AGAIN}") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != info["tokens"]:
-        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, its sidecar promises {info['tokens']} ids (uint16 or "
-                        "uint32); make it again with prepare_fineweb.py")
+        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, but its sidecar promises {info['tokens']} ids as "
+                        f"uint16 or uint32; {AGAIN}")
     top = max((int(tokens[i:i + 2**24].max()) for i in range(0, len(tokens), 2**24)), default=0)
     if top >= info["vocab_size"]:
-        raise UserError(f"{path} holds id {top}, its vocabulary ends at {info['vocab_size'] - 1}; make it again with prepare_fineweb.py")
+        raise UserError(f"{path} holds id {top}, but its vocabulary ends at {info['vocab_size'] - 1}; {AGAIN}")
     return tokens
 
 
 def sidecar_tokenizer(path, info):
-    if info["tokenizer"] == "word":
-        try:
-            return WordTokenizer(json.loads((path.parent / str(info["vocab"])).read_text()))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{path}: can't read its vocabulary {info['vocab']} ({e}); make it again with prepare_fineweb.py") from None
     if info["tokenizer"] not in TOKENIZERS:
-        raise UserError(f"{path}: unknown tokenizer {info['tokenizer']!r} in its sidecar; known: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[info["tokenizer"]]()
+        raise UserError(f"{path}: its sidecar's tokenizer is {info['tokenizer']!r}; known: {', '.join(TOKENIZERS)}")
+    if info["tokenizer"] != "word":
+        return TOKENIZERS[info["tokenizer"]]()
+    try:
+        return WordTokenizer(json.loads((path.parent / str(info["vocab"])).read_text()))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: can't read its vocabulary {info['vocab']} ({e}); {AGAIN}") from None
 
 
 def read_text(path):
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files must be .npy by prepare_fineweb.py") from None
-    if text[:10_000].split() and all(w.isdigit() for w in text[:10_000].split()):
-        raise UserError(f"{path} holds numbers: token ids? as words they would be numbered anew; make a .npy with prepare_fineweb.py")
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files end in .npy") from None
+    head = text[:10_000].split()
+    if head and all(word.isdigit() for word in head):
+        raise UserError(f"{path} holds numbers: token ids? Read as words they would be numbered anew; {AGAIN}")
     return text
 
 
 @dataclass
 class Data:
-    """Training and validation ids (1-D arrays or memory maps), the tokenizer, the validation text's bytes or None, sha256."""
+    """Training and validation ids (arrays or memory maps), tokenizer, bytes of the validation text or None, sha256."""
     train: np.ndarray
     val: np.ndarray
     tokenizer: object
@@ -845,65 +857,67 @@ class Data:
 
 
 def load_data(cfg):
-    """Data of cfg.data, cfg.val_data, cfg.val_frac, cfg.tokenizer. Raises UserError for whatever is wrong with the files."""
+    """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py any other data")
+            raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
+            raise UserError(f"{path} is empty; {AGAIN}")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
     data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
     if len(data.train) < cfg.block + 1:
-        raise UserError(f"--block {cfg.block} is longer than the training part, {len(data.train)} tokens; shorten it or add data")
+        raise UserError(f"--block {cfg.block} is too long for {len(data.train)} training tokens; shorten it")
     if len(data.val) < 2:
         raise UserError(f"the validation part has {len(data.val)} tokens; give --val-data or a larger --val-frac")
     return data
 
 
+def split_off(ids, val_frac):
+    """Training and validation part: the last val_frac (default 0.1) of a sequence."""
+    cut = len(ids) - round(len(ids) * (val_frac or 0.1))
+    return [ids[:cut], ids[cut:]]
+
+
 def load_token_files(cfg, paths):
-    train_path, infos = paths[0], [read_sidecar(path) for path in paths]
+    infos = [read_sidecar(path) for path in paths]
     if len(paths) == 1 and infos[0]["val"] and cfg.val_frac is None:
-        paths = [train_path, train_path.parent / infos[0]["val"]]
+        paths.append(paths[0].parent / str(infos[0]["val"]))
         infos.append(read_sidecar(paths[1]))
     info = infos[0]
     if cfg.tokenizer not in ("auto", info["tokenizer"]):
-        raise UserError(f"--tokenizer {cfg.tokenizer}, but {train_path} was made with {info['tokenizer']}; leave it out")
-    if any((i["tokenizer"], i["vocab_size"]) != (info["tokenizer"], info["vocab_size"]) for i in infos):
-        raise UserError(f"{paths[0]} and {paths[1]} have different vocabularies; prepare them together")
-    tokenizer = sidecar_tokenizer(train_path, info)
-    if tokenizer.vocab_size != info["vocab_size"]:
-        raise UserError(f"{train_path}: its sidecar says {info['vocab_size']} types, its tokenizer has {tokenizer.vocab_size}")
-    tokens = [open_tokens(path, i) for path, i in zip(paths, infos)]
-    if len(tokens) == 2:
-        return Data(*tokens, tokenizer, infos[1]["text_bytes"], info["sha256"])
-    cut = len(tokens[0]) - round(len(tokens[0]) * (cfg.val_frac or 0.1))
-    return Data(tokens[0][:cut], tokens[0][cut:], tokenizer, None, info["sha256"])
+        raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {info['tokenizer']}; leave it out")
+    tokenizer = sidecar_tokenizer(paths[0], info)
+    if any((i["tokenizer"], i["vocab_size"]) != (tokenizer.name, tokenizer.vocab_size) for i in infos):
+        raise UserError(f"the vocabularies of {' and '.join(map(str, paths))} don't agree; prepare them together")
+    parts = [open_tokens(path, i) for path, i in zip(paths, infos)]
+    if len(parts) == 2:
+        return Data(*parts, tokenizer, infos[1]["text_bytes"], info["sha256"])
+    return Data(*split_off(parts[0], cfg.val_frac), tokenizer, None, info["sha256"])
 
 
 def load_texts(cfg, paths):
-    """Text files, tokenised here; a word vocabulary is that of the training part."""
+    """Text files, tokenised here; a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
-    sha256 = hashlib.sha256(paths[0].read_bytes()).hexdigest()
     texts = [read_text(path) for path in paths]
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
-        if len(parts) == 1:
-            cut = len(parts[0]) - round(len(parts[0]) * (cfg.val_frac or 0.1))
-            parts = [parts[0][:cut], parts[0][cut:]]
-        tokenizer = WordTokenizer.build(parts[0])
-        return Data(*map(tokenizer.encode_words, parts), tokenizer, len(texts[1].encode()) if len(texts) > 1 else None, sha256)
-    tokenizer = TOKENIZERS[kind]()
-    parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
+    else:
+        tokenizer = TOKENIZERS[kind]()
+        parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
     if len(parts) == 1:
-        cut = len(parts[0]) - round(len(parts[0]) * (cfg.val_frac or 0.1))
-        parts = [parts[0][:cut], parts[0][cut:]]
-    return Data(*parts, tokenizer, len(tokenizer.decode(parts[1])), sha256)
+        parts = split_off(parts[0], cfg.val_frac)
+    if kind == "word":
+        tokenizer = WordTokenizer.build(parts[0])
+        parts = [tokenizer.encode_words(words) for words in parts]
+    val_bytes = None if kind == "word" else len(tokenizer.decode(parts[1]))     # words don't give the spaces back
+    return Data(*parts, tokenizer, len(texts[1].encode()) if len(texts) == 2 else val_bytes,
+                hashlib.sha256(paths[0].read_bytes()).hexdigest())
 
 
 def sample_batch(rng, tokens, batch, block):
-    """Random windows: inputs and targets [batch, block] as int64, targets one token on. The same draws for every mode."""
+    """Random windows: inputs and targets [batch, block], targets one token on. Every mode gets the same draws."""
     starts = rng.integers(0, len(tokens) - block, size=batch)
     windows = np.stack([tokens[s:s + block + 1] for s in starts]).astype(np.int64)
     return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
@@ -912,10 +926,8 @@ def sample_batch(rng, tokens, batch, block):
 def eval_batches(tokens, batch, block, limit=None):
     """Fixed windows that cover all of tokens once, as inputs and targets [batch, block]; targets past the end are -1.
     limit: that many batches, evenly spread."""
-    windows = -(-(len(tokens) - 1) // block)
-    batches = -(-windows // batch)
-    chosen = range(batches) if limit is None or limit >= batches else np.linspace(0, batches - 1, limit).round().astype(int)
-    for b in chosen:
+    batches = -(-(len(tokens) - 1) // (batch * block))
+    for b in np.linspace(0, batches - 1, min(limit or batches, batches)).round().astype(int):
         part = tokens[b * batch * block:(b + 1) * batch * block + 1].astype(np.int64)
         x, y = np.zeros((2, batch * block), dtype=np.int64)
         y[:] = -1
@@ -962,7 +974,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:            # PyTorch raises AssertionError where it was built without CUDA
+    except (RuntimeError, AssertionError) as e:            # AssertionError: PyTorch was built without CUDA
         raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
     return device
 
@@ -975,8 +987,10 @@ def pick_dtype(name, device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    found = next((name for name in ("amx_bf16", "avx512_bf16") if cpu.get(name)), None)
-    return (torch.bfloat16, f"this CPU has {found}") if found else (torch.float32, f"no fast bfloat16 on this {device.type}")
+    for name in ("amx_bf16", "avx512_bf16"):
+        if cpu.get(name):
+            return torch.bfloat16, f"this CPU has {name}"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
 
 
 def autocast(device, dtype):
@@ -1015,7 +1029,7 @@ def make_optimizer(model, cfg):
 
 
 def lr_at(step, cfg):
-    """Learning rate of a step (from 1): linear warm-up, then a cosine from lr to min_lr, constant where they are equal."""
+    """Learning rate of a step (from 1): linear warm-up, then a cosine from lr to min_lr, flat where they are equal."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
@@ -1046,6 +1060,9 @@ def clip_gradients(params, limit):
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
 
 
+KEPT = "what was saved before is kept. Free some space and run the command again"
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1056,15 +1073,18 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}); what was saved before is kept. Free some space and "
-                        "run the command again") from None
+        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}); {KEPT}") from None
 
 
 def save_checkpoint(path, cfg, tokenizer, model, **state):
     """state: step, tokens, best_val_loss, and in last.pt optimizer and rng."""
-    content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=getattr(tokenizer, "words", None)),
+    words = tokenizer.words if tokenizer.name == "word" else None
+    content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
                    model=model.state_dict(), **state)
     write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
+BROKEN = (KeyError, IndexError, ValueError, TypeError, AttributeError)           # what reading damaged data may raise
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1075,23 +1095,20 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is not a file; give a last.pt or best.pt of a run folder")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
-        raise UserError(f"{path} is not a whole checkpoint, or holds more than weights ({type(e).__name__}); nothing of it was run") from None
+    except (*BROKEN, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} is damaged, or holds more than weights and settings ({type(e).__name__}); nothing "
+                        "in it was run") from None
     if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train_dba.py")
-    known = {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(ckpt["config"], dict) or ckpt["config"].keys() != known:
-        odd = ", ".join(sorted(map(str, known ^ ckpt["config"].keys()))) if isinstance(ckpt["config"], dict) else "no settings"
-        raise UserError(f"{path} was written by another version of train_dba.py (settings that differ: {odd})")
     try:
         cfg = ckpt["config"] = Config(**ckpt["config"])
         name, words = ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"]
         ckpt["tokenizer"] = WordTokenizer(words) if name == "word" else TOKENIZERS[name]()
-        wrong = list(problems(cfg, {}))
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} has broken settings ({type(e).__name__}: {e})") from None
+        wrong = next(problems(cfg, {}), None)
+    except BROKEN as e:
+        wrong = f"{type(e).__name__}: {e}"
     if wrong:
-        raise UserError(f"{path} has broken settings: {wrong[0]}")
+        raise UserError(f"{path} has broken settings, or those of another version of train_dba.py ({wrong})")
     return ckpt
 
 
@@ -1111,15 +1128,15 @@ def provenance(device):
     """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit."""
     def git(*args):
         try:
-            return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+            command = ["git", "-C", str(Path(__file__).parent), *args]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):   # no git, or not a clone
             return None
 
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), platform.processor())
     commit = git("rev-parse", "HEAD")
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, platform=platform.system(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, cpu=cpu,
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
 
@@ -1129,8 +1146,7 @@ def append_line(path, **line):
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
     except OSError as e:
-        raise UserError(f"can't write {path} ({e.strerror}); what was saved before is kept. Free some space and run the command "
-                        "again") from None
+        raise UserError(f"can't write {path} ({e.strerror}); {KEPT}") from None
 
 
 def read_log(path):
@@ -1142,19 +1158,20 @@ def read_log(path):
             parsed.append(json.loads(line))
         except ValueError:
             if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is not JSON; mend the line, or start afresh with --overwrite") from None
+                raise UserError(f"{path}:{i + 1} is not JSON; mend it, or start afresh with --overwrite") from None
     return parsed
 
 
 def find_run(cfg, given):
-    """What the run folder holds for this command: (cfg, checkpoint or None, finished). Raises UserError if it is another's."""
+    """What the run folder holds for this command: (cfg, checkpoint or None, finished). Raises UserError if that is
+    a run with other settings, or can't be gone on with."""
     folder = Path(cfg.out_dir)
     log = [] if cfg.overwrite else read_log(folder / "train.jsonl")
     ckpt = None if cfg.overwrite or not (folder / "last.pt").exists() else load_checkpoint(folder / "last.pt")
     if not log and not ckpt:
         return cfg, None, False
     if log and "config" not in log[0]:
-        raise UserError(f"{folder / 'train.jsonl'} doesn't begin with a meta line; use another --out-dir, or --overwrite")
+        raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
     saved = dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"]
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
@@ -1163,7 +1180,8 @@ def find_run(cfg, given):
     differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
               if name not in MAY_CHANGE and value != saved.get(name)]
     if differ:
-        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differ)}. Use another --out-dir, or --overwrite")
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differ)}); use another --out-dir, or "
+                        "--overwrite")
     finished = bool(log) and log[-1].get("type") == "done" and log[-1].get("step") == cfg.steps
     if ckpt is None and len(log) > 1 and not finished:
         raise UserError(f"{folder} has a log but no last.pt to go on from; use another --out-dir, or --overwrite")
@@ -1174,13 +1192,14 @@ def start_folder(cfg, ckpt, device, meta):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "train.jsonl"
-    command = shlex.join(["python3", *("=".join(map(relative, arg.split("=", 1))) for arg in sys.argv)])
-    texts = {"command.txt": command + "\n", "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
-             "env.json": json.dumps(provenance(device), indent=1) + "\n"}
-    kept = [] if ckpt is None else [line for line in read_log(log) if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
+    kept = read_log(folder / "train.jsonl") if ckpt else []
+    kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     lines = [*kept, dict(type="resume_meta", step=ckpt["step"], **meta)] if kept else [dict(type="meta", **meta)]
-    texts["train.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
+    command = ["python3", *("=".join(map(relative, arg.split("=", 1))) for arg in sys.argv)]
+    texts = {"command.txt": shlex.join(command) + "\n",
+             "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
+             "env.json": json.dumps(provenance(device), indent=1) + "\n",
+             "train.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
     if ckpt is None:
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
@@ -1212,17 +1231,17 @@ def evaluate(model, data, cfg, device, dtype, ranks):
 def share_out(cfg, ranks):
     """Micro-batch size, and the micro-batches of a step that this rank takes: fixed globally, dealt round-robin."""
     if ranks.world > 1 and cfg.dropout and not cfg.micro_batch:
-        raise UserError("dropout masks are drawn per micro-batch: give --micro-batch, so that they don't depend on the ranks")
+        raise UserError("dropout masks are drawn per micro-batch; give --micro-batch, so that ranks don't change them")
     micro = cfg.micro_batch or cfg.batch_size // ranks.world
     count = cfg.batch_size * cfg.grad_accum // micro if micro else 0
     if not micro or cfg.batch_size % micro or count % ranks.world:
-        raise UserError(f"--batch-size {cfg.batch_size} x --grad-accum {cfg.grad_accum} in micro-batches of {micro or 1} can't be "
-                        f"dealt evenly to {ranks.world} ranks; change --batch-size or --micro-batch")
+        raise UserError(f"--batch-size {cfg.batch_size} x --grad-accum {cfg.grad_accum} in parts of {micro or 1} "
+                        f"can't be dealt to {ranks.world} ranks evenly; change --batch-size or --micro-batch")
     return micro, range(ranks.rank, count, ranks.world)
 
 
 def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
-    """Add up the gradients of this rank's micro-batches, scaled to the mean over the global batch. Returns its summed nll."""
+    """Add up the gradients of this rank's micro-batches, scaled to the global batch's mean. Returns its summed nll."""
     x, y = (tensor.to(ranks.device) for tensor in batch)
     total = torch.zeros((), device=ranks.device)
     for m in mine:
@@ -1253,16 +1272,17 @@ def catch_signals():
 def describe(cfg, data, ranks, dtype, why):
     """Print what was decided, and return the `meta` line of the log."""
     params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
-    meta = dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
-                data=dict(train_tokens=len(data.train), val_tokens=len(data.val), vocab_size=data.tokenizer.vocab_size, sha256=data.sha256))
+    sizes = dict(train_tokens=len(data.train), val_tokens=len(data.val), vocab_size=data.tokenizer.vocab_size)
     if ranks.rank == 0:
         per_step = cfg.batch_size * cfg.grad_accum * cfg.block
-        print(f"{cfg.attn_mode} attention on {ranks.device}, {torch.get_num_threads()} CPU threads, {ranks.world} rank(s), {dtype} ({why})")
+        print(f"{cfg.attn_mode} attention in {dtype} ({why}) on {ranks.device}, {ranks.world} rank(s) of "
+              f"{torch.get_num_threads()} CPU threads")
         print("parameters:", ", ".join(f"{part} {n:,}" for part, n in params.items()))
         print("KV cache, bytes per token:", ", ".join(f"{fmt} {n:,}" for fmt, n in kv.items() if n is not None))
-        print(f"data: {len(data.train):,} training and {len(data.val):,} validation tokens, {data.tokenizer.vocab_size:,} types; "
-              f"a step is {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {per_step:,} tokens")
-    return meta
+        print("data:", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), f"({data.tokenizer.name})")
+        print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {per_step:,}", flush=True)
+    return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
+                data=dict(sizes, sha256=data.sha256))
 
 
 def train(cfg, given):
@@ -1289,7 +1309,8 @@ def train(cfg, given):
     step, best = 0, math.inf
     if ckpt:
         if ckpt["data"] != meta["data"]:
-            raise UserError(f"{folder} was trained on other data ({ckpt['data']}, now {meta['data']}); use another --out-dir")
+            raise UserError(f"{folder} was trained on other data ({ckpt['data']}, not {meta['data']}); use another "
+                            "--out-dir, or --overwrite")
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         rng.bit_generator.state = ckpt["rng"]
@@ -1306,8 +1327,8 @@ def train(cfg, given):
 
     def save(name, **state):
         if main_rank:
-            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * per_step, best_val_loss=best,
-                            data=meta["data"], **state)
+            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * per_step,
+                            best_val_loss=best, data=meta["data"], **state)
 
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
@@ -1316,7 +1337,7 @@ def train(cfg, given):
     if main_rank:
         start_folder(cfg, ckpt, device, meta)
     if ckpt is None:
-        save_last()                                        # from here on a log without a checkpoint means that it was deleted
+        save_last()                                        # from now on, a log without a checkpoint means a deleted one
     del ckpt
 
     # --- training loop
@@ -1337,8 +1358,8 @@ def train(cfg, given):
         nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
         loss, grad_norm = nll / per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
         if not math.isfinite(loss + grad_norm):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder / 'last.pt'} "
-                            f"holds step {saved_at}: start afresh with a lower --lr or longer --warmup-steps")
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
+                            f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)
@@ -1351,17 +1372,18 @@ def train(cfg, given):
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == 1 or last:
             log(type="train", step=step, tokens=step * per_step, loss=loss, lr=lr, grad_norm=grad_norm,
-                tok_s=timed_steps * per_step / seconds, step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
+                tok_s=timed_steps * per_step / seconds, step_ms=1000 * seconds / timed_steps,
+                mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
             val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
             if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: validation loss {val_loss}; {folder / 'last.pt'} holds step {saved_at}")
+                raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
             ppl = math.exp(val_loss) if val_loss < 700 else None
-            log(type="eval", step=step, tokens=step * per_step, val_loss=val_loss, val_ppl=ppl, val_bpb=bpb, val_tokens=val_tokens,
-                best_val_loss=best)
+            log(type="eval", step=step, tokens=step * per_step, val_loss=val_loss, val_ppl=ppl, val_bpb=bpb,
+                val_tokens=val_tokens, best_val_loss=best)
             bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
@@ -1380,7 +1402,7 @@ def train(cfg, given):
 # Sampling
 
 def pick_token(logits, temperature, top_k, top_p, generator):
-    """One token id per row of logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p. [B, 1]"""
+    """Token ids [B, 1] for logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)     # [B, V] each
@@ -1396,7 +1418,7 @@ PREFILL_CHUNK = 512                                        # prompt tokens per f
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
-    """Yield token ids [B, 1], continuing prompt [B, T] through the cache, which needs room for T + max_new_tokens - 1."""
+    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens."""
     generator = torch.Generator(prompt.device).manual_seed(seed)
     for chunk in prompt.split(PREFILL_CHUNK, 1):
         h = model.hidden(chunk, cache)
@@ -1429,15 +1451,17 @@ def sample(cfg):
     ids = prompt_ids(cfg, tokenizer)
     tokens = len(ids) + cfg.max_new_tokens - 1
     cache = KVCache(model.cfg, 1, tokens, cfg.kv_cache, device)
-    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {device}, {dtype} ({why}); {cfg.kv_cache} KV cache: "
-          f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} allocated for {cache.capacity} tokens", file=sys.stderr)
+    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}; {cfg.kv_cache} cache: "
+          f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} bytes allocated for "
+          f"{cache.capacity} tokens", file=sys.stderr)
     if tokens > model.cfg.block:
-        print(f"warning: goes past the {model.cfg.block} tokens that the model was trained on; RoPE extrapolates", file=sys.stderr)
+        print(f"warning: this goes past the {model.cfg.block} tokens of the training context; RoPE extrapolates",
+              file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
     print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
-        for token in generate(model, torch.tensor([ids], device=device), cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k,
-                              cfg.top_p, cfg.seed):
+        for token in generate(model, torch.tensor([ids], device=device), cfg.max_new_tokens, cache, cfg.temperature,
+                              cfg.top_k, cfg.top_p, cfg.seed):
             print(decoder.decode(tokenizer.decode([token.item()])), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return 0
@@ -1447,7 +1471,7 @@ def sample(cfg):
 # Main
 
 def main(argv=None):
-    """Run a command line; returns the exit code: 0, 1 for what the user can mend, 2 for a flag, 130 or 143 by signal."""
+    """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
     try:
         given = parse_args(argv)
         cfg = make_config(**given)
