@@ -495,6 +495,11 @@ def linear(n_in, n_out):
     return nn.Linear(n_in, n_out, bias=False)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x.float())                  # also where autocast made x bfloat16
+
+
 def split_heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
 
@@ -509,7 +514,7 @@ class Attention(nn.Module):
         source = shape.latent or D                         # what semantic keys and values are projected from
         self.latent = nn.Identity()
         if shape.latent:
-            self.latent = nn.Sequential(linear(D, source), nn.RMSNorm(source, cfg.norm_eps))
+            self.latent = nn.Sequential(linear(D, source), RMSNorm(source, cfg.norm_eps))
         self.q, self.k = nn.ModuleDict(), nn.ModuleDict()
         for path in shape.paths:
             n_in, n_out = source if path.name == "sem" else D, path.groups * path.width
@@ -592,7 +597,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.attn_norm, self.mlp_norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps), nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn_norm, self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps), RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.dropout = cfg.dropout
 
@@ -657,7 +662,7 @@ class GPT(nn.Module):
         factorised = cfg.embed_dim != cfg.d_model
         self.embed_up = linear(cfg.embed_dim, cfg.d_model) if factorised else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.embed_down = linear(cfg.d_model, cfg.embed_dim) if factorised else nn.Identity()
         self.nll_and_grad = nll_and_grad                   # --compile replaces it by its compiled form
 
