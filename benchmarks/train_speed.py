@@ -3,11 +3,11 @@ Training speed of decoupled 32/64 on this machine, as ratios to baselines that r
 
     python3 benchmarks/train_speed.py --out runs/bench_train_speed/train_speed.json
 
-Every contender takes full optimiser steps (forward, backward, clipping, AdamW) on the same batch. `naive` is the same model
-in float32 with explicit score matrices, a mask, and the full logits in memory; `llama` is transformers' Llama of the same
-shape under the same bfloat16 autocast, left out where transformers is not installed. `matmul` is no model: the model's own
-matrix products (forward, and both backward) on random bfloat16 data, the rate that a step could reach if nothing else took
-time. Model FLOPs are counted as 6 x parameters per token.
+Every contender takes full optimiser steps (forward, backward, clipping, AdamW) on the same batch. `naive` is the same
+model in float32 with explicit score matrices, a mask, and the full logits in memory; `llama` is transformers' Llama of
+the same shape under the same bfloat16 autocast, left out where transformers is not installed. `matmul` is no model: the
+model's own matrix products (forward, and both backward) on random bfloat16 data, the rate that a step could reach if
+nothing else took time. Model FLOPs are counted as 6 x parameters per token.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_dba
-from train_dba import GPT, autocast, clip_gradients, compile_model, count_params, make_config, make_optimizer, synchronize
+from train_dba import (GPT, autocast, clip_gradients, compile_model, count_params, make_config, make_optimizer,
+                       synchronize)
 
 VOCAB = 33_278                                             # WikiText-2, word level
 
@@ -83,7 +84,8 @@ def contenders(cfg, device):
         return kind(cfg, VOCAB).init_weights().to(device)
 
     for name, model, dtype in (("naive fp32", fresh(Naive), torch.float32), ("fp32", fresh(), torch.float32),
-                               ("bf16", fresh(), torch.bfloat16), ("bf16 compiled", compile_model(fresh()), torch.bfloat16)):
+                               ("bf16", fresh(), torch.bfloat16),
+                               ("bf16 compiled", compile_model(fresh()), torch.bfloat16)):
         add(name, model, model, dtype)
     try:
         model, loss = llama(cfg)
@@ -102,15 +104,14 @@ def matmul_step(cfg, device):
     widths += [(cfg.d_model, cfg.d_ff)] * 2 + [(cfg.d_ff, cfg.d_model)]
     tensors = []
     for n_in, n_out, times in [(i, o, cfg.layers) for i, o in widths] + [(cfg.d_model, -(-VOCAB // 64) * 64, 1)]:
-        x, w, g = (torch.randn(a, b, dtype=torch.bfloat16, device=device) for a, b in ((N, n_in), (n_out, n_in), (N, n_out)))
+        x, w, g = (torch.randn(size, dtype=torch.bfloat16, device=device)
+                   for size in ((N, n_in), (n_out, n_in), (N, n_out)))
         tensors.append((x, w, g, times))
 
     def step():
         for x, w, g, times in tensors:
             for _ in range(times):
-                for part in range(0, N, 512) if w.size(0) > 2**14 else [None]:  # the loss goes through its logits in parts
-                    rows = slice(None) if part is None else slice(part, part + 512)
-                    x[rows] @ w.T, g[rows] @ w, g[rows].T @ x[rows]
+                x @ w.T, g @ w, g.T @ x
     return step, sum(6 * x.numel() * w.size(0) * times for x, w, g, times in tensors)
 
 
@@ -149,19 +150,22 @@ def main():
     rate = flops / median["matmul"]
     rows = []
     for name, (_, n) in steps.items():
-        rows.append(dict(name=name, params=n, tokens_per_second=tokens / median[name], times_naive=median["naive fp32"] / median[name],
+        rows.append(dict(name=name, params=n, tokens_per_second=tokens / median[name],
+                         times_naive=median["naive fp32"] / median[name],
                          share_of_matmul_rate=6 * n * tokens / median[name] / rate))
         if "transformers Llama bf16" in median:
             rows[-1]["times_llama"] = median["transformers Llama bf16"] / median[name]
-    print(f"decoupled {cfg.sem_dim}/{cfg.geo_dim}, {params:,} parameters, batch {cfg.batch_size} x {cfg.block}, medians of "
-          f"{args.rounds} steps on {device}; matrix products alone: {rate / 1e12:.2f} TFLOP/s")
+    print(f"decoupled {cfg.sem_dim}/{cfg.geo_dim}, {params:,} parameters, batch {cfg.batch_size} x {cfg.block}, medians "
+          f"of {args.rounds} steps on {device}; matrix products alone: {rate / 1e12:.2f} TFLOP/s")
     print(f"{'':26}{'tokens/s':>10}{'x naive':>9}{'x Llama':>9}{'of matmul rate':>16}")
     for row in rows:
         ratio = f"{row['times_llama']:9.2f}" if "times_llama" in row else f"{'-':>9}"
-        print(f"{row['name']:26}{row['tokens_per_second']:10.0f}{row['times_naive']:9.2f}{ratio}{row['share_of_matmul_rate']:16.2f}")
+        print(f"{row['name']:26}{row['tokens_per_second']:10.0f}{row['times_naive']:9.2f}{ratio}"
+              f"{row['share_of_matmul_rate']:16.2f}")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        result = dict(env=train_dba.provenance(device), rounds=args.rounds, matmul_tflops=rate / 1e12, rows=rows, seconds=seconds)
+        result = dict(env=train_dba.provenance(device), rounds=args.rounds, matmul_tflops=rate / 1e12, rows=rows,
+                      seconds=seconds)
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,0 +1,148 @@
+"""
+Figures and tables from run folders: reads only runs/, writes assets/.
+
+    python3 plot_results.py                                # runs/ to assets/ and the README's table
+    python3 plot_results.py --runs runs/demo --out runs/demo --readme ""
+
+assets/results.json holds every number that is drawn or tabled, with the run that it comes from; the same runs give the
+same bytes. fig_convergence.png shows validation loss over training tokens, one panel per data set. Runs that aren't
+finished are named and left out.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MARKS = "<!-- results: written by plot_results.py -->", "<!-- end of results -->"
+
+
+def read_jsonl(path):
+    """Lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
+    parsed = []
+    for line in path.read_text().splitlines():
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            break
+    return parsed
+
+
+def label(config):
+    """Short name of a model: its mode, its widths, what was switched on."""
+    mode, c = config["attn_mode"], config
+    width = {"standard": c["d_model"], "bottleneck": c["attn_dim"], "decoupled": f"{c['sem_dim']}/{c['geo_dim']}",
+             "gqa": f"{c['n_head']}Q/{c['kv_head']}KV", "mla": f"{c['kv_lora_rank']}+{c['rope_dim']}"}[mode]
+    switches = {"null": c["null_attn"], "tied": c["tie_qk"], "one temperature": c["one_temperature"],
+                "no RoPE": not c["rope"]}
+    extras = [name for name, on in switches.items() if on]
+    return " ".join([mode, str(width), *extras])
+
+
+def read_run(folder):
+    """One finished run as a dict of what is reported of it, or None for a run that isn't finished."""
+    lines = read_jsonl(folder / "train.jsonl")
+    if not lines or lines[-1]["type"] != "done":
+        return None
+    meta, env = lines[0], json.loads((folder / "env.json").read_text())
+    config = next(line for line in reversed(lines) if line["type"] in ("meta", "resume_meta"))["config"]
+    train, evals = ([line for line in lines if line["type"] == kind] for kind in ("train", "eval"))
+    return dict(
+        run=folder.name, label=label(config), data=Path(config["data"]).name, sha256=meta["data"]["sha256"],
+        context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
+        steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
+        kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"],
+        val_tokens=evals[-1]["val_tokens"], last_val_loss=evals[-1]["val_loss"], 
+        best_val_loss=evals[-1]["best_val_loss"],
+        last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
+        hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
+        dtype=config["dtype"], commit=env["commit"], dirty=env["dirty"],
+        curve=[[line["tokens"], line["val_loss"]] for line in evals])
+
+
+def read_runs(root):
+    """Finished runs under root in the order of their names; the others are named on standard error."""
+    runs = []
+    for log in sorted(root.glob("*/train.jsonl")):
+        run = read_run(log.parent)
+        if run is None:
+            print(f"{log.parent}: not finished, left out", file=sys.stderr)
+        else:
+            runs.append(run)
+    return runs
+
+
+def draw_convergence(runs, path):
+    """Validation loss over training tokens: a panel per data set and context, a line per run."""
+    panels = sorted({(run["data"], run["context"]) for run in runs})
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels) + 0.4, 3.6), squeeze=False, layout="constrained")
+    for ax, panel in zip(axes[0], panels):
+        for i, run in enumerate(r for r in runs if (r["data"], r["context"]) == panel):
+            tokens, losses = zip(*run["curve"])
+            ax.plot([t / 1e6 for t in tokens], losses, STYLES[i % 4], color=COLORS[i % 7], linewidth=1.6, marker="o",
+                    markersize=3, label=run["label"])
+        ax.set(title=f"{panel[0]}, context {panel[1]}", xlabel="training tokens (millions)",
+               ylabel="validation loss (nats/token)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.savefig(path, dpi=200, metadata={"Software": None})
+    plt.close(fig)
+
+
+def table(runs):
+    """The README's table of results, in Markdown."""
+    head = ("model", "data", "parameters", "KV B/token fp16", "tokens", "seed", "val loss, last", "best", "tokens/s",
+            "run", "commit")
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in runs:
+        commit = "unknown" if r["commit"] is None else r["commit"][:7] + ("+" if r["dirty"] else "")
+        cells = (r["label"], f"{r['data']}, {r['batch']} x {r['context']}", f"{r['params'] / 1e6:.1f}M",
+                 f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
+                 f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`", f"`{commit}`")
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    hardware = sorted({f"{r['hardware']}, {r['dtype']}" for r in runs})
+    covered = ", ".join(f"{n:,}" for n in sorted({r["val_tokens"] for r in runs}))
+    rows += ["", f"Hardware: {'; '.join(hardware)}. Validation covers {covered} tokens. One seed a row: differences "
+             "between rows carry no interval. A commit with + had uncommitted changes."]
+    return "\n".join(rows)
+
+
+def between_marks(text, content):
+    """text with what stands between the two marks replaced. Raises SystemExit when it lacks them."""
+    begin, end = MARKS
+    if begin not in text or end not in text:
+        sys.exit(f"error: the README lacks the marks {begin} and {end}; add them where the table belongs")
+    return f"{text[:text.index(begin) + len(begin)]}\n{content}\n{text[text.index(end):]}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
+    parser.add_argument("--out", type=Path, default=Path("assets"), help="where figures and results.json go (assets)")
+    parser.add_argument("--readme", default="README.md", help="file whose table is rewritten; empty: none (README.md)")
+    args = parser.parse_args(argv)
+    runs = read_runs(args.runs)
+    if not runs:
+        sys.exit(f"error: no finished run under {args.runs}; train one first, for example with `make demo`")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+    draw_convergence(runs, args.out / "fig_convergence.png")
+    if args.readme:
+        readme = Path(args.readme)
+        readme.write_text(between_marks(readme.read_text(), table(runs)))
+    print(f"{len(runs)} runs: {args.out / 'results.json'}, {args.out / 'fig_convergence.png'}"
+          + (f", the table in {args.readme}" if args.readme else ""))
+
+
+if __name__ == "__main__":
+    main()

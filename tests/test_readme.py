@@ -1,0 +1,90 @@
+"""The README's commands run as written, the Makefile runs the same ones, its table is what the committed runs say."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot_results
+from train_dba import main, parse_args
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [" ".join(line.split("#")[0].split()) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+TRAINING = [c for c in COMMANDS if c.startswith("python3 train_dba.py") and "--mode sample" not in c]
+
+
+@pytest.fixture
+def tiny_data(tmp_path, monkeypatch):
+    """A working folder with the token files that the README names, of a few thousand word tokens each."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    words = [f"w{i}" for i in range(48)] + ["<eos>", "<unk>"]
+    for name in ("wikitext2", "fineweb_100m"):
+        (data / f"{name}.vocab.json").write_text(json.dumps(words))
+        for part, n in (("", 5000), (".val", 2100)):
+            np.save(data / f"{name}{part}.npy", np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
+            info = dict(dataset=name, revision=None, tokenizer="word", vocab_size=50, eot=48, tokens=n, documents=1,
+                        sha256="0", text_bytes=5 * n, val=None if part else f"{name}.val.npy", vocab=f"{name}.vocab.json")
+            (data / f"{name}{part}.json").write_text(json.dumps(info))
+
+
+def test_readme_has_every_experiment():
+    assert len(TRAINING) == 9
+    assert len({parse_args(shlex.split(c)[2:])["out_dir"] for c in TRAINING}) == 9
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=lambda c: re.search(r"runs/(\w+)", c)[1])
+def test_training_command(command, tiny_data, capsys):
+    argv = shlex.split(command)[2:]
+    given = parse_args(argv)
+    if "steps" in given:
+        argv[argv.index("--steps") + 1] = "2"
+    else:
+        argv += ["--steps", "2"]
+    assert main(argv) == 0
+    run = Path(given["out_dir"])
+    resolved = json.loads((run / "resolved_config.json").read_text())
+    assert resolved == {**resolved, **given, "steps": 2}
+    assert {p.name for p in run.iterdir()} == {"command.txt", "resolved_config.json", "env.json", "train.jsonl",
+                                               "last.pt", "best.pt"}
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["meta", "train", "train", "eval", "done"]
+    assert lines[0]["config"] == resolved and lines[-2]["val_tokens"] == 2099
+
+
+def test_makefile_runs_the_same_commands():
+    named = re.findall(r"`make (\w+)`", README[:README.index("## Sample")])
+    targets = [t for t in dict.fromkeys(named) if t not in ("help", "fineweb")]
+    assert len(targets) == 9
+    printed = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = printed.stdout.replace("\\\n", " ").splitlines()
+    made = [parse_args(shlex.split(line)[2:]) for line in lines if "train_dba.py" in line]
+    assert {m["out_dir"]: m for m in made} == {g["out_dir"]: g for g in (parse_args(shlex.split(c)[2:]) for c in TRAINING)}
+
+
+def test_every_make_target_named_exists():
+    for target in set(re.findall(r"(?:^|`)make ([a-z0-9_]+)", README, re.M)):
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_results_table_and_json_are_what_the_runs_say(tmp_path):
+    for name in ("a", "b"):
+        command = [sys.executable, ROOT / "plot_results.py", "--runs", ROOT / "runs", "--out", tmp_path / name]
+        subprocess.run([*command, "--readme", ""], check=True, capture_output=True)
+    files = [(tmp_path / name / "results.json").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1] == (ROOT / "assets" / "results.json").read_bytes()
+    table = plot_results.table(json.loads(files[0]))
+    assert plot_results.between_marks(README, table) == README
+
+
+def test_committed_runs_name_no_machine():
+    for path in (ROOT / "runs").glob("*/*.json*"):
+        assert not re.search(r'"(/|\.\./)', path.read_text()), path
