@@ -196,21 +196,25 @@ class Config:
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
         G = self.kv_head or H
-        sem, geo, v, groups, geo_groups = {                # totals over the query heads
-            "standard":   lambda: (0, d, d, H, H),
-            "bottleneck": lambda: (0, a, a, H, H),
-            "gqa":        lambda: (0, a, a, G, G),
-            "decoupled":  lambda: (self.sem_dim, self.geo_dim, a, G, G),
-            "mla":        lambda: (a, self.rope_dim * H, a, H, 1),
+        sem, geo, v, groups, geo_groups, (sem_stream, geo_stream, v_stream) = {     # widths over all query heads
+            "standard":   lambda: (0, d, d, H, H, ("", "k", "v")),
+            "bottleneck": lambda: (0, a, a, H, H, ("", "k", "v")),
+            "gqa":        lambda: (0, a, a, G, G, ("", "k", "v")),
+            "decoupled":  lambda: (self.sem_dim, self.geo_dim, a, G, G, ("k_sem", "k_geo", "v")),
+            "mla":        lambda: (a, self.rope_dim * H, a, H, 1, ("latent", "k_rope", "latent")),
         }[self.attn_mode]()
         r, p = sem // H, geo // H
-        latent = self.kv_lora_rank or 0
-        names = ("latent", "k_rope", "latent") if latent else ("k_sem", "k_geo", "v") if sem else (None, "k", "v")
         joint = self.one_temperature or self.attn_mode == "mla"
-        r_scale, p_scale = ((r + p) ** -0.5,) * 2 if joint else (max(r, 1) ** -0.5, p ** -0.5)
-        paths = (ScorePath("sem", r, groups, r_scale, False, self.tie_qk, names[0]),
-                 ScorePath("geo", p, geo_groups, p_scale, self.rope, self.tie_qk and not sem, names[1]))
-        return AttentionShape(paths if sem else paths[1:], v // H, groups, names[2], latent)
+        geo_path = ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem,
+                             geo_stream)
+        if not sem:
+            return AttentionShape((geo_path,), v // H, groups, v_stream, 0)
+        sem_path = ScorePath("sem", r, groups, (r + p if joint else r) ** -0.5, False, self.tie_qk, sem_stream)
+        return AttentionShape((sem_path, geo_path), v // H, groups, v_stream, self.kv_lora_rank or 0)
+
+
+def flag_name(field_name):
+    return "--" + field_name.replace("_", "-")
 
 
 def relative(path):
@@ -246,29 +250,32 @@ def derived(c):
 
 def problems(c, given):
     """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
+    found = list(field_problems(c, given))
+    return found or list(sampling_problems(c) if c.mode == "sample" else training_problems(c))
+
+
+def field_problems(c, given):
+    """What is wrong with single settings, or is set but never read."""
     for f in dataclasses.fields(c):
-        value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
-        name = "--" + f.name.replace("_", "-")
+        value, m, name = getattr(c, f.name), f.metadata, flag_name(f.name)
         odd = isinstance(value, float) and not math.isfinite(value)
-        if odd or low is not None and value is not None and value < low:
-            yield f"{name} {value} must be a number of at least {low}"
-        if choices and value is not None and value not in choices:
-            yield f"{name} {value} must be one of {', '.join(choices)}"
-        if f.metadata["modes"] and c.attn_mode not in f.metadata["modes"] and given.get(f.name) not in (None, False):
-            readers = " or ".join(f.metadata["modes"])
-            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {readers}"
-        other = {"train": "sampling", "sample": ("data", "model", "training")}[c.mode]
-        if f.metadata["group"] in other and f.name in given:
+        if odd or m["low"] is not None and value is not None and value < m["low"]:
+            yield f"{name} {value} must be a number of at least {m['low']}"
+        if m["choices"] and value is not None and value not in m["choices"]:
+            yield f"{name} {value} must be one of {', '.join(m['choices'])}"
+        if m["modes"] and c.attn_mode not in m["modes"] and given.get(f.name) not in (None, False):
+            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {' or '.join(m['modes'])}"
+        if f.name in given and m["group"] in (("sampling",) if c.mode == "train" else ("data", "model", "training")):
             yield f"{name} does nothing with --mode {c.mode}; leave it out"
-    if c.mode == "sample":
-        if not c.ckpt:
-            yield "--mode sample needs --ckpt, the checkpoint to sample from"
-        if c.prompt is not None and c.prompt_tokens is not None:
-            yield "--prompt and --prompt-tokens exclude each other; give one"
-        if c.top_p is not None and not 0 < c.top_p <= 1:
-            yield f"--top-p {c.top_p} must be above 0 and at most 1"
-    else:
-        yield from training_problems(c)
+
+
+def sampling_problems(c):
+    if not c.ckpt:
+        yield "--mode sample needs --ckpt, the checkpoint to sample from"
+    if c.prompt is not None and c.prompt_tokens is not None:
+        yield "--prompt and --prompt-tokens exclude each other; give one"
+    if c.top_p is not None and not 0 < c.top_p <= 1:
+        yield f"--top-p {c.top_p} must be above 0 and at most 1"
 
 
 def training_problems(c):
@@ -280,7 +287,7 @@ def training_problems(c):
         yield f"--val-frac {c.val_frac} must lie between 0 and 1"
     if c.dtype == "float16":
         yield "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"
-    if not c.dropout < 1:
+    if c.dropout >= 1:
         yield f"--dropout {c.dropout} must be below 1"
     if c.lr == 0:
         yield "--lr 0 trains nothing"
@@ -290,23 +297,27 @@ def training_problems(c):
         yield f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"
     if c.micro_batch and c.batch_size % c.micro_batch:
         yield f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"
+    yield from width_problems(c)
+
+
+def width_problems(c):
+    """What is wrong with the attention widths, taken together."""
+    H, G = c.n_head, c.kv_head or c.n_head
     if c.attn_dim is None:
         yield f"--attn-mode {c.attn_mode} needs --attn-dim"
         return
     if c.attn_mode == "standard" and c.attn_dim != c.d_model:
         yield f"--attn-mode standard attends at full width, not --attn-dim {c.attn_dim}; use bottleneck, or --d-model"
-    H, G = c.n_head, c.kv_head or c.n_head
-    widths = dict(sem_dim=c.sem_dim, geo_dim=c.geo_dim, attn_dim=c.attn_dim)
-    uneven = [f"--{name.replace('_', '-')} {w}" for name, w in widths.items() if w and w % H]
+    widths = ("d_model",) if c.attn_mode == "standard" else ("attn_dim", "sem_dim", "geo_dim")
+    uneven = [f"{flag_name(name)} {getattr(c, name)}" for name in widths if (getattr(c, name) or 0) % H]
     if uneven:
-        yield f"{' and '.join(uneven)}: --n-head {H} must divide it"
+        yield f"--n-head {H} must divide {' and '.join(uneven)}"
+    elif c.rope and (p := c.attention.paths[-1].width) % 2:
+        yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
     if H % G:
         yield f"--kv-head {G} must divide --n-head {H}"
     if c.tie_qk and G != H:
         yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
-    p = c.attention.paths[-1].width
-    if c.rope and p % 2 and not uneven:
-        yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it or give --no-rope"
 
 
 def make_config(**given):
@@ -318,8 +329,7 @@ def make_config(**given):
         preset.update(EXPS[exp](given.get("n_head") or preset["n_head"]))
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
     cfg = Config(**derived({**fields, **preset, **given}))
-    found = list(problems(cfg, given))
-    if found:
+    if found := problems(cfg, given):
         raise UserError("; ".join(found))
     return cfg
 
@@ -340,7 +350,7 @@ def parse_args(argv=None):
         kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
         default = "" if f.default is None or kind is bool else f" ({f.default})"
-        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=m["help"] + default, **how)
+        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -1109,7 +1119,7 @@ def load_checkpoint(path, device="cpu"):
         cfg = ckpt["config"] = Config(**ckpt["config"])
         name, words = ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"]
         ckpt["tokenizer"] = WordTokenizer(words) if name == "word" else TOKENIZERS[name]()
-        wrong = next(problems(cfg, {}), None)
+        wrong = "; ".join(problems(cfg, {}))
     except BROKEN as e:
         wrong = f"{type(e).__name__}: {e}"
     if wrong:
