@@ -328,7 +328,7 @@ DATASETS = {
 
 
 def start_worker(name, parent):
-    """Runs first in each worker; builds the tokenizer there, so that spawned processes (macOS) work like forked ones."""
+    """Runs first in each worker; builds the tokenizer there, so that spawned workers (macOS) do as forked ones."""
     global TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C goes to the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -368,6 +368,8 @@ def encode_batch(texts):
 @contextlib.contextmanager
 def worker_pool(args):
     """Worker processes, begun before there is a thread or connection that a fork could break."""
+    if args.tokenizer in FIXED_TOKENIZERS:
+        FIXED_TOKENIZERS[args.tokenizer]()                 # what it lacks is said here; forked workers find it loaded
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(args.workers, context, start_worker, (args.tokenizer, os.getpid()))
     try:
@@ -563,7 +565,7 @@ def clear(beside):
 
 
 def differences(settings, earlier):
-    return ", ".join(f"{key} {earlier.get(key)!r} instead of {value!r}" for key, value in settings.items()
+    return ", ".join(f"{key} {earlier.get(key)!r:.20} instead of {value!r:.20}" for key, value in settings.items()
                      if earlier.get(key) != value)
 
 
@@ -603,6 +605,8 @@ def prepare(args, pool):
     settings = {"dataset": args.dataset, "tokenizer": args.tokenizer, "tokens_asked": args.tokens,
                 "val_frac": args.val_frac}
     journal, sidecar = read_json(beside(".npy.part.json")), None if args.overwrite else read_json(beside(".json"))
+    if journal and journal["read"] == 0 and not journal["complete"]:     # nothing to lose, so nothing to refuse
+        journal = None
     known = next((old["revision"] for old in (sidecar, journal) if old and not differences(settings, old)), None)
     revision, size, documents = DATASETS[args.dataset]["open"](args, known)
     settings["revision"] = revision
@@ -705,7 +709,8 @@ def main(argv=None):
     except UserError as e:
         sys.exit(f"error: {e}")
     except OSError as e:
-        what, where = "make room" if e.errno == errno.ENOSPC else "correct that", f" ({e.filename})" if e.filename else ""
+        where = f" ({e.filename})" if e.filename else ""
+        what = "make room" if e.errno == errno.ENOSPC else "correct that"
         sys.exit(f"error: {e.strerror or e}{where}: {what} and run the same command again")
     except SystemExit as e:
         print("stopped; run the same command again to go on", file=sys.stderr)
