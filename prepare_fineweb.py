@@ -27,6 +27,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -171,7 +172,7 @@ def read_parquet(path, start):
                             raise UserError(f'{path}, row {row}: no string in the column "text" but {text!r:.40}')
                         yield text, row
     except (ValueError, OSError, NotImplementedError) as e:          # which Arrow's own errors derive from
-        raise UserError(f"{path}: can't be read as parquet ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: can't be read as parquet ({str(e).partition(chr(10))[0]})") from None
 
 
 def read_articles(path, start):
@@ -193,6 +194,40 @@ def read_files(files, reader, cursor):
     for n, path in enumerate(files[first:], first):
         for text, position in reader(path)(path, start if n == first else 0):
             yield text, [n, position]
+
+
+@contextlib.contextmanager
+def hub_errors(repo):
+    """Turns what the hub's libraries raise into one line. The base of their HTTP errors depends on the version."""
+    optional("datasets", "datasets", "reading from the Hugging Face hub")
+    errors = optional("huggingface_hub.errors", "huggingface_hub", "reading from the Hugging Face hub")
+    try:
+        yield
+    except (OSError, *errors.HfHubHTTPError.__bases__) as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"can't read {repo} from the Hugging Face hub ({type(e).__name__}): go online and run the same "
+                        "command again; --dataset sample needs no network") from None
+
+
+def hub_revision(repo):
+    """The commit that a hub dataset is at now."""
+    with hub_errors(repo):
+        return importlib.import_module("huggingface_hub").HfApi().dataset_info(repo).sha
+
+
+def read_hub(repo, config, split, revision, cursor):
+    """Documents streamed from the hub. The cursor is the stream's state_dict, which names a file and row group to go on
+    from; skip(n) would download everything before again."""
+    with hub_errors(repo):
+        import datasets
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(repo, config, split=split, revision=revision, streaming=True)
+        rows = rows.select_columns(["text"])
+        if cursor is not None:
+            rows.load_state_dict(cursor)
+        for row in rows:
+            yield row["text"], rows.state_dict()
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -226,10 +261,12 @@ def open_wikitext(args, _revision):
     """--dataset wikitext2: file 0 is the official validation split; it goes first so that --tokens can't cut it off."""
     folder = args.input[0] if args.input else args.output.parent
     files = [folder / f"wiki.{split}.tokens" for split in ("valid", "train", "test")]
-    if not args.input:
+    if not args.input and not all(path.exists() for path in files):
+        repo = "Salesforce/wikitext"
+        revision = hub_revision(repo)
         for path, split in zip(files, ("validation", "train", "test")):
             if not path.exists():                          # the hub has "" for a blank line, the original files " \n"
-                rows = read_hub("Salesforce/wikitext", "wikitext-2-v1", split, None, None)
+                rows = read_hub(repo, "wikitext-2-v1", split, revision, None)
                 write_chunks(path, ((text if text.strip() else " \n").encode() for text, _ in rows))
     for path in files[:2]:
         if not path.exists():
@@ -274,40 +311,10 @@ def open_sample(_args, _revision):
     return f"Python {platform.python_version()}", 2_300_000, read_sample
 
 
-@contextlib.contextmanager
-def hub_errors(repo):
-    """Turns what the hub's libraries raise into one line. The base of their HTTP errors depends on the version."""
-    optional("datasets", "datasets", "reading from the Hugging Face hub")
-    errors = optional("huggingface_hub.errors", "huggingface_hub", "reading from the Hugging Face hub")
-    try:
-        yield
-    except (OSError, *errors.HfHubHTTPError.__bases__) as e:
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            raise
-        raise UserError(f"can't read {repo} from the Hugging Face hub ({type(e).__name__}): go online and run the same "
-                        "command again; --dataset sample needs no network") from None
-
-
-def read_hub(repo, config, split, revision, cursor):
-    """Documents streamed from the hub. The cursor is the stream's state_dict, which names a file and row group to go on
-    from; skip(n) would download everything before again."""
-    with hub_errors(repo):
-        import datasets
-        datasets.disable_progress_bars()
-        rows = datasets.load_dataset(repo, config, split=split, revision=revision, streaming=True)
-        rows = rows.select_columns(["text"])
-        if cursor is not None:
-            rows.load_state_dict(cursor)
-        for row in rows:
-            yield row["text"], rows.state_dict()
-
-
 def open_fineweb(args, revision):
     """--dataset fineweb-edu. A resumed run stays with the revision it began with."""
     repo = "HuggingFaceFW/fineweb-edu"
-    if revision is None:
-        with hub_errors(repo):
-            revision = importlib.import_module("huggingface_hub").HfApi().dataset_info(repo).sha
+    revision = revision or hub_revision(repo)
     return revision, None, functools.partial(read_hub, repo, fineweb_config(args.tokens), "train", revision)
 
 
@@ -325,6 +332,9 @@ DATASETS = {
 
 # -----------------------------------------------------------------------------
 # Tokens: worker processes, in the order of the documents
+
+
+TOKENIZER = None                                   # of a worker process; None there for words
 
 
 def start_worker(name, parent):
@@ -391,7 +401,7 @@ def batches(documents, index, val_frac):
     for index, (text, cursor) in enumerate(documents, index):
         texts.append(text)
         is_val.append(cursor[0] == 0 if val_frac is None
-                        else math.floor((index + 1) * val_frac) > math.floor(index * val_frac))
+                      else math.floor((index + 1) * val_frac) > math.floor(index * val_frac))
         chars += len(text) + 64                            # an empty document takes room, too
         if chars >= BATCH_CHARS:
             yield texts, is_val, cursor
@@ -522,7 +532,7 @@ def place(part, path, tokens, dtype, table):
         f.seek(HEADER_BYTES)
         chunks = iter(lambda: f.read(CHUNK_BYTES), b"")
         translated = (table[np.frombuffer(chunk, np.uint32)].astype(dtype).tobytes() for chunk in chunks)
-        write_chunks(path, (chunk for part in ([npy_header(tokens, dtype)], translated) for chunk in part))
+        write_chunks(path, itertools.chain([npy_header(tokens, dtype)], translated))
     part.unlink()
 
 
@@ -565,6 +575,7 @@ def clear(beside):
 
 
 def differences(settings, earlier):
+    """What the settings that decide every byte have in a sidecar or journal instead; empty if they agree."""
     return ", ".join(f"{key} {earlier.get(key)!r:.20} instead of {value!r:.20}" for key, value in settings.items()
                      if earlier.get(key) != value)
 
@@ -574,7 +585,8 @@ def check_disk(args, size, journal):
     known = [n for n in (args.tokens, size and size // TEXT_BYTES_PER_TOKEN[args.tokenizer]) if n is not None]
     expected = min(known)
     # Word ids are 4 bytes until their number is known, then up to 4 bytes more in the final file.
-    need = int(expected * (1 + (args.val_frac or 0.1)) * (8 if args.tokenizer == "word" else 2))
+    with_val = 1.1 if args.val_frac is None else 1 + args.val_frac
+    need = int(expected * with_val * (8 if args.tokenizer == "word" else 2))
     need -= sum(part["bytes"][0] for part in journal["parts"].values())
     free = shutil.disk_usage(args.output.parent).free
     if need > free:
@@ -585,7 +597,7 @@ def check_disk(args, size, journal):
 
 @contextlib.contextmanager
 def exclusive(path):
-    """Holds a lock that the system releases when this process ends, however it ends."""
+    """Holds a lock that the system releases however this process ends: two runs would cut each other's parts."""
     with open(path, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -594,7 +606,7 @@ def exclusive(path):
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def prepare(args, pool):
@@ -695,6 +707,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Ends the program with 1 for what the user can mend, 2 for a wrong command line, 130 or 143 when stopped."""
     args = parse_args(argv)
 
     def stop(signum, _frame):

@@ -3,9 +3,9 @@
     python benchmarks/tokenize_speed.py                                    # Python's own documentation
     python benchmarks/tokenize_speed.py --input folder/of/texts            # .txt, .jsonl, .parquet
 
-Baseline: `encode_ordinary_batch` on the documents in memory, a thread per core. Pipeline: the whole command on the same documents
-in a .jsonl file, from reading the line to the sidecar's sha256: parsing, processes, files, journal and syncs. Start-up of Python
-and of the tokenizer is left out of both. The two take turns; medians of the repeats.
+Baseline: `encode_ordinary_batch` on the documents in memory, a thread per core. Pipeline: the whole command on the
+same documents in a .jsonl file, from reading the line to the sidecar's sha256: parsing, processes, files, journal and
+syncs. Start-up of Python and of the tokenizer is left out of both. The two take turns; medians of the repeats.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def baseline_seconds(bpe, texts, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", nargs="+", type=Path, help="texts to use instead of Python's documentation")
-    parser.add_argument("--megabytes", type=float, default=50, help="text per repeat [%(default)s]")
+    parser.add_argument("--megabytes", type=float, default=100, help="text per repeat [%(default)s]")
     parser.add_argument("--repeats", type=int, default=5, help="of each, taking turns [%(default)s]")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     args = parser.parse_args()
@@ -68,7 +68,7 @@ def main():
             seconds, tokens = baseline_seconds(bpe, texts, cores)
             wall = pipeline_seconds(source, output, cores)
             written = json.loads(output.with_suffix(".json").read_text())["tokens"]
-            assert written == tokens + len(texts), (written, tokens, len(texts))       # the pipeline adds an eot to each
+            assert written == tokens + len(texts), (written, tokens, len(texts))   # the pipeline adds an eot to each
             if repeat:
                 rates["tiktoken"].append(tokens / seconds)
                 rates["pipeline"].append(tokens / wall)
@@ -80,8 +80,9 @@ def main():
         print(f"{name:9s} {medians[name] / 1e6:6.2f} M tokens/s   ({min(values) / 1e6:.2f} to {max(values) / 1e6:.2f})")
     print(f"ratio     {ratio:6.3f}   (median of the pairs)")
     if args.out:
-        args.out.write_text(json.dumps({"documents": len(texts), "tokens": tokens, "cores": cores, "repeats": args.repeats,
-                                        "tokens_per_second": rates, "ratio": ratio}, indent=1) + "\n")
+        result = {"documents": len(texts), "tokens": tokens, "cores": cores, "repeats": args.repeats,
+                  "tokens_per_second": rates, "ratio": ratio}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
