@@ -365,9 +365,6 @@ def encode_batch(texts):
             pieces.append(pieces[0])
         elif TOKENIZER is None:
             pieces.append(np.array([words.setdefault(w, len(words)) for w in (*split_words(text), EOS)], np.uint32))
-        elif TOKENIZER.name == "gpt2":                     # the ids of encode(), without its detour by a Python list
-            ids = TOKENIZER.bpe.encode_to_numpy(text, disallowed_special=())
-            pieces.append(np.append(ids, np.uint32(TOKENIZER.eot)).astype(np.uint16))
         else:
             pieces.append(np.append(TOKENIZER.encode(text), np.uint16(TOKENIZER.eot)))
     lengths = np.array([len(p) for p in pieces[1:]], np.int64)

@@ -616,22 +616,23 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
-LOGIT_CHUNK = 2**24                                        # logits that exist at once
+LOGIT_CHUNK = 2**25                                        # most logits that exist at once
 
 
-def nll_and_grad(h, weight, targets, vocab_size):
-    """Sum of -log softmax(h·weightᵀ)[target] over h [n, E], and its gradient by the logits [n, rows].
+def nll_and_grad(logits, targets, vocab_size):
+    """Sum of -log softmax(logits)[target] over logits [n, rows] in float32, and its gradient in the type of logits.
 
-    Rows of weight beyond the vocabulary take no part; targets below 0 are ignored.
+    Columns beyond the vocabulary take no part; rows whose target is below 0 count nothing.
     """
-    logits = (h @ weight.T).float()
-    logits[:, vocab_size:] = -torch.inf
-    logp = torch.log_softmax(logits, -1)
-    known = (targets >= 0).float()[:, None]                                     # [n, 1]
-    target = targets.clamp(min=0)[:, None]
-    nll = -(logp.gather(1, target) * known).sum()
-    grad = logp.exp().scatter_add(1, target, torch.full_like(target, -1, dtype=logp.dtype)) * known
-    return nll, grad.to(h.dtype)
+    known, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]      # [n, 1] each
+    outside = torch.arange(logits.size(1), device=logits.device) >= vocab_size
+    x = logits.float() + torch.where(outside, -torch.inf, 0.0)
+    top = x.amax(-1, keepdim=True)
+    log_sum = top + (x - top).exp().sum(-1, keepdim=True).log()
+    log_p = x.gather(1, target) - log_sum
+    grad = (x - torch.where(known, log_sum, torch.inf)).exp().to(logits.dtype)
+    grad = grad.scatter(1, target, (known * (log_p.exp() - 1)).to(logits.dtype))  # p - 1 at the target, before rounding
+    return -(known * log_p).sum(), grad
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -644,10 +645,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         wanted = any(ctx.needs_input_grad)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if wanted else (None, None)
-        rows = max(1, LOGIT_CHUNK // len(w))
-        for start in range(0, len(h), rows):
-            chunk = slice(start, start + rows)
-            nll, grad = nll_and_grad(h[chunk], w, targets[chunk], vocab_size)
+        parts = -(-len(h) * len(w) // LOGIT_CHUNK)
+        step = -(-len(h) // parts)
+        for start in range(0, len(h), step):
+            chunk = slice(start, start + step)
+            nll, grad = nll_and_grad(h[chunk] @ w.T, targets[chunk], vocab_size)
             total += nll
             if wanted:
                 dh[chunk] = grad @ w
@@ -657,7 +659,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        dh, dw = ctx.saved_tensors
+        dh, dw = ctx.saved_tensors                         # freed by this backward, so that dw may be scaled in place
         return dh * grad_output, dw.mul_(grad_output), None, None, None
 
 
@@ -771,7 +773,7 @@ class GPT2Tokenizer:
                             "TIKTOKEN_CACHE_DIR to a folder that holds it") from None
 
     def encode(self, text):
-        return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids):
         return b"".join(self.bpe.decode_single_token_bytes(i) for i in ids)
