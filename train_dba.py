@@ -619,14 +619,13 @@ class Block(nn.Module):
 LOGIT_CHUNK = 2**25                                        # most logits that exist at once
 
 
-def nll_and_grad(logits, targets, vocab_size):
-    """Sum of -log softmax(logits)[target] over logits [n, rows] in float32, and its gradient in the type of logits.
+def nll_and_grad(logits, targets, mask):
+    """Sum of -log softmax(logits + mask)[target] over logits [n, rows] in float32, and its gradient in their own type.
 
-    Columns beyond the vocabulary take no part; rows whose target is below 0 count nothing.
+    mask [rows] is -inf where a column takes no part, else 0; a row whose target is below 0 counts nothing.
     """
     known, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]      # [n, 1] each
-    outside = torch.arange(logits.size(1), device=logits.device) >= vocab_size
-    x = logits.float() + torch.where(outside, -torch.inf, 0.0)
+    x = logits.float() + mask
     top = x.amax(-1, keepdim=True)
     log_sum = top + (x - top).exp().sum(-1, keepdim=True).log()
     log_p = x.gather(1, target) - log_sum
@@ -642,6 +641,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, vocab_size, nll_and_grad):
         w = weight.to(h.dtype)
+        mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
+        mask[vocab_size:] = -torch.inf
         total = torch.zeros((), device=h.device)
         wanted = any(ctx.needs_input_grad)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if wanted else (None, None)
@@ -649,7 +650,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         step = -(-len(h) // parts)
         for start in range(0, len(h), step):
             chunk = slice(start, start + step)
-            nll, grad = nll_and_grad(h[chunk] @ w.T, targets[chunk], vocab_size)
+            nll, grad = nll_and_grad(h[chunk] @ w.T, targets[chunk], mask)
             total += nll
             if wanted:
                 dh[chunk] = grad @ w
