@@ -1,6 +1,7 @@
 """
-Float64 reference of the attention modes and of the whole model, written from the papers' formulas, one head and one explicit
-score matrix at a time. It shares no code with train_dba.py: it sees only weights by name and the settings of a case.
+Float64 reference of the attention modes and of the whole model, written from the papers' formulas, one head and one
+explicit score matrix at a time. It shares no code with train_dba.py: it sees only weights by name and the settings of a
+case.
 """
 
 import itertools
@@ -11,20 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dba as dba
 
-# The settings that make a mode, at four heads. Widths per head differ between paths and values wherever a mode allows it.
+# The settings that make a mode. Widths per head differ between paths and values wherever a mode allows it.
 MODES = {
-    "standard":      dict(attn_mode="standard", n_head=4, d_model=32),                             # 8
+    "standard":      dict(attn_mode="standard", n_head=4, d_model=32),                   # 8
     "bottleneck":    dict(attn_mode="bottleneck", n_head=4, d_model=24, attn_dim=16),              # 4
-    "decoupled":     dict(attn_mode="decoupled", n_head=4, d_model=24, sem_dim=16, geo_dim=32),    # 4, 8, v 12
+    "decoupled":     dict(attn_mode="decoupled", n_head=4, d_model=24, sem_dim=16, geo_dim=32),  # 4, 8, 12
     "decoupled_gqa": dict(attn_mode="decoupled", n_head=4, d_model=24, sem_dim=12, geo_dim=24, attn_dim=20, kv_head=2),
-    "gqa":           dict(attn_mode="gqa", n_head=6, d_model=24, attn_dim=36, kv_head=2),          # 6, three heads a group
+    "gqa":           dict(attn_mode="gqa", n_head=6, d_model=24, attn_dim=36, kv_head=2),   # 6, three heads a group
     "mla":           dict(attn_mode="mla", n_head=4, d_model=24, attn_dim=32, kv_lora_rank=12, rope_dim=6),
 }
 UNGROUPED = ("standard", "bottleneck", "decoupled")        # where --tie-qk is allowed
 
 
 def settings(mode, **flags):
-    """Settings of a mode with a coarse epsilon and a short RoPE base, so that a test notices if either is not passed on."""
+    """Settings of a mode, with a coarse epsilon and a short RoPE base: a test notices if either is not passed on."""
     return {**MODES[mode], **dict(norm_eps=1e-2, rope_base=500.0, layers=2, d_ff=40, block=64), **flags}
 
 
@@ -60,7 +61,7 @@ def weights(module):
 
 
 def rotate(x, base):
-    """RoPE of x [T, p]: channels i and i + p/2 are the real and imaginary part of a number that turns by t · base^(-2i/p)."""
+    """RoPE of x [T, p]: channels i and i + p/2 are a complex number, turned by t · base^(-2i/p)."""
     T, p = x.shape
     i = torch.arange(p // 2, dtype=torch.float64)
     turn = torch.polar(torch.ones(T, p // 2, dtype=torch.float64),
@@ -79,7 +80,7 @@ def softmax_rows(scores):
 
 
 def attention(w, x, given):
-    """Attention of x [B, T, D] with weights w by name. Returns the output and all scores that took part in a softmax."""
+    """Attention of x [B, T, D] with weights w by name. Returns the output and all scores that entered a softmax."""
     mode, H = given["attn_mode"], given["n_head"]
     mla, null, base = mode == "mla", given.get("null_attn", False), given["rope_base"]
     names = [name for name in ("sem", "geo") if f"q.{name}.weight" in w]

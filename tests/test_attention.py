@@ -1,4 +1,4 @@
-"""The attention modes against an independent float64 reference, RoPE, the null token, causality, the KV cache and its bytes."""
+"""Attention modes against an independent float64 reference, RoPE, null token, causality, the KV cache and its bytes."""
 
 import itertools
 
@@ -12,7 +12,7 @@ import train_dba as dba
 from reference import MODES, UNGROUPED, close, config, null_and_tie, randomize, settings, weights
 
 VOCAB = 50
-EXACT = 2e-5                                               # queries, keys' rotation and cached values are kept in float32
+EXACT = 2e-5                                               # queries, rotated keys and cached values are float32
 
 
 def compare_with_reference(given, T, B=2):
@@ -40,9 +40,8 @@ def combinations():
     """mode x null x tie x learned temperature x one temperature x RoPE, wherever make_config allows it."""
     for mode, null, tie, temp, one, rope in itertools.product(MODES, *[(False, True)] * 5):
         if (mode in UNGROUPED or not tie) and (mode.startswith("decoupled") or not one):
-            yield pytest.param(mode, dict(null_attn=null, tie_qk=tie, learned_temp=temp, one_temperature=one, rope=rope),
-                               id="-".join([mode, *itertools.compress(("null", "tie", "temp", "one", "nope"),
-                                                                      (null, tie, temp, one, not rope))]))
+            flags = dict(null_attn=null, tie_qk=tie, learned_temp=temp, one_temperature=one, rope=rope)
+            yield pytest.param(mode, flags, id="-".join([mode, *(name for name, on in flags.items() if on)]))
 
 
 @pytest.mark.parametrize("mode, flags", list(combinations()))
@@ -52,8 +51,8 @@ def test_forward_and_gradients_match_the_reference(mode, flags):
 
 @pytest.mark.parametrize("null", (False, True))
 @pytest.mark.parametrize("widths", [
-    dict(n_head=2, sem_dim=16, geo_dim=64),                                  # 8, 32 and 40 per head: the papers' aggressive DBA
-    dict(n_head=2, sem_dim=128, geo_dim=128, attn_dim=128),                  # 64, with the null channel past a multiple of 8
+    dict(n_head=2, sem_dim=16, geo_dim=64),                        # 8, 32 and 40 per head, as in the papers
+    dict(n_head=2, sem_dim=128, geo_dim=128, attn_dim=128),        # 64; the null channel goes past a multiple of 8
     dict(n_head=3, sem_dim=9, geo_dim=6, attn_dim=15),                       # 3, 2, 5
     dict(n_head=4, sem_dim=16, geo_dim=48, attn_dim=4),                      # 4, 12 and values narrower than the keys
     dict(n_head=4, sem_dim=8, geo_dim=8, attn_dim=80),                       # values wider than the keys
@@ -121,7 +120,7 @@ def test_rope_takes_positions_per_sequence_and_frequencies_per_group():
 
 @pytest.mark.parametrize("mode", ("decoupled", "decoupled_gqa"))
 def test_attention_with_frequencies_per_group(mode):
-    """Surgery brings a row of inverse frequencies per group: equal rows change nothing, other rows do, cached or not."""
+    """Surgery brings a row of inverse frequencies per group: equal rows change nothing, others do, cached or not."""
     given = settings(mode)
     cfg = config(given)
     attn = randomize(dba.Attention(cfg))
@@ -142,7 +141,7 @@ def test_attention_with_frequencies_per_group(mode):
 @pytest.mark.parametrize("cached", (False, True), ids=("forward", "cache"))
 @pytest.mark.parametrize("mode", MODES)
 def test_null_score_does_not_depend_on_position(mode, cached):
-    """The same token everywhere, and keys and values of zero: what is left of the null value tells its score exactly."""
+    """The same token everywhere, and keys and values of zero: the share of the null value tells its score exactly."""
     given = settings(mode, null_attn=True, learned_temp=True)
     cfg, T = config(given), 13
     attn = randomize(dba.Attention(cfg))
@@ -161,7 +160,7 @@ def test_null_score_does_not_depend_on_position(mode, cached):
     null_v = attn.v(attn.null["latent"]) if mode == "mla" else attn.null["v"]
     G = cfg.kv_head or cfg.n_head
     null_v = null_v.view(G, -1).repeat_interleave(cfg.n_head // G, 0)                # [H, v]
-    share = merged[0][0].view(T, cfg.n_head, -1) / null_v                            # [T, H, v]: probability of the null token
+    share = merged[0][0].view(T, cfg.n_head, -1) / null_v                            # [T, H, v]: its probability
     p = share.mean(-1).double()
     close(share, p[..., None].expand_as(share), 1e-4)
     score = torch.log(p / (1 - p) * torch.arange(1, T + 1)[:, None])                 # against T keys of score 0
@@ -226,6 +225,23 @@ def test_the_fused_cpu_kernel_runs(mode, null, dtype):
 
 @pytest.mark.parametrize("null", (False, True))
 @pytest.mark.parametrize("mode", MODES)
+def test_kernels_get_one_width_that_they_take(mode, null, monkeypatch):
+    """CUDA's fused kernels need multiples of 8, which no CPU would tell."""
+    fused, widths = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, **how):
+        widths.append({x.size(-1) for x in (q, k, v)})
+        return fused(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    shape = config(settings(mode, null_attn=null)).attention
+    dba.Attention(config(settings(mode, null_attn=null)))(torch.randn(1, 3, MODES[mode]["d_model"]))
+    wanted = max(sum(path.width for path in shape.paths) + null, shape.v_width)
+    assert widths == [{8 * len(range(0, wanted, 8))}]
+
+
+@pytest.mark.parametrize("null", (False, True))
+@pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_stays_near_the_reference(mode, null):
     given = settings(mode, null_attn=null)
     attn = randomize(dba.Attention(config(given)))
@@ -262,7 +278,7 @@ def test_half_precision_caches(mode, fmt, tolerance):
 @pytest.mark.parametrize("null", (False, True))
 @torch.no_grad()
 def test_decode_attention_keeps_to_float32_under_autocast(null):
-    """Sampling runs inside autocast. Scores rounded to bfloat16 would be worse than those of the fused kernel in training,
+    """Sampling runs inside autocast. Scores rounded to bfloat16 would be worse than those of training's fused kernel,
     which adds them up in float32, and an fp32 cache would be worth no more than a bf16 one."""
     shape = config(settings("decoupled")).attention
     generator = torch.Generator().manual_seed(0)
@@ -364,7 +380,8 @@ def test_mla_decodes_from_its_latent():
     given = settings("mla")
     model = model_of(given)
     cache = dba.KVCache(model.cfg, 2, 37, "fp16")
-    assert [{name: s.codes.shape[1] for name, s in layer.items()} for layer in cache.layers] == [dict(latent=12, k_rope=6)] * 2
+    for layer in cache.layers:
+        assert {name: stream.codes.shape[1] for name, stream in layer.items()} == dict(latent=12, k_rope=6)
     assert cache.nbytes() == 2 * 2 * 128 * 2 * (12 + 6)
     calls = []
     for block in model.blocks:
