@@ -114,9 +114,9 @@ class AttentionShape:
     @property
     def streams(self):
         """{name: channels} of what is cached per token and layer; MLA's latent stands for semantic keys and values."""
-        channels = {path.stream: path.groups * path.width for path in self.paths}
-        channels[self.v_stream] = self.latent or self.v_groups * self.v_width
-        return channels
+        widths = {path.stream: path.groups * path.width for path in self.paths}
+        widths[self.v_stream] = self.v_groups * self.v_width
+        return {name: self.latent if name == "latent" else width for name, width in widths.items()}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Config:
                                 "decoupled sem + geo, bottleneck none", low=1)
     sem_dim: int | None = flag("model", None, "total semantic width (32)", low=1, modes=("decoupled",))
     geo_dim: int | None = flag("model", None, "total geometric width (64)", low=1, modes=("decoupled",))
-    kv_head: int | None = flag("model", None, "key/value groups (n_head)", low=1, modes=("gqa", "decoupled"))
+    kv_head: int | None = flag("model", None, "key/value groups (gqa: none, decoupled: n_head)", low=1,
+                               modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
@@ -236,11 +237,9 @@ def derived(c):
         default("attn_dim", c["sem_dim"] + c["geo_dim"])
     if c["attn_mode"] == "mla":
         default("kv_lora_rank", max(1, c["d_model"] // 4))
-        default("rope_dim", max(1, (c["attn_dim"] or c["d_model"]) // c["n_head"] // 2))
+        default("rope_dim", 2 * max(1, (c["attn_dim"] or c["d_model"]) // max(1, c["n_head"]) // 4))
     if c["attn_mode"] != "bottleneck":
         default("attn_dim", c["d_model"])
-    if c["attn_mode"] == "gqa":
-        default("kv_head", c["n_head"])
     default("embed_dim", c["d_model"])
     default("min_lr", c["lr"])
     default("warmup_steps", min(100, c["steps"] // 10))
@@ -254,8 +253,11 @@ def problems(c, given):
     return found or list(sampling_problems(c) if c.mode == "sample" else training_problems(c))
 
 
+UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
+
+
 def field_problems(c, given):
-    """What is wrong with single settings, or is set but never read."""
+    """What is wrong with single settings, or is set and never read."""
     for f in dataclasses.fields(c):
         value, m, name = getattr(c, f.name), f.metadata, flag_name(f.name)
         odd = isinstance(value, float) and not math.isfinite(value)
@@ -265,8 +267,10 @@ def field_problems(c, given):
             yield f"{name} {value} must be one of {', '.join(m['choices'])}"
         if m["modes"] and c.attn_mode not in m["modes"] and given.get(f.name) not in (None, False):
             yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {' or '.join(m['modes'])}"
-        if f.name in given and m["group"] in (("sampling",) if c.mode == "train" else ("data", "model", "training")):
+        if f.name in given and m["group"] in UNREAD.get(c.mode, ()):
             yield f"{name} does nothing with --mode {c.mode}; leave it out"
+    if not c.rope and "rope_base" in given:
+        yield "--rope-base does nothing with --no-rope; leave one out"
 
 
 def sampling_problems(c):
@@ -274,6 +278,8 @@ def sampling_problems(c):
         yield "--mode sample needs --ckpt, the checkpoint to sample from"
     if c.prompt is not None and c.prompt_tokens is not None:
         yield "--prompt and --prompt-tokens exclude each other; give one"
+    if c.temperature == 0 and (c.top_k or c.top_p is not None):
+        yield "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"
     if c.top_p is not None and not 0 < c.top_p <= 1:
         yield f"--top-p {c.top_p} must be above 0 and at most 1"
 
@@ -314,6 +320,8 @@ def width_problems(c):
         yield f"--n-head {H} must divide {' and '.join(uneven)}"
     elif c.rope and (p := c.attention.paths[-1].width) % 2:
         yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
+    if c.attn_mode == "gqa" and not c.kv_head:
+        yield "--attn-mode gqa needs --kv-head"
     if H % G:
         yield f"--kv-head {G} must divide --n-head {H}"
     if c.tie_qk and G != H:
@@ -326,7 +334,7 @@ def make_config(**given):
     preset = dict(EXP_DEFAULTS) if exp in EXPS else {}
     preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
     if exp in EXPS:
-        preset.update(EXPS[exp](given.get("n_head") or preset["n_head"]))
+        preset.update(EXPS[exp](given.get("n_head") or preset.get("n_head", 1)))
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
     cfg = Config(**derived({**fields, **preset, **given}))
     if found := problems(cfg, given):
@@ -357,6 +365,7 @@ def parse_args(argv=None):
 # -----------------------------------------------------------------------------
 # Cache formats: what one token of a stream with C channels costs.
 
+DECODE_CHUNK = 2**22                                       # elements of the cache, or of scores, in float32 at once
 CACHE_BLOCK = 128                                          # capacity is padded to a multiple of this many tokens
 
 
@@ -419,54 +428,55 @@ class KVCache:
         self.layers = [{name: CacheStream(batch, C, self.capacity, fmt, device) for name, C in channels.items()}
                        for _ in range(cfg.layers)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
-        self.longest = 0                                   # max of length, known without asking the device
 
-    def make_room(self, T):
-        """Count T more tokens per sequence as about to be written. Raises ValueError past the allocated length."""
-        if self.longest + T > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {self.longest + T}")
-        self.longest += T
+    def end_after(self, T):
+        """The most tokens that a sequence holds once T more are written. Raises ValueError past what is allocated."""
+        end = int(self.length.max()) + T
+        if end > self.capacity:
+            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end}")
+        return end
 
     def truncate(self, n):
-        """Forget all but the first n tokens of every sequence."""
+        """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
         self.length.clamp_(max=n)
-        self.longest = min(self.longest, n)
 
     def nbytes(self):
         """Bytes that the cache's tensors own."""
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
-def decode_attention(q, streams, shape, length, null=None):
+def decode_attention(q, streams, shape, length, end, null=None):
     """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
 
-    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions length .. length + T. length [B].
-    null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v], float32. Buffers may hold NaN past the length.
+    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions length .. length + T. length [B]; end:
+    the largest length + T. null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers
+    may hold NaN past the length.
     """
     B, H, T, w = q.shape
     key_streams, v_stream = [streams[path.stream] for path in shape.paths], streams[shape.v_stream]
     G = 1 if shape.latent else shape.v_groups
     q = q.float().reshape(B, G, H // G * T, w)                                  # [B, G, H/G·T, w]
     pos = length[:, None] + torch.arange(T, device=q.device)                    # [B, T]
-    stop = int(pos.max()) + 1
-    chunk = max(CACHE_BLOCK, 2**22 // (B * H * T))                              # scores of a chunk: about 16 MB
+    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    chunk = max(CACHE_BLOCK, DECODE_CHUNK // per_token)
     if null is None:
         top, total, out = q.new_full((B, G, H // G * T, 1), -torch.inf), 0.0, 0.0
     else:                                                                       # the null token is the first key seen
         score, value = null
-        top, total = score.reshape(B, G, H // G * T, 1), 1.0
+        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
         out = value.float()[None, :, None]                                      # [1, G, 1, v]
-    for start in range(0, stop, chunk):
-        end = min(start + chunk, stop)
-        token = torch.arange(start, end, device=q.device)
-        k = torch.cat([s.read(start, end).unflatten(1, (G, -1)) for s in key_streams], 2)      # [B, G, w, S]
-        v = v_stream.read(start, end).unflatten(1, (G, -1))                                    # [B, G, v, S]
+    for start in range(0, end, chunk):
+        stop = min(start + chunk, end)
+        token = torch.arange(start, stop, device=q.device)
+        k = torch.cat([s.read(start, stop).unflatten(1, (G, -1)) for s in key_streams], 2)     # [B, G, w, S]
+        v = v_stream.read(start, stop).unflatten(1, (G, -1))                                   # [B, G, v, S]
         v = torch.where(token < length[:, None, None, None] + T, v, 0.0)
         visible = (token <= pos[:, :, None]).repeat(1, H // G, 1)[:, None]                     # [B, 1, H/G·T, S]
-        scores = torch.where(visible, q @ k, -torch.inf)                                       # [B, G, H/G·T, S]
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
-        total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.where(visible, q @ k, -torch.inf)                                   # [B, G, H/G·T, S]
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
+            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
     return (out / total).reshape(B, H, T, -1)
 
 
@@ -486,19 +496,20 @@ def attend(q, k, v, null_v=None):
     """Causal self-attention by the fused kernels of PyTorch.
 
     q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
-    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u].
+    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u] in v's type.
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    q, k, v = (F.pad(x, (0, width - x.size(-1))) for x in (q, k, v))
+    narrow = q.device.type == "cpu" and width <= 16        # there, float32's backward is twice as fast as bfloat16's
+    dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
+    q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
-        null_k = k.new_zeros(width).index_fill(0, torch.tensor(w - 1, device=k.device), 1)
-        null_v = F.pad(null_v, (0, width - u)).to(v.dtype)
-        k = torch.cat([null_k.expand(*k.shape[:2], 1, -1), k], 2)               # [B, G, 1 + T, width]
-        v = torch.cat([null_v[:, None].expand(*v.shape[:2], 1, -1), v], 2)
-        q = F.pad(q, (0, 0, 1, 0))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
-    return y[:, :, int(null_v is not None):, :u]
+        null_k = F.pad(k.new_ones(1), (w - 1, width - w)).expand(*k.shape[:2], 1, -1)             # one-hot
+        null_v = F.pad(null_v.to(dtype), (0, width - u))[:, None].expand(*k.shape[:2], 1, -1)
+        q, k, v_ = F.pad(q, (0, 0, 1, 0)), torch.cat([null_k, k], 2), torch.cat([null_v, v_], 2)  # [B, ., 1 + T, width]
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
+    return y[:, :, int(null_v is not None):, :u].to(v.dtype)
 
 
 def linear(n_in, n_out):
@@ -507,7 +518,7 @@ def linear(n_in, n_out):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return super().forward(x.float())                  # also where autocast made x bfloat16
+        return super().forward(x.to(self.weight.dtype))    # in float32 where autocast made x bfloat16
 
 
 def split_heads(x, n):
@@ -538,12 +549,12 @@ class Attention(nn.Module):
         geo = shape.paths[-1]
         self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
 
-    def lift(self, project, stream, entry):
-        """A cached entry as the key or value that is attended to: itself, or what MLA projects up from its latent."""
-        return project(entry) if stream == "latent" else entry
+    def up_project(self, linear, stream, entry):
+        """A cached entry as the key or value that is attended to: itself, or what MLA makes of its latent."""
+        return linear(entry) if stream == "latent" else entry
 
     def project(self, path, x, latent, pos, absorb):
-        """Scaled queries [B, H, T, w] in float32, keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
+        """Scaled queries [B, H, T, w], keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
 
         absorb: leave MLA's semantic keys in latent space, and bring the queries there instead.
         """
@@ -551,7 +562,7 @@ class Attention(nn.Module):
         q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
         null_score = 0.0
         if self.null:                                      # with q unrotated: the score must not depend on position
-            null_k = self.lift(self.k[path.name], path.stream, self.null[path.stream]).float()        # [G·w]
+            null_k = self.up_project(self.k[path.name], path.stream, self.null[path.stream]).float()        # [G·w]
             null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
             null_score = (q * null_k).sum(-1)
         if absorb and path.stream == "latent":
@@ -562,8 +573,9 @@ class Attention(nn.Module):
             q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq).to(k.dtype)
         return q, k, null_score
 
-    def forward(self, x, streams=None, length=None):
-        """x [B, T, D] -> [B, T, D]. streams: this layer's cache, which holds length [B] tokens and is given T more."""
+    def forward(self, x, streams=None, length=None, end=None):
+        """x [B, T, D] -> [B, T, D]. streams: this layer's cache, which holds length [B] tokens and is given T more, so
+        that the longest sequence ends at `end`."""
         shape, T = self.shape, x.size(1)
         absorb = streams is not None and shape.latent > 0
         pos = torch.arange(T, device=x.device)[None] + (0 if streams is None else length[:, None])    # [B or 1, T]
@@ -573,18 +585,19 @@ class Attention(nn.Module):
         null_v = None
         if self.null:
             null_v = self.null[shape.v_stream]
-            null_v = null_v[None] if absorb else self.lift(self.v, shape.v_stream, null_v).view(shape.v_groups, -1)
+            null_v = null_v if absorb else self.up_project(self.v, shape.v_stream, null_v)
+            null_v = null_v.view(1 if absorb else shape.v_groups, -1)
         if streams is None:
             if self.null:
                 q += (sum(null_score)[..., None],)
-            k = torch.cat([part.expand(-1, max(p.groups for p in shape.paths), -1, -1) for part in k], -1)
-            y = attend(torch.cat(q, -1).to(v.dtype), k, split_heads(v, shape.v_groups), null_v)
+            k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
+            y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
             entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
             for name, tensor in {**entry, shape.v_stream: v}.items():
                 streams[name].write(pos, tensor)
             null = (sum(null_score), null_v) if self.null else None
-            y = decode_attention(torch.cat(q, -1), streams, shape, length, null).to(v.dtype)
+            y = decode_attention(torch.cat(q, -1), streams, shape, length, end, null).to(v.dtype)
             if absorb:
                 y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
@@ -611,8 +624,8 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.dropout = cfg.dropout
 
-    def forward(self, x, streams=None, length=None):
-        x = x + F.dropout(self.attn(self.attn_norm(x), streams, length), self.dropout, self.training)
+    def forward(self, x, *cache):
+        x = x + F.dropout(self.attn(self.attn_norm(x), *cache), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
@@ -639,12 +652,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     a time, so that nothing is computed twice and the full logits never exist at once."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab_size, nll_and_grad):
+    def forward(ctx, h, weight, targets, vocab_size, nll_and_grad, wanted):
         w = weight.to(h.dtype)
         mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
         mask[vocab_size:] = -torch.inf
         total = torch.zeros((), device=h.device)
-        wanted = any(ctx.needs_input_grad)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if wanted else (None, None)
         parts = -(-len(h) * len(w) // LOGIT_CHUNK)
         step = -(-len(h) // parts)
@@ -661,7 +673,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         dh, dw = ctx.saved_tensors                         # freed by this backward, so that dw may be scaled in place
-        return dh * grad_output, dw.mul_(grad_output), None, None, None
+        return dh * grad_output, dw.mul_(grad_output), None, None, None, None
 
 
 class GPT(nn.Module):
@@ -683,8 +695,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """Normal with standard deviation 0.02, projections into the residual stream less by sqrt(2 L); norms 1; log
         temperatures 0."""
+        norms = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, RMSNorm)}
         for name, p in self.named_parameters():
-            if "norm" in name or name.endswith("latent.1.weight"):
+            if name in norms:
                 p.fill_(1.0)
             elif name.endswith("log_temp"):
                 p.zero_()
@@ -695,11 +708,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """idx [B, T] -> what the output embedding multiplies, [B, T, E]; a KVCache is given the T tokens."""
-        if cache is not None:
-            cache.make_room(idx.size(1))
+        end = None if cache is None else cache.end_after(idx.size(1))
         x = F.dropout(self.embed_up(self.embed(idx)), self.cfg.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layers[i], cache.length)
+            x = block(x) if cache is None else block(x, cache.layers[i], cache.length, end)
         if cache is not None:
             cache.length += idx.size(1)
         return self.embed_down(self.norm(x))
@@ -715,7 +727,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         return LinearCrossEntropy.apply(h.flatten(0, 1), self.embed.weight, targets.flatten(), self.vocab_size,
-                                        self.nll_and_grad)
+                                        self.nll_and_grad, torch.is_grad_enabled())
 
 
 def count_params(cfg, vocab_size):
@@ -1450,7 +1462,7 @@ def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, 
 def prompt_ids(cfg, tokenizer):
     """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
     if cfg.prompt_tokens is None:
-        return tokenizer.encode(cfg.prompt).tolist() if cfg.prompt else [tokenizer.eot]
+        return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
     try:
         ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
     except ValueError:

@@ -30,7 +30,8 @@ def settings(mode, **flags):
 
 
 def config(given):
-    return dba.make_config(data="none", **given)
+    unread = "rope_base" if given.get("rope") is False else ""
+    return dba.make_config(data="none", **{name: value for name, value in given.items() if name != unread})
 
 
 def null_and_tie():

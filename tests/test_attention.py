@@ -133,7 +133,7 @@ def test_attention_with_frequencies_per_group(mode):
     changed = attn(x)
     assert (changed - before).abs().max() > 0.01
     cache = dba.KVCache(cfg, 2, 9, "fp32")
-    close(attn(x, cache.layers[0], cache.length), changed, EXACT)
+    close(attn(x, cache.layers[0], cache.length, cache.end_after(x.size(1))), changed, EXACT)
 
 
 # --- Null token
@@ -156,7 +156,7 @@ def test_null_score_does_not_depend_on_position(mode, cached):
         merged = []
         attn.o.register_forward_pre_hook(lambda module, args: merged.append(args[0]))
         cache = dba.KVCache(cfg, 1, T, "fp32")
-        attn(x, cache.layers[0], cache.length) if cached else attn(x)
+        attn(x, cache.layers[0], cache.length, cache.end_after(x.size(1))) if cached else attn(x)
     null_v = attn.v(attn.null["latent"]) if mode == "mla" else attn.null["v"]
     G = cfg.kv_head or cfg.n_head
     null_v = null_v.view(G, -1).repeat_interleave(cfg.n_head // G, 0)                # [H, v]
@@ -288,9 +288,9 @@ def test_decode_attention_keeps_to_float32_under_autocast(null):
         stream.codes.copy_(torch.randn(stream.codes.shape, generator=generator))
     q, length = torch.randn(2, 4, 3, 12, generator=generator), torch.tensor([100, 50])
     null = (torch.randn(2, 4, 3, generator=generator), torch.randn(4, 12, generator=generator)) if null else None
-    expected = dba.decode_attention(q, streams, shape, length, null)
+    expected = dba.decode_attention(q, streams, shape, length, 103, null)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = dba.decode_attention(q, streams, shape, length, null)
+        actual = dba.decode_attention(q, streams, shape, length, 103, null)
     assert actual.dtype == torch.float32
     close(actual, expected, 1e-6)
 
@@ -310,8 +310,8 @@ def test_online_softmax_over_several_chunks(mode, null, monkeypatch):
     reads, read = [], dba.CacheStream.read
     monkeypatch.setattr(dba.CacheStream, "read", lambda self, a, b: reads.append((a, b)) or read(self, a, b))
     cache = poisoned(cfg, 1, 530)
-    first = attn(x[:, :18], cache.layers[0], cache.length)
-    rest = attn(x[:, 18:], cache.layers[0], cache.length + 18)
+    first = attn(x[:, :18], cache.layers[0], cache.length, 18)
+    rest = attn(x[:, 18:], cache.layers[0], cache.length + 18, x.size(1))
     assert len(set(reads)) >= 5, f"only the chunks {sorted(set(reads))} were read"
     close(torch.cat([first, rest], 1), attn(x), EXACT)
 
@@ -325,7 +325,7 @@ def test_a_long_cache_is_never_copied_whole():
         stream.codes.zero_()
     attn = dba.Attention(cfg)
     with reference.Recorder() as ran:
-        attn(torch.zeros(1, 1, 8), cache.layers[0], torch.tensor([2**15 - 1]))
+        attn(torch.zeros(1, 1, 8), cache.layers[0], torch.tensor([2**15 - 1]), 2**15)
     assert 0 < ran.largest <= 2**22, f"allocated {ran.largest:,} elements beside keys of {512 * 2**15:,}"
 
 
