@@ -629,22 +629,24 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
-LOGIT_CHUNK = 2**25                                        # most logits that exist at once
+LOGIT_CHUNK = 20_000_000                                   # most logits that exist at once
 
 
-def nll_and_grad(logits, targets, mask):
-    """Sum of -log softmax(logits + mask)[target] over logits [n, rows] in float32, and its gradient in their own type.
-
-    mask [rows] is -inf where a column takes no part, else 0; a row whose target is below 0 counts nothing.
-    """
-    known, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]      # [n, 1] each
-    x = logits.float() + mask
-    top = x.amax(-1, keepdim=True)
-    log_sum = top + (x - top).exp().sum(-1, keepdim=True).log()
-    log_p = x.gather(1, target) - log_sum
-    grad = (x - torch.where(known, log_sum, torch.inf)).exp().to(logits.dtype)
-    grad = grad.scatter(1, target, (known * (log_p.exp() - 1)).to(logits.dtype))  # p - 1 at the target, before rounding
-    return -(known * log_p).sum(), grad
+def nll_and_grad(h, w, targets, mask, dw=None):
+    """Sum over h [n, E] of -log softmax(w·hᵀ + mask)[target] and, if dw is given, its gradient by h; that by w [rows, E]
+    is added to dw. mask [rows] is -inf where a row takes no part, else 0; targets [n] below 0 count nothing."""
+    known, target = targets >= 0, targets.clamp(min=0)[None]                    # [n], [1, n]
+    x = (w @ h.T).float() + mask[:, None]                  # [rows, n]: this way round, both products below are faster
+    top = x.amax(0)
+    log_sum = top + (x - top).exp().sum(0).log()                                # [n]
+    log_p = x.gather(0, target) - log_sum                                       # [1, n]
+    nll = -(known * log_p).sum()
+    if dw is None:
+        return nll, None
+    grad = (x - torch.where(known, log_sum, torch.inf)).exp().to(h.dtype)
+    grad = grad.scatter(0, target, (known * (log_p.exp() - 1)).to(h.dtype))     # p - 1 at the target, before rounding
+    dw += grad @ h
+    return nll, grad.T @ w
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -656,19 +658,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(h.dtype)
         mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
         mask[vocab_size:] = -torch.inf
-        total = torch.zeros((), device=h.device)
-        dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if wanted else (None, None)
-        parts = -(-len(h) * len(w) // LOGIT_CHUNK)
-        step = -(-len(h) // parts)
-        for start in range(0, len(h), step):
-            chunk = slice(start, start + step)
-            nll, grad = nll_and_grad(h[chunk] @ w.T, targets[chunk], mask)
-            total += nll
-            if wanted:
-                dh[chunk] = grad @ w
-                dw += grad.T @ h[chunk]
-        ctx.save_for_backward(dh, dw)
-        return total
+        dw = torch.zeros_like(weight) if wanted else None
+        rows = -(-len(h) // -(-len(h) * len(w) // LOGIT_CHUNK))                 # of h, in chunks of even size
+        nll, dh = zip(*(nll_and_grad(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
+        ctx.save_for_backward(torch.cat(dh) if wanted else None, dw)
+        return sum(nll)
 
     @staticmethod
     def backward(ctx, grad_output):
