@@ -47,7 +47,7 @@ def cli(args, cwd, **how):
 
 
 def call(args, cwd):
-    """The trainer in this process, which saves the start of another; an exception that would be a traceback is raised."""
+    """The trainer in this process, which is quicker; an exception that would be a traceback is raised."""
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     os.chdir(cwd)
@@ -94,8 +94,8 @@ def write_tokens(folder, name, ids, dtype=np.uint16, **sidecar):
     """A token file and its sidecar, as prepare_fineweb.py would write them for bytes; sidecar: fields that differ."""
     ids = np.asarray(ids, dtype=dtype)
     np.save(folder / f"{name}.npy", ids)
-    info = dict(dataset="made up", revision=None, tokenizer="byte", vocab_size=257, eot=256, tokens=len(ids), documents=1,
-                sha256=f"{name}-0", text_bytes=int((ids != 256).sum()), val=None, vocab=None)
+    info = dict(dataset="made up", revision=None, tokenizer="byte", vocab_size=257, eot=256, tokens=len(ids),
+                documents=1, sha256=f"{name}-0", text_bytes=int((ids != 256).sum()), val=None, vocab=None)
     (folder / f"{name}.json").write_text(json.dumps({**info, **sidecar}))
     return ids
 
@@ -111,7 +111,8 @@ def read_log(folder):
 def losses(folder):
     """What must be equal, bit for bit, however often a run was stopped; in the order of the log."""
     keys = ("type", "step", "tokens", "loss", "lr", "grad_norm", "val_loss", "best_val_loss")
-    return [{key: line[key] for key in keys if key in line} for line in read_log(folder) if line["type"] in ("train", "eval")]
+    log = [line for line in read_log(folder) if line["type"] in ("train", "eval")]
+    return [{key: line[key] for key in keys if key in line} for line in log]
 
 
 def last_step(folder):

@@ -155,7 +155,8 @@ EDITS = {
     "unknown tokenizer": (lambda c: c["tokenizer"].update(name="nope"), "settings"),
     "words missing": (lambda c: c["tokenizer"].update(name="word"), "settings"),
     "words not words": (lambda c: c["tokenizer"].update(name="word", words=[[1], [2]]), "settings"),
-    "larger vocabulary": (lambda c: c["tokenizer"].update(name="word", words=["<eos>", "<unk>", *map(str, range(9999))]), "weights"),
+    "larger vocabulary": (lambda c: c["tokenizer"].update(name="word", words=["<eos>", "<unk>", *map(str, range(999))]),
+                          "weights"),
     "weight of wrong shape": (lambda c: c["model"].update({"norm.weight": torch.zeros(31)}), "norm.weight"),
     "weight missing": (lambda c: c["model"].pop("norm.weight"), "norm.weight"),
     "weight too many": (lambda c: c["model"].update({"blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
@@ -256,7 +257,8 @@ sys.exit(train_dba.main())
 def test_full_disk_while_logging(folder, longer):
     unfinished(folder)
     path = str(train_dba.__file__).rsplit("/", 1)[0]
-    result = finish(start(f"{RUN} --steps 16", folder, ["-c", f"import sys; sys.path.insert(0, {path!r})\n{LOG_LIMIT}"]))
+    program = ["-c", f"import sys; sys.path.insert(0, {path!r})\n{LOG_LIMIT}"]
+    result = finish(start(f"{RUN} --steps 16", folder, program))
     assert_error(result, "train.jsonl", "space")
     text = (folder / "run/train.jsonl").read_text()
     assert not text.endswith("\n") and len(text.splitlines()[-1]) == 25, "the last line is torn"
@@ -309,8 +311,17 @@ def test_a_checkpoint_is_synced_before_it_takes_the_place_of_another(tmp_path, m
     calls, path = [], tmp_path / "file"
     fsync, replace = os.fsync, os.replace
     path.write_text("old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("sync", os.readlink(f"/proc/self/fd/{fd}"), path.read_text())), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", str(a), path.read_text())), replace(a, b)))
+
+    def noted_fsync(fd):
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{fd}"), path.read_text()))
+        fsync(fd)
+
+    def noted_replace(a, b):
+        calls.append(("rename", str(a), path.read_text()))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     train_dba.write_whole(path, lambda p: p.write_text("new"))
     temporary = calls[0][1]
     assert calls[:2] == [("sync", temporary, "old"), ("rename", temporary, "old")] and temporary != str(path)
@@ -333,6 +344,17 @@ def test_a_finished_run_is_extended(folder, longer):
     assert [line["type"] for line in read_log(folder / "run")].count("done") == 1
     assert "finished" in call(f"{RUN} --steps 16", folder).stdout
     assert_error(call(RUN, folder), "steps was 16, is 8")
+
+
+def test_the_best_loss_is_remembered(tmp_path, monkeypatch):
+    """A run that gets worse after it resumed doesn't replace its best.pt."""
+    make_text(tmp_path)
+    for steps, loss in ((2, 1.0), (4, 2.0), (6, 0.5)):
+        monkeypatch.setattr(train_dba, "evaluate", lambda *args: (loss, 5))
+        assert_done(call(f"{TRAIN} --steps {steps} --eval-every 2 --out-dir run", tmp_path))
+        best = [line["best_val_loss"] for line in read_log(tmp_path / "run") if "best_val_loss" in line]
+        assert best[-1] == min(1.0, loss)
+        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == (6 if steps == 6 else 2)
 
 
 def test_an_extended_run_resumes_by_its_own_command(folder):
@@ -382,7 +404,7 @@ def test_cadence_and_place_may_change(folder, longer):
     (folder / "run").rename(folder / "moved")
     (folder / "text.txt").rename(folder / "renamed.txt")
     flags = RUN.replace("text.txt", "renamed.txt")
-    assert_done(call(f"{flags} --steps 16 --out-dir moved --eval-every 16 --save-every 5 --log-every 1 --eval-iters 2", folder))
+    assert_done(call(f"{flags} --steps 16 --out-dir moved --eval-every 16 --save-every 5 --eval-iters 2", folder))
     steps = [line for line in losses(folder / "moved") if line["type"] == "train"]
     assert steps == [line for line in longer if line["type"] == "train"]
 
@@ -453,14 +475,15 @@ def test_a_reader_that_goes_away(folder):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("prompt", ["--prompt-tokens 257", "--prompt-tokens=-1", "--prompt-tokens 1,x", "--prompt-tokens ,",
-                                    "--prompt '\udcff'", f"--seed {2**64}"])
+@pytest.mark.parametrize("prompt", ["--prompt-tokens 257", "--prompt-tokens=-1", "--prompt-tokens 1,x",
+                                    "--prompt-tokens ,", "--prompt '\udcff'", f"--seed {2**64}"])
 def test_wrong_prompts(folder, prompt):
     assert_error(call(f"{SAMPLE} {prompt}", folder), prompt.split("=")[0].split()[0])
 
 
-@pytest.mark.parametrize("flags", ["", "--prompt ''", "--prompt ' '", "--temperature 1e-300", "--temperature 1e30", "--top-p 1e-300",
-                                   "--top-k 1", f"--top-k {10**30}", "--kv-cache fp32 --prompt 'longer than the block of 16'"])
+@pytest.mark.parametrize("flags", ["", "--prompt ''", "--prompt ' '", "--temperature 1e-300", "--temperature 1e30",
+                                   "--top-p 1e-300", "--top-k 1", f"--top-k {10**30}",
+                                   "--kv-cache fp32 --prompt 'longer than the block of 16'"])
 def test_extreme_sampling(folder, flags):
     result = call(f"{SAMPLE} {flags}", folder)
     assert_done(result)

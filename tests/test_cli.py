@@ -46,8 +46,9 @@ def test_flag_is_read(names_read, name):
     assert name in names_read
 
 
-BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--steps 1.5", "--steps", "--lr fast", "stray",
-              "--size giant", "--exp paper_nothing", "--tokenizer bpe", "--dtype int8", "--kv-cache q9", "--mode eval"]
+BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--steps 1.5", "--steps", "--lr fast",
+              "stray", "--size giant", "--exp paper_nothing", "--tokenizer bpe", "--dtype int8", "--kv-cache q9",
+              "--mode eval"]
 WRONG = {
     "--kv-head 2": "--kv-head",
     "--attn-mode gqa --sem-dim 16": "--sem-dim",
@@ -280,10 +281,18 @@ def test_run_folder_and_the_command(folder):
     assert all(list(line)[0] == "type" for line in log)
 
 
-def test_context_length_is_neither_clamped_nor_ignored(folder):
-    text = (folder / "text.txt").read_bytes()
+def test_context_length_is_neither_clamped_nor_ignored(folder, monkeypatch):
+    text, forward, shapes = (folder / "text.txt").read_bytes(), train_dba.GPT.forward, set()
+
+    def noted(model, idx, *args):
+        shapes.add(tuple(idx.shape))
+        return forward(model, idx, *args)
+
+    monkeypatch.setattr(train_dba.GPT, "forward", noted)
     for block in (16, 37, 300):
         assert_done(call(f"{TRAIN} --block {block} --steps 1 --grad-accum 2 --out-dir run{block}", folder))
+        assert shapes == {(4, block)}
+        shapes.clear()
         log = read_log(folder / f"run{block}")
         assert log[0]["config"]["block"] == block
         assert log[1]["tokens"] == 4 * 2 * block

@@ -87,7 +87,8 @@ def test_rank_count_may_change_on_resume_with_dropout(folder):
     assert [line["type"] for line in read_log(folder / "turns")].count("resume_meta") == 2
 
 
-REFUSED = {"--batch-size 3 --grad-accum 1": "--batch-size 3", "--dropout 0.1": "--micro-batch", "--micro-batch 4 --grad-accum 1": "2 ranks"}
+REFUSED = {"--batch-size 3 --grad-accum 1": "--batch-size 3", "--dropout 0.1": "--micro-batch",
+           "--micro-batch 4 --grad-accum 1": "2 ranks"}
 
 
 @pytest.mark.parametrize("flags, word", REFUSED.items())
@@ -170,14 +171,16 @@ def test_kill_of_one_worker_ends_all_and_sigterm_saves(tmp_path):
     assert_intact(tmp_path, 3)
     before = train_dba.load_checkpoint(tmp_path / "run/last.pt")["step"]
 
-    process = start_both(f"{ENDLESS} --save-every 1000000", tmp_path)
-    wait_for_steps(process, tmp_path / "run", before + 20)
-    pids = workers(process)
-    process.send_signal(signal.SIGTERM)
-    result = finish(process, 60)
-    assert result.code != 0 and all(map(gone, pids))
-    assert "saved; the same command goes on" in result.stderr
-    step = train_dba.load_checkpoint(tmp_path / "run/last.pt")["step"]
-    assert step == last_step(tmp_path / "run") >= before + 20
+    for to_all in (True, False):                           # to torchrun, then to one of its ranks
+        process = start_both(f"{ENDLESS} --save-every 1000000", tmp_path)
+        wait_for_steps(process, tmp_path / "run", before + 20)
+        pids = workers(process)
+        os.kill(process.pid if to_all else pids[1], signal.SIGTERM)
+        result = finish(process, 60)
+        assert result.code != 0 and all(map(gone, pids))
+        assert "saved; the same command goes on" in result.stderr
+        step = train_dba.load_checkpoint(tmp_path / "run/last.pt")["step"]
+        assert step == last_step(tmp_path / "run") >= before + 20
+        before = step
     files = snapshot(tmp_path / "run")
     assert not any(name.endswith(".tmp") for name in files)

@@ -9,7 +9,8 @@ from kill_run import kill_and_compare
 
 import train_dba
 
-ENDLESS = f"{TRAIN} --dropout 0.1 --grad-accum 2 --steps 1000000 --eval-every 7 --eval-iters 2 --save-every 100000 --out-dir run"
+ENDLESS = (f"{TRAIN} --dropout 0.1 --grad-accum 2 --steps 1000000 --eval-every 7 --eval-iters 2 --save-every 100000 "
+           "--out-dir run")
 
 
 def stop_after(folder, steps, signum):
@@ -63,7 +64,8 @@ def test_a_signal_on_the_last_step_leaves_a_run_that_finishes(tmp_path, monkeypa
     assert [line["type"] for line in read_log(tmp_path / "run")].count("done") == 1
 
 
-@pytest.mark.parametrize("flags", ["--lr 1e-2 --min-lr 1e-4 --warmup-steps 3", "--attn-mode mla --learned-temp --dtype bfloat16",
+@pytest.mark.parametrize("flags", ["--lr 1e-2 --min-lr 1e-4 --warmup-steps 3",
+                                   "--attn-mode mla --learned-temp --dtype bfloat16",
                                    "--attn-mode gqa --kv-head 1 --embed-dim 16 --dropout 0.2 --micro-batch 2"])
 def test_resuming_from_every_step(tmp_path, monkeypatch, flags):
     """Stopped at each step in turn, in this process: the same losses, weights and optimiser as in one go."""
