@@ -1,0 +1,299 @@
+"""Flags: each does something, and what is wrong with them is said in one line before any work."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+
+import pytest
+import torch
+from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
+
+import train_dba
+from train_dba import Config, UserError, count_params, make_config
+
+FIELDS = [f.name for f in dataclasses.fields(Config)]
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory):
+    result = cli("--help", tmp_path_factory.mktemp("help"))
+    assert_done(result)
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_flag_is_in_help_once(help_text, name):
+    rows = re.findall(rf"^  --{name.replace('_', '-')}(?=[ ,]).*\n?.*", help_text, re.M)
+    assert len(rows) == 1
+    assert len(re.sub(r"--[\w-]+|\{.*?\}|[A-Z_]{3,}", "", rows[0]).split()) >= 2, "a flag without a sentence"
+
+
+@pytest.fixture(scope="module")
+def names_read():
+    """Settings that the code reads, apart from the functions that only check or complete them."""
+    tree = ast.parse(inspect.getsource(train_dba))
+    checks = {"problems", "training_problems", "derived", "describe"}
+    nodes = [n for top in tree.body if getattr(top, "name", None) not in checks for n in ast.walk(top)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    gets = [n.args[0] for n in nodes if isinstance(n, ast.Call) and n.args and getattr(n.func, "attr", None) == "get"]
+    return read | {n.value for n in gets if isinstance(n, ast.Constant)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_flag_is_read(names_read, name):
+    assert name in names_read
+
+
+BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--steps 1.5", "--steps", "--lr fast",
+              "stray", "--size giant", "--exp paper_nothing", "--tokenizer bpe", "--dtype int8", "--kv-cache q9",
+              "--mode eval"]
+WRONG = {
+    "--kv-head 2": "--kv-head",
+    "--attn-mode gqa --sem-dim 16": "--sem-dim",
+    "--attn-mode mla --geo-dim 16": "--geo-dim",
+    "--kv-lora-rank 8": "--kv-lora-rank",
+    "--rope-dim 8": "--rope-dim",
+    "--attn-mode mla --tie-qk": "--tie-qk",
+    "--attn-mode gqa --kv-head 1 --tie-qk": "--tie-qk",
+    "--attn-mode decoupled --kv-head 1 --tie-qk": "--tie-qk",
+    "--one-temperature": "--one-temperature",
+    "--attn-mode mla --one-temperature": "--one-temperature",
+    "--attn-dim 16": "--attn-dim",
+    "--attn-mode bottleneck": "--attn-dim",
+    "--attn-mode bottleneck --attn-dim 17": "--n-head",
+    "--attn-mode bottleneck --attn-dim 1": "--n-head",
+    "--attn-mode bottleneck --attn-dim 6": "even",
+    "--attn-mode decoupled --sem-dim 15": "--n-head",
+    "--attn-mode decoupled --geo-dim 6": "even",
+    "--attn-mode decoupled --geo-dim 0": "--geo-dim",
+    "--attn-mode mla --rope-dim 5": "even",
+    "--attn-mode gqa --kv-head 3 --n-head 4": "--kv-head",
+    "--attn-mode gqa --kv-head 4": "--kv-head",
+    "--d-model 33": "--n-head",
+    "--d-model 0": "--d-model",
+    "--n-head 0": "--n-head",
+    "--attn-mode mla --n-head 0": "--n-head",
+    "--n-head -2": "--n-head",
+    "--layers 0": "--layers",
+    "--block 0": "--block",
+    "--min-lr 1": "--min-lr",
+    "--lr 0": "--lr",
+    "--lr nan": "--lr",
+    "--lr inf": "--lr",
+    "--lr=-1e-3": "--lr",
+    "--weight-decay nan": "--weight-decay",
+    "--grad-clip -1": "--grad-clip",
+    "--norm-eps inf": "--norm-eps",
+    "--rope-base 0": "--rope-base",
+    "--no-rope --rope-base 500": "--rope-base",
+    "--dropout 1": "--dropout",
+    "--dropout nan": "--dropout",
+    "--val-frac 0": "--val-frac",
+    "--val-frac 1": "--val-frac",
+    "--val-frac nan": "--val-frac",
+    "--val-data text.txt --val-frac 0.2": "--val-frac",
+    "--dtype float16": "float16",
+    "--batch-size 4 --micro-batch 3": "--micro-batch",
+    "--micro-batch 0": "--micro-batch",
+    "--batch-size 0": "--batch-size",
+    "--grad-accum 0": "--grad-accum",
+    "--steps 0": "--steps",
+    "--steps -4": "--steps",
+    "--steps 10 --warmup-steps 11": "--warmup-steps",
+    "--warmup-steps -1": "--warmup-steps",
+    "--eval-every 0": "--eval-every",
+    "--eval-iters 0": "--eval-iters",
+    "--log-every 0": "--log-every",
+    "--save-every 0": "--save-every",
+    "--seed -1": "--seed",
+    "--seed 18446744073709551616": "--seed",
+    "--prompt hello": "--prompt",
+    "--prompt-tokens 1,2": "--prompt-tokens",
+    "--max-new-tokens 5": "--max-new-tokens",
+    "--temperature 0.5": "--temperature",
+    "--top-k 3": "--top-k",
+    "--top-p 0.5": "--top-p",
+    "--kv-cache fp32": "--kv-cache",
+    "--ckpt last.pt": "--ckpt",
+    "--exp paper_mla --attn-mode standard": "--exp",
+    "--exp paper_decoupled --attn-mode gqa": "--exp",
+    "--device nonsense": "--device",
+    "--device meta": "--device",
+    "--out-dir text.txt": "text.txt",
+    "--out-dir text.txt/run": "text.txt",
+}
+WRONG_SAMPLING = {
+    "": "--ckpt",
+    "--ckpt last.pt": "last.pt",
+    "--ckpt last.pt --prompt a --prompt-tokens 1": "--prompt",
+    "--ckpt last.pt --top-p 0": "--top-p",
+    "--ckpt last.pt --top-p 1.5": "--top-p",
+    "--ckpt last.pt --top-p nan": "--top-p",
+    "--ckpt last.pt --top-k 0": "--top-k",
+    "--ckpt last.pt --temperature -1": "--temperature",
+    "--ckpt last.pt --temperature nan": "--temperature",
+    "--ckpt last.pt --max-new-tokens 0": "--max-new-tokens",
+    "--ckpt last.pt --data text.txt": "--data",
+    "--ckpt last.pt --d-model 32": "--d-model",
+    "--ckpt last.pt --steps 5": "--steps",
+    "--ckpt last.pt --lr 0.1": "--lr",
+    "--ckpt last.pt --out-dir run": "--out-dir",
+    "--ckpt last.pt --temperature 0 --top-k 3": "--top-k",
+    "--ckpt last.pt --temperature 0 --top-p 0.5": "--top-p",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_text(tmp_path)
+    return tmp_path
+
+
+def assert_nothing_made(folder):
+    assert [p.name for p in folder.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("flags", BAD_SYNTAX)
+def test_bad_syntax(folder, flags):
+    assert_error(call(f"--data text.txt {flags}", folder), flags.split()[0], code=2)
+    assert_nothing_made(folder)
+
+
+@pytest.mark.parametrize("flags, word", WRONG.items())
+def test_wrong_flags_of_training(folder, flags, word):
+    assert_error(call(f"--data text.txt --tokenizer byte {TINY} --steps 2 {flags}", folder), word)
+    assert_nothing_made(folder)
+
+
+@pytest.mark.parametrize("flags, word", WRONG_SAMPLING.items())
+def test_wrong_flags_of_sampling(folder, flags, word):
+    assert_error(call(f"--mode sample {flags}", folder), word)
+    assert_nothing_made(folder)
+
+
+def test_wrong_flags_in_a_process_of_their_own(folder):
+    assert_error(cli("--data text.txt --attn-mod standard", folder), "--attn-mod", code=2)
+    assert_error(cli("", folder), "--data")
+    assert_nothing_made(folder)
+
+
+def test_all_mistakes_are_said_at_once(folder):
+    said = call(f"--data text.txt {TINY} --dropout 2 --kv-head 2 --min-lr 1", folder)
+    assert_error(said, "--dropout", "--kv-head", "--min-lr")
+    assert_error(call(f"--data text.txt {TINY} --save-every 0 --layers -1", folder), "--save-every", "--layers")
+
+
+def test_flags_of_another_mode_may_be_switched_off(folder):
+    make_config(data="text.txt", one_temperature=False, tie_qk=False)
+    with pytest.raises(UserError):
+        make_config(data="text.txt", one_temperature=True)
+
+
+@pytest.mark.parametrize("size", train_dba.SIZES)
+def test_size_fills_in_only_what_is_not_said(size):
+    preset = train_dba.SIZES[size]
+    plain, cfg = Config(), make_config(data="x", size=size)
+    assert {name: getattr(cfg, name) for name in preset} == preset
+    changed = {"attn_dim", "embed_dim", "min_lr", "warmup_steps", "out_dir", "data", "size"} | preset.keys()
+    assert all(getattr(cfg, name) == getattr(plain, name) for name in FIELDS if name not in changed)
+    said = make_config(data="x", size=size, layers=3, block=77)
+    assert (said.layers, said.block) == (3, 77)
+    assert said.d_model == preset["d_model"]
+
+
+def test_exp_fills_in_only_what_is_not_said():
+    cfg = make_config(data="x", exp="paper_decoupled")
+    assert (cfg.attn_mode, cfg.sem_dim, cfg.geo_dim, cfg.attn_dim) == ("decoupled", 512, 1024, 1536)
+    assert (cfg.d_model, cfg.layers, cfg.n_head, cfg.d_ff, cfg.block) == (2048, 22, 32, 5632, 2048)
+    assert (cfg.steps, cfg.lr, cfg.out_dir) == (10_000, 2e-4, "runs/paper_decoupled_seed1337")
+    cfg = make_config(data="x", exp="paper_decoupled", size="tiny", lr=1e-3, steps=5000, seed=7)
+    assert (cfg.n_head, cfg.sem_dim, cfg.geo_dim, cfg.d_model) == (4, 64, 128, 128)
+    assert (cfg.lr, cfg.min_lr, cfg.steps, cfg.out_dir) == (1e-3, 1e-3, 5000, "runs/paper_decoupled_seed7")
+    assert make_config(data="x", exp="paper_bottleneck").attn_dim == 48 * 32
+    assert make_config(data="x", exp="paper_decoupled_sem8").sem_dim == 256
+    assert make_config(data="x", exp="paper_gqa").kv_head == 4
+    mla = make_config(data="x", exp="paper_mla")
+    assert (mla.kv_lora_rank, mla.rope_dim) == (512, 64)
+
+
+def test_a_preset_works_with_fewer_steps():
+    cfg = make_config(data="x", exp="paper_baseline", size="tiny", steps=200)
+    assert cfg.steps == 200 and cfg.warmup_steps <= 200
+
+
+@pytest.mark.parametrize("exp", train_dba.EXPS)
+def test_paper_presets_have_50304_rows(exp):
+    cfg = make_config(data="x", exp=exp)
+    assert count_params(cfg, 50257)["embedding"] == 50304 * 2048
+    with torch.device("meta"):
+        model = train_dba.GPT(cfg, 50257)
+    assert model.embed.weight.shape == (50304, 2048)
+    assert count_params(cfg, 50257)["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_paper_baseline_has_1_2_billion_parameters():
+    d, L, ff, rows = 2048, 22, 5632, 50304
+    expected = rows * d + L * (4 * d * d + 3 * d * ff + 2 * d) + d
+    assert count_params(make_config(data="x", exp="paper_baseline"), 50257)["total"] == expected
+    assert 1.15e9 < expected < 1.25e9
+
+
+DERIVED = {
+    "": dict(attn_mode="standard", attn_dim=32, embed_dim=32, min_lr=3e-4, kv_head=None, sem_dim=None, dtype="float32"),
+    "--attn-mode decoupled": dict(sem_dim=32, geo_dim=64, attn_dim=96),
+    "--attn-mode decoupled --sem-dim 4 --geo-dim 8": dict(sem_dim=4, geo_dim=8, attn_dim=12),
+    "--attn-mode gqa": dict(attn_dim=32, kv_head=2),
+    "--attn-mode gqa --attn-dim 16 --kv-head 1": dict(attn_dim=16, kv_head=1),
+    "--attn-mode mla": dict(attn_dim=32, kv_lora_rank=8, rope_dim=8),
+    "--lr 1e-2 --min-lr 1e-3": dict(lr=1e-2, min_lr=1e-3, warmup_steps=0),
+}
+
+
+@pytest.mark.parametrize("flags, expected", DERIVED.items())
+def test_resolved_config_is_what_was_resolved(folder, flags, expected):
+    assert_done(call(f"--data text.txt --tokenizer byte {TINY} --steps 2 --out-dir run {flags}", folder))
+    resolved = json.loads((folder / "run/resolved_config.json").read_text())
+    assert list(resolved) == FIELDS
+    assert {name: resolved[name] for name in expected} == expected
+    assert resolved == read_log(folder / "run")[0]["config"] == dataclasses.asdict(
+        train_dba.load_checkpoint(folder / "run/last.pt")["config"])
+
+
+def test_warm_up_defaults_to_a_tenth_and_at_most_100_steps():
+    assert make_config(data="x", steps=50).warmup_steps == 5
+    assert make_config(data="x", steps=6000).warmup_steps == 100
+
+
+def test_run_folder_and_the_command(folder):
+    result = cli(f"--data {folder}/text.txt --out-dir={folder}/run --tokenizer byte {TINY} --steps 2", folder)
+    assert_done(result)
+    assert {p.name for p in (folder / "run").iterdir()} == {
+        "command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt"}
+    texts = {p.name: p.read_text() for p in (folder / "run").iterdir() if p.suffix in (".txt", ".json", ".jsonl")}
+    assert all(str(folder) not in text for text in texts.values())
+    assert "--data text.txt" in texts["command.txt"] and "--out-dir=run" in texts["command.txt"]
+    env = json.loads(texts["env.json"])
+    assert env["torch"] == torch.__version__ and env["threads"] >= 1 and env["ranks"] == 1
+    log = read_log(folder / "run")
+    assert [line["type"] for line in log] == ["meta", "train", "train", "eval", "done"]
+    assert all(list(line)[0] == "type" for line in log)
+
+
+def test_context_length_is_neither_clamped_nor_ignored(folder, monkeypatch):
+    text, forward, shapes = (folder / "text.txt").read_bytes(), train_dba.GPT.forward, set()
+
+    def noted(model, idx, *args):
+        shapes.add(tuple(idx.shape))
+        return forward(model, idx, *args)
+
+    monkeypatch.setattr(train_dba.GPT, "forward", noted)
+    for block in (16, 37, 300):
+        assert_done(call(f"{TRAIN} --block {block} --steps 1 --grad-accum 2 --out-dir run{block}", folder))
+        assert shapes == {(4, block)}
+        shapes.clear()
+        log = read_log(folder / f"run{block}")
+        assert log[0]["config"]["block"] == block
+        assert log[1]["tokens"] == 4 * 2 * block
+        assert log[2]["val_tokens"] == round((len(text) + 1) * 0.1) - 1
