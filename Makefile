@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 DATA ?= data
 RUNS ?= runs
 WIKITEXT2 ?=
-STEPS ?= 800
+STEPS ?= 500
 FLAGS ?=
 
 PY = $(VENV)/bin/python
@@ -105,7 +105,7 @@ fineweb_decoupled:  ## decoupled on FineWeb-Edu, context 1024
 
 COMPARE = $(TRAIN) $(WIKI) --steps $(STEPS) --batch-size 8 --block 256 --eval-every 100 --log-every 10 --save-every 200
 
-compare:  ## four attention modes on WikiText-2 for STEPS steps each (800)
+compare:  ## four attention modes on WikiText-2 for STEPS steps each (500)
 	$(COMPARE) --out-dir $(RUNS)/compare_standard512 --attn-mode standard $(FLAGS)
 	$(COMPARE) --out-dir $(RUNS)/compare_bottleneck96 --attn-mode bottleneck --attn-dim 96 $(FLAGS)
 	$(COMPARE) --out-dir $(RUNS)/compare_decoupled32_64 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)

@@ -61,7 +61,7 @@ def read_run(folder):
         context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
         steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"],
-        val_tokens=evals[-1]["val_tokens"], last_val_loss=evals[-1]["val_loss"], 
+        val_tokens=evals[-1]["val_tokens"], last_val_loss=evals[-1]["val_loss"],
         best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
         hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
@@ -84,7 +84,8 @@ def read_runs(root):
 def draw_convergence(runs, path):
     """Validation loss over training tokens: a panel per data set and context, a line per run."""
     panels = sorted({(run["data"], run["context"]) for run in runs})
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels) + 0.4, 3.6), squeeze=False, layout="constrained")
+    size = (4.6 * len(panels) + 0.4, 3.6)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], panels):
         for i, run in enumerate(r for r in runs if (r["data"], r["context"]) == panel):
             tokens, losses = zip(*run["curve"])

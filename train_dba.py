@@ -81,7 +81,7 @@ EXPS = {
     "paper_gqa":            lambda H: dict(attn_mode="gqa", kv_head=max(1, H // 8)),
     "paper_mla":            lambda H: dict(attn_mode="mla", kv_lora_rank=512, rope_dim=64),
 }
-EXP_DEFAULTS = dict(size="1b", steps=10_000, warmup_steps=2_000)
+EXP_DEFAULTS = dict(size="1b", steps=10_000)
 
 
 def flag(group, default, help, choices=None, low=None, modes=None):
@@ -135,7 +135,7 @@ class Config:
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
-    overwrite: bool = flag("data", False, "start afresh in a run folder that is already used")
+    overwrite: bool = flag("data", False, "start afresh, each time it is given, in a run folder that is used")
 
     size: str | None = flag("model", None, "preset of d_model, layers, heads, d_ff, block", choices=tuple(SIZES))
     exp: str | None = flag("model", None, "preset of the papers' 1B suite (--size 1b unless said)", choices=tuple(EXPS))
@@ -173,7 +173,8 @@ class Config:
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
     lr: float = flag("training", 3e-4, "peak learning rate", low=0)
     min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
-    warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10))", low=0)
+    warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10); --exp: min(2000, "
+                                    "steps / 5))", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
     grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
     eval_every: int = flag("training", 500, "steps between evaluations", low=1)
@@ -211,7 +212,8 @@ class Config:
         if not sem:
             return AttentionShape((geo_path,), v // H, groups, v_stream, 0)
         sem_path = ScorePath("sem", r, groups, (r + p if joint else r) ** -0.5, False, self.tie_qk, sem_stream)
-        return AttentionShape((sem_path, geo_path), v // H, groups, v_stream, self.kv_lora_rank or 0)
+        latent = self.kv_lora_rank if sem_stream == "latent" else 0
+        return AttentionShape((sem_path, geo_path), v // H, groups, v_stream, latent)
 
 
 def flag_name(field_name):
@@ -237,40 +239,48 @@ def derived(c):
         default("attn_dim", c["sem_dim"] + c["geo_dim"])
     if c["attn_mode"] == "mla":
         default("kv_lora_rank", max(1, c["d_model"] // 4))
-        default("rope_dim", 2 * max(1, (c["attn_dim"] or c["d_model"]) // max(1, c["n_head"]) // 4))
+        default("rope_dim", 2 * max(1, (c["attn_dim"] or c["d_model"]) // c["n_head"] // 4))
     if c["attn_mode"] != "bottleneck":
         default("attn_dim", c["d_model"])
     default("embed_dim", c["d_model"])
     default("min_lr", c["lr"])
-    default("warmup_steps", min(100, c["steps"] // 10))
+    default("warmup_steps", min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
     default("out_dir", f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}")
     return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
 
 
-def problems(c, given):
-    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
-    found = list(field_problems(c, given))
-    return found or list(sampling_problems(c) if c.mode == "sample" else training_problems(c))
+def out_of_range(settings):
+    """Sentences about the values in a dict of all fields that their flags don't allow."""
+    for f in dataclasses.fields(Config):
+        value, name, low, choices = settings[f.name], flag_name(f.name), f.metadata["low"], f.metadata["choices"]
+        odd = isinstance(value, float) and not math.isfinite(value)
+        if odd or low is not None and value is not None and value < low:
+            yield f"{name} {value} must be a number of at least {low}"
+        if choices and value is not None and value not in choices:
+            yield f"{name} {value} must be one of {', '.join(choices)}"
+    if settings["seed"] >= 2**63:
+        yield f"--seed {settings['seed']} must be below 2^63"
 
 
 UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
 
 
-def field_problems(c, given):
-    """What is wrong with single settings, or is set and never read."""
+def problems(c, given):
+    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
+    wrong = list(out_of_range(dataclasses.asdict(c)))
+    if wrong:
+        return wrong
     for f in dataclasses.fields(c):
-        value, m, name = getattr(c, f.name), f.metadata, flag_name(f.name)
-        odd = isinstance(value, float) and not math.isfinite(value)
-        if odd or m["low"] is not None and value is not None and value < m["low"]:
-            yield f"{name} {value} must be a number of at least {m['low']}"
-        if m["choices"] and value is not None and value not in m["choices"]:
-            yield f"{name} {value} must be one of {', '.join(m['choices'])}"
-        if m["modes"] and c.attn_mode not in m["modes"] and given.get(f.name) not in (None, False):
-            yield f"{name} does nothing with --attn-mode {c.attn_mode}; leave it out or use {' or '.join(m['modes'])}"
-        if f.name in given and m["group"] in UNREAD.get(c.mode, ()):
-            yield f"{name} does nothing with --mode {c.mode}; leave it out"
+        name, modes = flag_name(f.name), f.metadata["modes"]
+        if modes and c.attn_mode not in modes and given.get(f.name) not in (None, False):
+            wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
+        if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
+            wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
+    if c.exp and given.get("attn_mode", c.attn_mode) != EXPS[c.exp](c.n_head)["attn_mode"]:
+        wrong.append(f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out")
     if not c.rope and "rope_base" in given:
-        yield "--rope-base does nothing with --no-rope; leave one out"
+        wrong.append("--rope-base does nothing with --no-rope; leave one out")
+    return wrong + list(sampling_problems(c) if c.mode == "sample" else training_problems(c))
 
 
 def sampling_problems(c):
@@ -335,10 +345,13 @@ def make_config(**given):
     preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
     if exp in EXPS:
         preset.update(EXPS[exp](given.get("n_head") or preset.get("n_head", 1)))
-    fields = {f.name: f.default for f in dataclasses.fields(Config)}
-    cfg = Config(**derived({**fields, **preset, **given}))
-    if found := problems(cfg, given):
-        raise UserError("; ".join(found))
+    settings = {**{f.name: f.default for f in dataclasses.fields(Config)}, **preset, **given}
+    wrong = list(out_of_range(settings))
+    if not wrong:
+        cfg = Config(**derived(settings))
+        wrong = problems(cfg, given)
+    if wrong:
+        raise UserError("; ".join(wrong))
     return cfg
 
 
@@ -633,8 +646,8 @@ LOGIT_CHUNK = 20_000_000                                   # most logits that ex
 
 
 def nll_and_grad(h, w, targets, mask, dw=None):
-    """Sum over h [n, E] of -log softmax(w·hᵀ + mask)[target] and, if dw is given, its gradient by h; that by w [rows, E]
-    is added to dw. mask [rows] is -inf where a row takes no part, else 0; targets [n] below 0 count nothing."""
+    """Sum over h [n, E] of -log softmax(w·hᵀ + mask)[target] and, if dw is given, its gradient by h; that by w
+    [rows, E] is added to dw. mask [rows] is -inf where a row takes no part, else 0; targets [n] below 0 don't count."""
     known, target = targets >= 0, targets.clamp(min=0)[None]                    # [n], [1, n]
     x = (w @ h.T).float() + mask[:, None]                  # [rows, n]: this way round, both products below are faster
     top = x.amax(0)
@@ -836,8 +849,8 @@ def read_sidecar(path):
 def open_tokens(path, info):
     """Memory map of a token file, checked against its sidecar: length, dtype, and every id within the vocabulary."""
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as e:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is not a whole .npy file ({e}); {AGAIN}") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != info["tokens"]:
         raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, but its sidecar promises {info['tokens']} ids as "
@@ -849,23 +862,27 @@ def open_tokens(path, info):
 
 
 def sidecar_tokenizer(path, info):
+    """The tokenizer that a token file was made with, its vocabulary as large as the sidecar says."""
     if info["tokenizer"] not in TOKENIZERS:
         raise UserError(f"{path}: its sidecar's tokenizer is {info['tokenizer']!r}; known: {', '.join(TOKENIZERS)}")
-    if info["tokenizer"] != "word":
-        return TOKENIZERS[info["tokenizer"]]()
     try:
-        return WordTokenizer(json.loads((path.parent / str(info["vocab"])).read_text()))
-    except (OSError, ValueError) as e:
+        words = (json.loads((path.parent / str(info["vocab"])).read_text()),) if info["tokenizer"] == "word" else ()
+        tokenizer = TOKENIZERS[info["tokenizer"]](*words)
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path}: can't read its vocabulary {info['vocab']} ({e}); {AGAIN}") from None
+    if tokenizer.vocab_size != info["vocab_size"]:
+        raise UserError(f"{path}: its sidecar says {info['vocab_size']} types, but its vocabulary has "
+                        f"{tokenizer.vocab_size}; {AGAIN}")
+    return tokenizer
 
 
 def read_text(path):
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()                  # read_text would change the ends of lines
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files end in .npy") from None
-    head = text[:10_000].split()
-    if head and all(word.isdigit() for word in head):
+    head = text[:10_000]
+    if head.strip() and not head.translate(str.maketrans("", "", "0123456789,;[] \t\r\n")):
         raise UserError(f"{path} holds numbers: token ids? Read as words they would be numbered anew; {AGAIN}")
     return text
 
@@ -912,8 +929,8 @@ def load_token_files(cfg, paths):
     info = infos[0]
     if cfg.tokenizer not in ("auto", info["tokenizer"]):
         raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {info['tokenizer']}; leave it out")
-    tokenizer = sidecar_tokenizer(paths[0], info)
-    if any((i["tokenizer"], i["vocab_size"]) != (tokenizer.name, tokenizer.vocab_size) for i in infos):
+    tokenizer, *others = [sidecar_tokenizer(path, i) for path, i in zip(paths, infos)]
+    if any((other.name, vars(other)) != (tokenizer.name, vars(tokenizer)) for other in others):
         raise UserError(f"the vocabularies of {' and '.join(map(str, paths))} don't agree; prepare them together")
     parts = [open_tokens(path, i) for path, i in zip(paths, infos)]
     if len(parts) == 2:
@@ -935,7 +952,9 @@ def load_texts(cfg, paths):
     if kind == "word":
         tokenizer = WordTokenizer.build(parts[0])
         parts = [tokenizer.encode_words(words) for words in parts]
-    val_bytes = None if kind == "word" else len(tokenizer.decode(parts[1]))     # words don't give the spaces back
+    val_bytes = None                                       # words don't give their spaces back
+    if kind != "word":
+        val_bytes = len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
     return Data(*parts, tokenizer, len(texts[1].encode()) if len(texts) == 2 else val_bytes,
                 hashlib.sha256(paths[0].read_bytes()).hexdigest())
 
@@ -985,7 +1004,8 @@ def start_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))     # torchrun would leave one thread
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -997,7 +1017,7 @@ def pick_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:            # AssertionError: PyTorch was built without CUDA
         raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
     return device
@@ -1125,10 +1145,11 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train_dba.py")
     try:
+        missing = {f.name for f in dataclasses.fields(Config)} - ckpt["config"].keys()
         cfg = ckpt["config"] = Config(**ckpt["config"])
         name, words = ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"]
         ckpt["tokenizer"] = WordTokenizer(words) if name == "word" else TOKENIZERS[name]()
-        wrong = "; ".join(problems(cfg, {}))
+        wrong = "; ".join(sorted(missing) or problems(dataclasses.replace(cfg, mode="train"), {}))
     except BROKEN as e:
         wrong = f"{type(e).__name__}: {e}"
     if wrong:
@@ -1175,14 +1196,15 @@ def append_line(path, **line):
 
 def read_log(path):
     """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     parsed = []
     for i, line in enumerate(lines):
         try:
             parsed.append(json.loads(line))
-        except ValueError:
+            parsed[-1]["type"]
+        except (ValueError, TypeError, KeyError):
             if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is not JSON; mend it, or start afresh with --overwrite") from None
+                raise UserError(f"{path}:{i + 1} is no log line; mend it, or start afresh with --overwrite") from None
     return parsed
 
 
@@ -1194,13 +1216,17 @@ def find_run(cfg, given):
     ckpt = None if cfg.overwrite or not (folder / "last.pt").exists() else load_checkpoint(folder / "last.pt")
     if not log and not ckpt:
         return cfg, None, False
+    lacking = {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys() if ckpt else None
+    if lacking:
+        raise UserError(f"{folder}/last.pt lacks {', '.join(sorted(lacking))}: a copy of best.pt? That can be sampled "
+                        "from, but not trained on")
     if log and "config" not in log[0]:
         raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
     saved = dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"]
+    if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
+        cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
-        if "warmup_steps" not in given:
-            cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
               if name not in MAY_CHANGE and value != saved.get(name)]
     if differ:
@@ -1215,15 +1241,19 @@ def find_run(cfg, given):
 def start_folder(cfg, ckpt, device, meta):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
-    lines = [*kept, dict(type="resume_meta", step=ckpt["step"], **meta)] if kept else [dict(type="meta", **meta)]
+    env = provenance(device)
+    first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
     command = ["python3", *("=".join(map(relative, arg.split("=", 1))) for arg in sys.argv)]
     texts = {"command.txt": shlex.join(command) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
-             "env.json": json.dumps(provenance(device), indent=1) + "\n",
-             "train.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
+             "env.json": json.dumps(env, indent=1) + "\n",
+             "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
@@ -1281,12 +1311,12 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
 
 
 def catch_signals():
-    """List that SIGINT and SIGTERM append themselves to, once each: a second one of a kind ends the process at once."""
+    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once."""
     caught = []
 
     def note(signum, frame):
         caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if signum == signal.SIGINT else note)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
@@ -1319,8 +1349,9 @@ def train(cfg, given):
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
-    if finished:
+    if finished and ranks.rank == 0:
         print(f"{folder} is finished ({cfg.steps} steps); larger --steps go on, --overwrite starts afresh")
+    if finished:
         return 0
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
@@ -1335,9 +1366,12 @@ def train(cfg, given):
         if ckpt["data"] != meta["data"]:
             raise UserError(f"{folder} was trained on other data ({ckpt['data']}, not {meta['data']}); use another "
                             "--out-dir, or --overwrite")
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        rng.bit_generator.state = ckpt["rng"]
+        try:
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            rng.bit_generator.state = ckpt["rng"]
+        except (*BROKEN, RuntimeError) as e:
+            raise UserError(f"{folder}/last.pt can't be gone on from ({' '.join(str(e).split())[:200]})") from None
         step, best = ckpt["step"], ckpt["best_val_loss"]
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:
@@ -1429,11 +1463,14 @@ def pick_token(logits, temperature, top_k, top_p, generator):
     """Token ids [B, 1] for logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)     # [B, V] each
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    p, order = logits.softmax(-1).sort(-1, descending=True)                     # [B, V] each
     if top_k is not None:
         p[:, top_k:] = 0
     if top_p is not None:                                  # keep a token while those before it hold less than top_p
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+        before = p.cumsum(-1) - p
+        before[:, 0] = -1                                  # the likeliest always stays
+        p[before >= top_p * p.sum(-1, keepdim=True)] = 0
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
 
 
@@ -1456,7 +1493,10 @@ def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, 
 def prompt_ids(cfg, tokenizer):
     """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
     if cfg.prompt_tokens is None:
-        return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
+        try:
+            return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {cfg.prompt!r} is not UTF-8") from None
     try:
         ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
     except ValueError:
@@ -1474,7 +1514,11 @@ def sample(cfg):
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
     ids = prompt_ids(cfg, tokenizer)
     tokens = len(ids) + cfg.max_new_tokens - 1
-    cache = KVCache(model.cfg, 1, tokens, cfg.kv_cache, device)
+    try:
+        cache = KVCache(model.cfg, 1, tokens, cfg.kv_cache, device)
+    except RuntimeError as e:
+        raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
+                        "--max-new-tokens") from None
     print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}; {cfg.kv_cache} cache: "
           f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} bytes allocated for "
           f"{cache.capacity} tokens", file=sys.stderr)
@@ -1502,8 +1546,13 @@ def main(argv=None):
         keep_freed_memory()
         return train(cfg, given) if cfg.mode == "train" else sample(cfg)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1
+    except KeyboardInterrupt:                              # before the loop, or while sampling
+        return 128 + signal.SIGINT
+    except BrokenPipeError:                                # the reader of a sample has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

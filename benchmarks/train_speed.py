@@ -155,8 +155,8 @@ def main():
                          share_of_matmul_rate=6 * n * tokens / median[name] / rate))
         if "transformers Llama bf16" in median:
             rows[-1]["times_llama"] = median["transformers Llama bf16"] / median[name]
-    print(f"decoupled {cfg.sem_dim}/{cfg.geo_dim}, {params:,} parameters, batch {cfg.batch_size} x {cfg.block}, medians "
-          f"of {args.rounds} steps on {device}; matrix products alone: {rate / 1e12:.2f} TFLOP/s")
+    print(f"decoupled {cfg.sem_dim}/{cfg.geo_dim}, {params:,} parameters, batch {cfg.batch_size} x {cfg.block}, on "
+          f"{device}, medians of {args.rounds} steps; matrix products alone: {rate / 1e12:.2f} TFLOP/s")
     print(f"{'':26}{'tokens/s':>10}{'x naive':>9}{'x Llama':>9}{'of matmul rate':>16}")
     for row in rows:
         ratio = f"{row['times_llama']:9.2f}" if "times_llama" in row else f"{'-':>9}"

@@ -134,7 +134,7 @@ EDITS = {
     "unknown setting": (config(no_such_setting=1), "no_such_setting"),
     "missing setting": (lambda c: c["config"].pop("d_ff"), "d_ff"),
     "no config": (lambda c: c.pop("config"), "not a checkpoint"),
-    "config a list": (lambda c: c.update(config=[1, 2]), "no settings"),
+    "config a list": (lambda c: c.update(config=[1, 2]), "broken settings"),
     "model a list": (lambda c: c.update(model=[1, 2]), "weights"),
     "model a number": (lambda c: c.update(model=5), "weights"),
     "no weights": (lambda c: c["model"].clear(), "weights"),

@@ -244,7 +244,7 @@ DERIVED = {
     "": dict(attn_mode="standard", attn_dim=32, embed_dim=32, min_lr=3e-4, kv_head=None, sem_dim=None, dtype="float32"),
     "--attn-mode decoupled": dict(sem_dim=32, geo_dim=64, attn_dim=96),
     "--attn-mode decoupled --sem-dim 4 --geo-dim 8": dict(sem_dim=4, geo_dim=8, attn_dim=12),
-    "--attn-mode gqa": dict(attn_dim=32, kv_head=2),
+    "--attn-mode gqa --kv-head 2": dict(attn_dim=32, kv_head=2),
     "--attn-mode gqa --attn-dim 16 --kv-head 1": dict(attn_dim=16, kv_head=1),
     "--attn-mode mla": dict(attn_dim=32, kv_lora_rank=8, rope_dim=8),
     "--lr 1e-2 --min-lr 1e-3": dict(lr=1e-2, min_lr=1e-3, warmup_steps=0),

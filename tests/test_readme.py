@@ -1,4 +1,4 @@
-"""The README's commands run as written, the Makefile runs the same ones, its table is what the committed runs say."""
+"""The README's commands run as written, the Makefile runs the same, and its table is what the committed runs say."""
 
 import json
 import re
@@ -16,7 +16,8 @@ from train_dba import main, parse_args
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [" ".join(line.split("#")[0].split()) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [" ".join(line.split("#")[0].split()) for line in LINES]
 TRAINING = [c for c in COMMANDS if c.startswith("python3 train_dba.py") and "--mode sample" not in c]
 
 
@@ -32,7 +33,8 @@ def tiny_data(tmp_path, monkeypatch):
         for part, n in (("", 5000), (".val", 2100)):
             np.save(data / f"{name}{part}.npy", np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
             info = dict(dataset=name, revision=None, tokenizer="word", vocab_size=50, eot=48, tokens=n, documents=1,
-                        sha256="0", text_bytes=5 * n, val=None if part else f"{name}.val.npy", vocab=f"{name}.vocab.json")
+                        sha256="0", text_bytes=5 * n, val=None if part else f"{name}.val.npy",
+                        vocab=f"{name}.vocab.json")
             (data / f"{name}{part}.json").write_text(json.dumps(info))
 
 
@@ -67,7 +69,8 @@ def test_makefile_runs_the_same_commands():
     printed = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = printed.stdout.replace("\\\n", " ").splitlines()
     made = [parse_args(shlex.split(line)[2:]) for line in lines if "train_dba.py" in line]
-    assert {m["out_dir"]: m for m in made} == {g["out_dir"]: g for g in (parse_args(shlex.split(c)[2:]) for c in TRAINING)}
+    given = [parse_args(shlex.split(c)[2:]) for c in TRAINING]
+    assert {m["out_dir"]: m for m in made} == {g["out_dir"]: g for g in given}
 
 
 def test_every_make_target_named_exists():
