@@ -126,7 +126,7 @@ figures:  ## figures and the README's table from the finished runs
 bench:  ## training speed against baselines, memory of the loss, tokenisation speed
 	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json
 	$(PY) benchmarks/loss_memory.py --out $(RUNS)/bench/loss_memory.json
-	$(PY) benchmarks/tokenize_speed.py
+	$(PY) benchmarks/tokenize_speed.py --out $(RUNS)/bench/tokenize_speed.json
 
 kill_test:  ## kill a run 20 times at random; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20

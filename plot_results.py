@@ -6,7 +6,7 @@ Figures and tables from run folders: reads only runs/, writes assets/.
 
 assets/results.json holds every number that is drawn or tabled, with the run that it comes from; the same runs give the
 same bytes. fig_convergence.png shows validation loss over training tokens, one panel per data set. Runs that aren't
-finished are named and left out.
+finished are named and left out. The README's tables of results and of speed are written between marks.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 # Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MARKS = "<!-- results: written by plot_results.py -->", "<!-- end of results -->"
+BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed")                    # runs/bench/<name>.json, by `make bench`
 
 
 def read_jsonl(path):
@@ -99,30 +99,62 @@ def draw_convergence(runs, path):
     plt.close(fig)
 
 
-def table(runs):
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def results_section(runs):
     """The README's table of results, in Markdown."""
     head = ("model", "data", "parameters", "KV B/token fp16", "tokens", "seed", "val loss, last", "best", "tokens/s",
             "run", "commit")
-    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for r in runs:
         commit = "unknown" if r["commit"] is None else r["commit"][:7] + ("+" if r["dirty"] else "")
-        cells = (r["label"], f"{r['data']}, {r['batch']} x {r['context']}", f"{r['params'] / 1e6:.1f}M",
-                 f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
-                 f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`", f"`{commit}`")
-        rows.append("| " + " | ".join(map(str, cells)) + " |")
+        rows.append((r["label"], f"{r['data']}, {r['batch']} x {r['context']}", f"{r['params'] / 1e6:.1f}M",
+                     f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
+                     f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`", f"`{commit}`"))
     hardware = sorted({f"{r['hardware']}, {r['dtype']}" for r in runs})
-    covered = ", ".join(f"{n:,}" for n in sorted({r["val_tokens"] for r in runs}))
-    rows += ["", f"Hardware: {'; '.join(hardware)}. Validation covers {covered} tokens. One seed a row: differences "
-             "between rows carry no interval. A commit with + had uncommitted changes."]
-    return "\n".join(rows)
+    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. One seed a row: differences between "
+                      "rows carry no interval. A commit with + had uncommitted changes."])
 
 
-def between_marks(text, content):
-    """text with what stands between the two marks replaced. Raises SystemExit when it lacks them."""
-    begin, end = MARKS
+def speed_section(benchmarks):
+    """The README's figures of speed and memory, in Markdown; what was not measured is left out."""
+    lines = []
+    if speed := benchmarks.get("train_speed"):
+        rows = [(r["name"], f"{r['params'] / 1e6:.1f}M", f"{r['tokens_per_second']:,.0f}", f"{r['times_naive']:.2f}",
+                 f"{r['times_llama']:.2f}" if "times_llama" in r else "", f"{r['share_of_matmul_rate']:.2f}")
+                for r in speed["rows"]]
+        lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) against "
+                  f"baselines in the same process, medians of {speed['rounds']}; {speed['env']['cpu']}, "
+                  f"{speed['env']['threads']} threads. Matrix products of the model's shapes alone: "
+                  f"{speed['matmul_tflops']:.2f} TFLOP/s in bfloat16.", "",
+                  *markdown(("", "parameters", "tokens/s", "x naive", "x Llama", "share of the matrix-product rate"), rows),
+                  ""]
+    if memory := benchmarks.get("loss_memory"):
+        chunked, full = (memory[name] / 2**20 for name in ("chunked", "full logits"))
+        lines += [f"A training step of that model takes {chunked:,.0f} MiB more than before the first step with the "
+                  f"chunked cross-entropy, {full:,.0f} MiB with all logits in memory.", ""]
+    if tokens := benchmarks.get("tokenize_speed"):
+        rates = [statistics.median(tokens["tokens_per_second"][name]) / 1e6 for name in ("pipeline", "tiktoken")]
+        lines += [f"`prepare_fineweb.py` tokenises {rates[0]:.2f}M GPT-2 tokens/s from .jsonl to a finished file, tiktoken "
+                  f"itself {rates[1]:.2f}M in memory, on {tokens['cores']} cores: a ratio of {tokens['ratio']:.2f}.", ""]
+    return "\n".join(lines).rstrip() or "Not measured yet."
+
+
+def replace_section(text, name, content):
+    """text with what stands between the marks of that name replaced. Raises SystemExit when it lacks them."""
+    begin, end = f"<!-- {name}: written by plot_results.py -->", f"<!-- end of {name} -->"
     if begin not in text or end not in text:
-        sys.exit(f"error: the README lacks the marks {begin} and {end}; add them where the table belongs")
+        sys.exit(f"error: the README lacks the marks {begin} and {end}; add them where the section belongs")
     return f"{text[:text.index(begin) + len(begin)]}\n{content}\n{text[text.index(end):]}"
+
+
+def write_sections(text, results):
+    """The README's text with the sections that results.json decides."""
+    text = replace_section(text, "results", results_section(results["runs"]))
+    return replace_section(text, "speed", speed_section(results["benchmarks"]))
 
 
 def main(argv=None):
@@ -136,13 +168,16 @@ def main(argv=None):
     if not runs:
         sys.exit(f"error: no finished run under {args.runs}; train one first, for example with `make demo`")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+    found = {name: args.runs / "bench" / f"{name}.json" for name in BENCHMARKS}
+    benchmarks = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    results = {"runs": runs, "benchmarks": benchmarks}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_convergence(runs, args.out / "fig_convergence.png")
     if args.readme:
         readme = Path(args.readme)
-        readme.write_text(between_marks(readme.read_text(), table(runs)))
+        readme.write_text(write_sections(readme.read_text(), results))
     print(f"{len(runs)} runs: {args.out / 'results.json'}, {args.out / 'fig_convergence.png'}"
-          + (f", the table in {args.readme}" if args.readme else ""))
+          + (f", the tables in {args.readme}" if args.readme else ""))
 
 
 if __name__ == "__main__":

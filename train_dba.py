@@ -382,27 +382,24 @@ DECODE_CHUNK = 2**22                                       # elements of the cac
 CACHE_BLOCK = 128                                          # capacity is padded to a multiple of this many tokens
 
 
-def float_bytes(size):
-    return lambda C: size * C
-
-
-def block_bytes(bits):
-    """Codes of `bits` bits and one float16 scale per 32 channels of a token."""
-    return lambda C: -(-C * bits // 8) + 2 * -(-C // 32)
-
-
-FORMAT_BYTES = {"fp32": float_bytes(4), "bf16": float_bytes(2), "fp16": float_bytes(2), "q8_0": block_bytes(8),
-                "q4_0": block_bytes(4), "q4_sym": block_bytes(4), "nf4": block_bytes(4)}
+# Bits of a value, and bytes of the float16 scale that 32 channels of a token share.
+FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2), "nf4": (4, 2)}
 FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+
+
+def stream_bytes(fmt, C):
+    """Bytes that one token of a stream of C channels costs; the last block of 32 may be short."""
+    bits, scale = FORMATS[fmt]
+    return -(-C * bits // 8) + scale * -(-C // 32)
 
 
 def kv_bytes_per_token(cfg):
     """{policy: bytes of KV cache per token over all layers}. A policy gives every stream one format; hetero needs
     decoupled attention and is None elsewhere."""
     streams = cfg.attention.streams
-    policies = {fmt: dict.fromkeys(streams, fmt) for fmt in FORMAT_BYTES} | {"hetero": HETERO}
-    return {name: cfg.layers * sum(FORMAT_BYTES[fmts[stream]](C) for stream, C in streams.items())
+    policies = {fmt: dict.fromkeys(streams, fmt) for fmt in FORMATS} | {"hetero": HETERO}
+    return {name: cfg.layers * sum(stream_bytes(fmts[stream], C) for stream, C in streams.items())
             if fmts.keys() == streams.keys() else None for name, fmts in policies.items()}
 
 
@@ -1316,7 +1313,8 @@ def catch_signals():
 
     def note(signum, frame):
         caught.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL if signum == signal.SIGINT else note)
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
@@ -1339,6 +1337,24 @@ def describe(cfg, data, ranks, dtype, why):
                 data=dict(sizes, sha256=data.sha256))
 
 
+def build(cfg, vocab_size, device):
+    """Model, optimiser and the generator that decides the order of the data, all from the seed."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, vocab_size).init_weights().to(device)
+    return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
+
+
+def restore(ckpt, model, optimizer, rng):
+    """Put them where a checkpoint left them."""
+    try:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        rng.bit_generator.state = ckpt["rng"]
+    except (*BROKEN, RuntimeError) as e:
+        raise UserError(f"last.pt doesn't fit this run ({' '.join(str(e).split())[:200]}); use another --out-dir, or "
+                        "--overwrite") from None
+
+
 def train(cfg, given):
     """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
     # --- device, data, run folder
@@ -1356,22 +1372,14 @@ def train(cfg, given):
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
 
-    # --- model, optimiser, random states
-    torch.manual_seed(cfg.seed)
-    model = GPT(cfg, data.tokenizer.vocab_size).init_weights().to(device)
-    optimizer = make_optimizer(model, cfg)
-    rng = np.random.Generator(np.random.PCG64(cfg.seed))
+    # --- model, optimiser, data order
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device)
     step, best = 0, math.inf
     if ckpt:
         if ckpt["data"] != meta["data"]:
             raise UserError(f"{folder} was trained on other data ({ckpt['data']}, not {meta['data']}); use another "
                             "--out-dir, or --overwrite")
-        try:
-            model.load_state_dict(ckpt["model"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-            rng.bit_generator.state = ckpt["rng"]
-        except (*BROKEN, RuntimeError) as e:
-            raise UserError(f"{folder}/last.pt can't be gone on from ({' '.join(str(e).split())[:200]})") from None
+        restore(ckpt, model, optimizer, rng)
         step, best = ckpt["step"], ckpt["best_val_loss"]
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:

@@ -78,14 +78,13 @@ def test_every_make_target_named_exists():
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_results_table_and_json_are_what_the_runs_say(tmp_path):
+def test_tables_and_results_json_are_what_the_runs_say(tmp_path):
     for name in ("a", "b"):
         command = [sys.executable, ROOT / "plot_results.py", "--runs", ROOT / "runs", "--out", tmp_path / name]
         subprocess.run([*command, "--readme", ""], check=True, capture_output=True)
     files = [(tmp_path / name / "results.json").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1] == (ROOT / "assets" / "results.json").read_bytes()
-    table = plot_results.table(json.loads(files[0]))
-    assert plot_results.between_marks(README, table) == README
+    assert plot_results.write_sections(README, json.loads(files[0])) == README
 
 
 def test_committed_runs_name_no_machine():
