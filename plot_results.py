@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 # Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed")                    # runs/bench/<name>.json, by `make bench`
+BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed")        # runs/bench/<name>.json, by `make bench`
 
 
 def read_jsonl(path):
@@ -113,7 +113,8 @@ def results_section(runs):
         commit = "unknown" if r["commit"] is None else r["commit"][:7] + ("+" if r["dirty"] else "")
         rows.append((r["label"], f"{r['data']}, {r['batch']} x {r['context']}", f"{r['params'] / 1e6:.1f}M",
                      f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
-                     f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`", f"`{commit}`"))
+                     f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`",
+                     f"`{commit}`"))
     hardware = sorted({f"{r['hardware']}, {r['dtype']}" for r in runs})
     return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. One seed a row: differences between "
                       "rows carry no interval. A commit with + had uncommitted changes."])
@@ -130,7 +131,7 @@ def speed_section(benchmarks):
                   f"baselines in the same process, medians of {speed['rounds']}; {speed['env']['cpu']}, "
                   f"{speed['env']['threads']} threads. Matrix products of the model's shapes alone: "
                   f"{speed['matmul_tflops']:.2f} TFLOP/s in bfloat16.", "",
-                  *markdown(("", "parameters", "tokens/s", "x naive", "x Llama", "share of the matrix-product rate"), rows),
+                  *markdown(("", "parameters", "tokens/s", "x naive", "x Llama", "share of matrix-product rate"), rows),
                   ""]
     if memory := benchmarks.get("loss_memory"):
         chunked, full = (memory[name] / 2**20 for name in ("chunked", "full logits"))
@@ -138,8 +139,9 @@ def speed_section(benchmarks):
                   f"chunked cross-entropy, {full:,.0f} MiB with all logits in memory.", ""]
     if tokens := benchmarks.get("tokenize_speed"):
         rates = [statistics.median(tokens["tokens_per_second"][name]) / 1e6 for name in ("pipeline", "tiktoken")]
-        lines += [f"`prepare_fineweb.py` tokenises {rates[0]:.2f}M GPT-2 tokens/s from .jsonl to a finished file, tiktoken "
-                  f"itself {rates[1]:.2f}M in memory, on {tokens['cores']} cores: a ratio of {tokens['ratio']:.2f}.", ""]
+        lines += [f"`prepare_fineweb.py` tokenises {rates[0]:.2f}M GPT-2 tokens/s from .jsonl to a finished file, "
+                  f"tiktoken itself {rates[1]:.2f}M in memory, on {tokens['cores']} cores: a ratio of "
+                  f"{tokens['ratio']:.2f}.", ""]
     return "\n".join(lines).rstrip() or "Not measured yet."
 
 

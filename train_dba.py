@@ -383,7 +383,8 @@ CACHE_BLOCK = 128                                          # capacity is padded 
 
 
 # Bits of a value, and bytes of the float16 scale that 32 channels of a token share.
-FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2), "nf4": (4, 2)}
+FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
+           "nf4": (4, 2)}
 FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
 
