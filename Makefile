@@ -16,13 +16,14 @@ TRAIN = $(PY) train_dba.py
 WIKI = --data $(DATA)/wikitext2.npy
 FINEWEB = --data $(DATA)/fineweb_100m.npy
 READY = $(VENV)/.ready
+LOCAL_WIKITEXT2 = $(if $(WIKITEXT2),--input "$(WIKITEXT2)")
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test setup fineweb figures bench kill_test checkpoints compare clean_demo \
+.PHONY: help env demo test setup fineweb figures bench kill_test checkpoints compare \
 	bottleneck96 decoupled standard gqa small128 long1024 long2048 fineweb_standard fineweb_decoupled
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9_]+):.*## */  \1|/' | column -t -s '|'
+	@awk -F ':.*## *' '/^[a-z0-9_]+:.*##/ {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY)  ## virtual environment with what training, plotting and tests need
 $(READY): requirements.txt
@@ -40,12 +41,12 @@ DEMO = $(RUNS)/demo
 DEMO_FLAGS = --data $(DATA)/sample.npy --d-model 192 --layers 4 --n-head 8 --d-ff 512 --block 256 --batch-size 16 \
 	--steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --log-every 10 --save-every 100
 
-demo: env $(DATA)/sample.npy  ## train standard and decoupled attention on a small corpus, sample from both, draw the curves
+demo: $(DATA)/sample.json  ## train standard and decoupled attention on a small corpus, sample from both, draw the curves
 	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/standard --attn-mode standard $(FLAGS)
 	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
 	@for mode in standard decoupled; do echo; echo "--- a sample from $$mode"; \
 	$(TRAIN) --mode sample --ckpt $(DEMO)/$$mode/best.pt --prompt "The following " --max-new-tokens 300 --temperature 0.7 \
-	--kv-cache fp16; done
+	|| exit 1; done
 	$(PY) plot_results.py --runs $(DEMO) --out $(DEMO) --readme ""
 	@echo
 	@echo "What to look at:"
@@ -53,59 +54,65 @@ demo: env $(DATA)/sample.npy  ## train standard and decoupled attention on a sma
 	@echo "  $(DEMO)/results.json           final losses, parameters, KV bytes per token, tokens/s"
 	@echo "  $(DEMO)/decoupled/train.jsonl  the log of one run; meta line: parameters by part, KV bytes by cache format"
 
-$(DATA)/sample.npy: | env
-	$(PY) prepare_fineweb.py --dataset sample --output $@
+$(DATA)/sample.json: | env                                 # a sidecar is written last: its token file is whole
+	$(PY) prepare_fineweb.py --dataset sample --output $(@:.json=.npy)
 
 # --- data
 
-setup: env  ## WikiText-2, word level and bytes
-	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer word --output $(DATA)/wikitext2.npy $(if $(WIKITEXT2),--input $(WIKITEXT2))
-	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer byte --output $(DATA)/wikitext2_byte.npy $(if $(WIKITEXT2),--input $(WIKITEXT2))
+setup: $(DATA)/wikitext2.json $(DATA)/wikitext2_byte.json  ## WikiText-2, word level and bytes
 
-fineweb: env  ## 100M tokens of FineWeb-Edu from the Hugging Face hub (resumes)
-	$(PY) prepare_fineweb.py --dataset fineweb-edu --tokens 100M --output $(DATA)/fineweb_100m.npy
+$(DATA)/wikitext2.json: | env
+	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer word --output $(@:.json=.npy) $(LOCAL_WIKITEXT2)
+
+$(DATA)/wikitext2_byte.json: | env
+	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer byte --output $(@:.json=.npy) $(LOCAL_WIKITEXT2)
+
+fineweb: $(DATA)/fineweb_100m.json  ## 100M tokens of FineWeb-Edu from the Hugging Face hub (resumes)
+
+$(DATA)/fineweb_100m.json: | env
+	$(PY) prepare_fineweb.py --dataset fineweb-edu --tokens 100M --output $(@:.json=.npy)
 
 # --- the experiments of the December 2025 paper
 
-bottleneck96:  ## bottleneck 96 with a null token
+bottleneck96: $(DATA)/wikitext2.json  ## bottleneck 96 with a null token
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/bottleneck96 --attn-mode bottleneck --attn-dim 96 --null-attn $(FLAGS)
 
-decoupled:  ## decoupled 32/64, tied, null token
+decoupled: $(DATA)/wikitext2.json  ## decoupled 32/64, tied, null token
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_sem32_geo64 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --attn-dim 128 \
 	--embed-dim 512 --tie-qk --null-attn $(FLAGS)
 
-standard:  ## standard attention, 512 wide
+standard: $(DATA)/wikitext2.json  ## standard attention, 512 wide
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/standard --attn-mode standard --d-model 512 $(FLAGS)
 
-gqa:  ## 8 query heads over 2 key/value heads
+gqa: $(DATA)/wikitext2.json  ## 8 query heads over 2 key/value heads
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/gqa_kv2 --attn-mode gqa --kv-head 2 --d-model 512 --attn-dim 128 --null-attn \
 	--batch-size 64 $(FLAGS)
 
-small128:  ## the whole model at d_model 128
+small128: $(DATA)/wikitext2.json  ## the whole model at d_model 128
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/small_d128 --attn-mode standard --d-model 128 --layers 6 --n-head 4 --d-ff 512 \
 	--embed-dim 128 --null-attn --batch-size 64 $(FLAGS)
 
-long1024:  ## decoupled at context 1024
+long1024: $(DATA)/wikitext2.json  ## decoupled at context 1024
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_block1024 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 1024 \
 	--batch-size 8 --steps 1200 $(FLAGS)
 
-long2048:  ## decoupled at context 2048
+long2048: $(DATA)/wikitext2.json  ## decoupled at context 2048
 	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_block2048 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 2048 \
 	--batch-size 4 --steps 800 $(FLAGS)
 
-fineweb_standard:  ## standard on FineWeb-Edu, context 1024
+fineweb_standard: $(DATA)/fineweb_100m.json  ## standard on FineWeb-Edu, context 1024
 	$(TRAIN) $(FINEWEB) --out-dir $(RUNS)/fineweb_standard --attn-mode standard --d-model 512 --block 1024 --batch-size 16 \
 	--steps 6000 $(FLAGS)
 
-fineweb_decoupled:  ## decoupled on FineWeb-Edu, context 1024
+fineweb_decoupled: $(DATA)/fineweb_100m.json  ## decoupled on FineWeb-Edu, context 1024
 	$(TRAIN) $(FINEWEB) --out-dir $(RUNS)/fineweb_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 1024 \
 	--batch-size 16 --tie-qk --null-attn --steps 6000 $(FLAGS)
 
 # --- a comparison that fits two cores: the same steps, batch, data order and learning rate for all
 
-COMPARE = $(TRAIN) $(WIKI) --steps $(STEPS) --batch-size 8 --block 256 --eval-every 100 --log-every 10 --save-every 200
+COMPARE = $(TRAIN) $(WIKI) --steps $(STEPS) --batch-size 8 --block 256 --eval-every 100 --log-every 10 --save-every 200 --compile
 
-compare:  ## four attention modes on WikiText-2 for STEPS steps each (500)
+compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS steps each (500)
 	$(COMPARE) --out-dir $(RUNS)/compare_standard512 --attn-mode standard $(FLAGS)
 	$(COMPARE) --out-dir $(RUNS)/compare_bottleneck96 --attn-mode bottleneck --attn-dim 96 $(FLAGS)
 	$(COMPARE) --out-dir $(RUNS)/compare_decoupled32_64 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
@@ -116,17 +123,17 @@ compare:  ## four attention modes on WikiText-2 for STEPS steps each (500)
 CKPT = $(TRAIN) --data $(DATA)/wikitext2_byte.npy --d-model 256 --layers 4 --n-head 8 --d-ff 768 --block 512 --batch-size 8 \
 	--steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 --eval-iters 20 --save-every 200
 
-checkpoints:  ## two small checkpoints, standard and decoupled, for figures and evaluations
+checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and decoupled, for figures and evaluations
 	$(CKPT) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(FLAGS)
 	$(CKPT) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
 
-figures:  ## figures and the README's table from the finished runs
+figures: env  ## figures and the README's table from the finished runs
 	$(PY) plot_results.py --runs $(RUNS)
 
-bench:  ## training speed against baselines, memory of the loss, tokenisation speed
+bench: env  ## training speed against baselines, memory of the loss, tokenisation speed
 	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json
 	$(PY) benchmarks/loss_memory.py --out $(RUNS)/bench/loss_memory.json
 	$(PY) benchmarks/tokenize_speed.py --out $(RUNS)/bench/tokenize_speed.json
 
-kill_test:  ## kill a run 20 times at random; its losses must be those of a run never stopped
+kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20

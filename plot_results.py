@@ -42,8 +42,9 @@ def label(config):
     mode, c = config["attn_mode"], config
     width = {"standard": c["d_model"], "bottleneck": c["attn_dim"], "decoupled": f"{c['sem_dim']}/{c['geo_dim']}",
              "gqa": f"{c['n_head']}Q/{c['kv_head']}KV", "mla": f"{c['kv_lora_rank']}+{c['rope_dim']}"}[mode]
-    switches = {"null": c["null_attn"], "tied": c["tie_qk"], "one temperature": c["one_temperature"],
-                "no RoPE": not c["rope"]}
+    switches = {f"{c['kv_head']} groups": c["attn_mode"] == "decoupled" and c["kv_head"], "null": c["null_attn"],
+                "tied": c["tie_qk"], "one temperature": c["one_temperature"], "learned temperature": c["learned_temp"],
+                "no RoPE": not c["rope"], "GELU": c["mlp"] == "gelu"}
     extras = [name for name, on in switches.items() if on]
     return " ".join([mode, str(width), *extras])
 
@@ -65,7 +66,7 @@ def read_run(folder):
         best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
         hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
-        dtype=config["dtype"], commit=env["commit"], dirty=env["dirty"],
+        dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
         curve=[[line["tokens"], line["val_loss"]] for line in evals])
 
 
@@ -115,9 +116,9 @@ def results_section(runs):
                      f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
                      f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`",
                      f"`{commit}`"))
-    hardware = sorted({f"{r['hardware']}, {r['dtype']}" for r in runs})
-    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. One seed a row: differences between "
-                      "rows carry no interval. A commit with + had uncommitted changes."])
+    hardware = sorted({f"{r['hardware']}, {r['dtype']}{', compiled' * r['compiled']}" for r in runs})
+    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. One seed a row: differences "
+                      "between rows carry no interval. A commit with + had uncommitted changes."])
 
 
 def speed_section(benchmarks):

@@ -13,7 +13,7 @@ the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem
     standard     -                 d                   d          H            2d
     bottleneck   -                 a                   a          H            2a
     gqa          -                 a                   a          kv_head      2a · kv_head / H
-    decoupled    s                 p                   a (s + p)  H, kv_head   (s + p + a) · groups / H
+    decoupled    s                 p                   a          H / kv_head  (s + p + a) · groups / H
     mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
 
 Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
@@ -36,6 +36,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import pickle
 import platform
@@ -72,7 +73,7 @@ SIZES = {
     "large":  dict(d_model=2048, layers=12, n_head=32, d_ff=5632, block=2048),  # the papers' local suite
     "1b":     dict(d_model=2048, layers=22, n_head=32, d_ff=5632, block=2048),  # the papers' A100 suite
 }
-# January 2026 paper, section 4.1: widths are per head, so they hold at every --size.
+# January 2026 paper, section 4.1: widths per head, so that they hold at other --sizes (the latent of mla is absolute).
 EXPS = {
     "paper_baseline":       lambda H: dict(attn_mode="standard"),
     "paper_bottleneck":     lambda H: dict(attn_mode="bottleneck", attn_dim=48 * H),
@@ -84,10 +85,11 @@ EXPS = {
 EXP_DEFAULTS = dict(size="1b", steps=10_000)
 
 
-def flag(group, default, help, choices=None, low=None, modes=None):
-    """One flag. group: its heading in --help, and the --mode that reads it; low: the least value allowed;
-    modes: the attention modes that read it (None: all)."""
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices, low=low, modes=modes))
+def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
+    """One flag. group: its heading in --help, and the --mode that reads it; low, above, below, top: the range of values
+    (>=, >, <, <=); modes: the attention modes that read it (None: all)."""
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, modes=modes,
+                                                limits=dict(low=low, above=above, below=below, top=top)))
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,15 @@ class Config:
     """All settings of a run. Build it by make_config(), which fills in presets and derived defaults and validates."""
 
     mode: str = flag("run", "train", "what to do", choices=("train", "sample"))
-    seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0)
+    seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0, below=2**63)
     device: str = flag("run", "auto", "cpu, cuda, mps or auto")
     dtype: str = flag("run", "auto", "of matrix products; weights stay float32; auto: bfloat16 where it is fast",
                       choices=("auto", "float32", "bfloat16", "float16"))
 
     data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
     val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
-    val_frac: float | None = flag("data", None, "validation part, cut from the end if it has no file (0.1)", low=0)
+    val_frac: float | None = flag("data", None, "validation part, cut from the end if it has no file (0.1)", above=0,
+                                  below=1)
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
@@ -142,7 +145,7 @@ class Config:
     attn_mode: str = flag("model", "standard", "attention mode",
                           choices=("standard", "bottleneck", "decoupled", "gqa", "mla"))
     d_model: int = flag("model", 512, "width of the residual stream", low=1)
-    layers: int = flag("model", 6, "number of blocks", low=1)
+    layers: int = flag("model", 6, "number of blocks", low=1, top=10_000)
     n_head: int = flag("model", 8, "query heads", low=1)
     d_ff: int = flag("model", 2048, "hidden width of the MLP", low=1)
     embed_dim: int | None = flag("model", None, "width of a factorised embedding (d_model: not factorised)", low=1)
@@ -166,12 +169,13 @@ class Config:
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
-    dropout: float = flag("training", 0.0, "on the embedding and what each attention and MLP adds to the stream", low=0)
+    dropout: float = flag("training", 0.0, "on the embedding and what each attention and MLP adds to the stream", low=0,
+                          below=1)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
-    lr: float = flag("training", 3e-4, "peak learning rate", low=0)
+    lr: float = flag("training", 3e-4, "peak learning rate", above=0)
     min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
     warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10); --exp: min(2000, "
                                     "steps / 5))", low=0)
@@ -190,7 +194,8 @@ class Config:
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
-    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens that hold this probability", low=0)
+    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
+                               top=1)
     kv_cache: str = flag("sampling", "fp16", "format of the KV cache", choices=("fp32", "bf16", "fp16"))
 
     @property
@@ -198,22 +203,29 @@ class Config:
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
         G = self.kv_head or H
-        sem, geo, v, groups, geo_groups, (sem_stream, geo_stream, v_stream) = {     # widths over all query heads
-            "standard":   lambda: (0, d, d, H, H, ("", "k", "v")),
-            "bottleneck": lambda: (0, a, a, H, H, ("", "k", "v")),
-            "gqa":        lambda: (0, a, a, G, G, ("", "k", "v")),
-            "decoupled":  lambda: (self.sem_dim, self.geo_dim, a, G, G, ("k_sem", "k_geo", "v")),
-            "mla":        lambda: (a, self.rope_dim * H, a, H, 1, ("latent", "k_rope", "latent")),
-        }[self.attn_mode]()
+        sem, geo, v, groups, geo_groups, streams = {       # widths over all query heads
+            "standard":   (0, d, d, H, H, ("", "k", "v")),
+            "bottleneck": (0, a, a, H, H, ("", "k", "v")),
+            "gqa":        (0, a, a, G, G, ("", "k", "v")),
+            "decoupled":  (self.sem_dim, self.geo_dim, a, G, G, ("k_sem", "k_geo", "v")),
+            "mla":        (a, (self.rope_dim or 0) * H, a, H, 1, ("latent", "k_rope", "latent")),
+        }[self.attn_mode]
         r, p = sem // H, geo // H
         joint = self.one_temperature or self.attn_mode == "mla"
-        geo_path = ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem,
-                             geo_stream)
-        if not sem:
-            return AttentionShape((geo_path,), v // H, groups, v_stream, 0)
-        sem_path = ScorePath("sem", r, groups, (r + p if joint else r) ** -0.5, False, self.tie_qk, sem_stream)
-        latent = self.kv_lora_rank if sem_stream == "latent" else 0
-        return AttentionShape((sem_path, geo_path), v // H, groups, v_stream, latent)
+        paths = [ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem,
+                           streams[1])]
+        if sem:
+            scale = (r + p if joint else r) ** -0.5
+            paths.insert(0, ScorePath("sem", r, groups, scale, False, self.tie_qk, streams[0]))
+        latent = self.kv_lora_rank if self.attn_mode == "mla" else 0
+        return AttentionShape(tuple(paths), v // H, groups, streams[2], latent)
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.grad_accum * self.block
+
+
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 def flag_name(field_name):
@@ -227,93 +239,34 @@ def relative(path):
 
 def derived(c):
     """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    c = dict(c)
-
-    def default(name, value):
-        if c[name] is None:
-            c[name] = value
-
+    fallback = dict(embed_dim=c["d_model"], min_lr=c["lr"],
+                    out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
+                    warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
     if c["attn_mode"] == "decoupled":
-        default("sem_dim", 32)
-        default("geo_dim", 64)
-        default("attn_dim", c["sem_dim"] + c["geo_dim"])
+        fallback.update(sem_dim=32, geo_dim=64, attn_dim=(c["sem_dim"] or 32) + (c["geo_dim"] or 64))
+    elif c["attn_mode"] != "bottleneck":
+        fallback.update(attn_dim=c["d_model"])
     if c["attn_mode"] == "mla":
-        default("kv_lora_rank", max(1, c["d_model"] // 4))
-        default("rope_dim", 2 * max(1, (c["attn_dim"] or c["d_model"]) // c["n_head"] // 4))
-    if c["attn_mode"] != "bottleneck":
-        default("attn_dim", c["d_model"])
-    default("embed_dim", c["d_model"])
-    default("min_lr", c["lr"])
-    default("warmup_steps", min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
-    default("out_dir", f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}")
+        head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
+        fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
+    c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
     return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
 
 
 def out_of_range(settings):
     """Sentences about the values in a dict of all fields that their flags don't allow."""
     for f in dataclasses.fields(Config):
-        value, name, low, choices = settings[f.name], flag_name(f.name), f.metadata["low"], f.metadata["choices"]
-        odd = isinstance(value, float) and not math.isfinite(value)
-        if odd or low is not None and value is not None and value < low:
-            yield f"{name} {value} must be a number of at least {low}"
-        if choices and value is not None and value not in choices:
+        value, name, choices, limits = settings[f.name], flag_name(f.name), f.metadata["choices"], f.metadata["limits"]
+        if value is None:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} {value} must be a finite number"
+        for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
+                                    ("below", operator.lt, "below"), ("top", operator.le, "at most")):
+            if limits[limit] is not None and not holds(value, limits[limit]):
+                yield f"{name} {value} must be {words} {limits[limit]}"
+        if choices and value not in choices:
             yield f"{name} {value} must be one of {', '.join(choices)}"
-    if settings["seed"] >= 2**63:
-        yield f"--seed {settings['seed']} must be below 2^63"
-
-
-UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
-
-
-def problems(c, given):
-    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
-    wrong = list(out_of_range(dataclasses.asdict(c)))
-    if wrong:
-        return wrong
-    for f in dataclasses.fields(c):
-        name, modes = flag_name(f.name), f.metadata["modes"]
-        if modes and c.attn_mode not in modes and given.get(f.name) not in (None, False):
-            wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
-        if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
-            wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
-    if c.exp and given.get("attn_mode", c.attn_mode) != EXPS[c.exp](c.n_head)["attn_mode"]:
-        wrong.append(f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out")
-    if not c.rope and "rope_base" in given:
-        wrong.append("--rope-base does nothing with --no-rope; leave one out")
-    return wrong + list(sampling_problems(c) if c.mode == "sample" else training_problems(c))
-
-
-def sampling_problems(c):
-    if not c.ckpt:
-        yield "--mode sample needs --ckpt, the checkpoint to sample from"
-    if c.prompt is not None and c.prompt_tokens is not None:
-        yield "--prompt and --prompt-tokens exclude each other; give one"
-    if c.temperature == 0 and (c.top_k or c.top_p is not None):
-        yield "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"
-    if c.top_p is not None and not 0 < c.top_p <= 1:
-        yield f"--top-p {c.top_p} must be above 0 and at most 1"
-
-
-def training_problems(c):
-    if not c.data:
-        yield "--data is missing: a .npy by prepare_fineweb.py, or a text file"
-    if c.val_data and c.val_frac is not None:
-        yield "--val-data and --val-frac exclude each other; give one"
-    if c.val_frac is not None and not 0 < c.val_frac < 1:
-        yield f"--val-frac {c.val_frac} must lie between 0 and 1"
-    if c.dtype == "float16":
-        yield "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"
-    if c.dropout >= 1:
-        yield f"--dropout {c.dropout} must be below 1"
-    if c.lr == 0:
-        yield "--lr 0 trains nothing"
-    if c.min_lr > c.lr:
-        yield f"--min-lr {c.min_lr} is above --lr {c.lr}"
-    if c.warmup_steps > c.steps:
-        yield f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"
-    if c.micro_batch and c.batch_size % c.micro_batch:
-        yield f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"
-    yield from width_problems(c)
 
 
 def width_problems(c):
@@ -322,6 +275,8 @@ def width_problems(c):
     if c.attn_dim is None:
         yield f"--attn-mode {c.attn_mode} needs --attn-dim"
         return
+    if c.attn_mode == "gqa" and not c.kv_head:
+        yield "--attn-mode gqa needs --kv-head"
     if c.attn_mode == "standard" and c.attn_dim != c.d_model:
         yield f"--attn-mode standard attends at full width, not --attn-dim {c.attn_dim}; use bottleneck, or --d-model"
     widths = ("d_model",) if c.attn_mode == "standard" else ("attn_dim", "sem_dim", "geo_dim")
@@ -330,12 +285,46 @@ def width_problems(c):
         yield f"--n-head {H} must divide {' and '.join(uneven)}"
     elif c.rope and (p := c.attention.paths[-1].width) % 2:
         yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
-    if c.attn_mode == "gqa" and not c.kv_head:
-        yield "--attn-mode gqa needs --kv-head"
     if H % G:
         yield f"--kv-head {G} must divide --n-head {H}"
     if c.tie_qk and G != H:
         yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
+
+
+UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
+
+
+def problems(c, given):
+    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
+    wrong = []
+    for f in dataclasses.fields(c):
+        name, modes = flag_name(f.name), f.metadata["modes"]
+        if modes and c.attn_mode not in modes and given.get(f.name) not in (None, False):
+            wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
+        if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
+            wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
+    checks = [
+        (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
+         f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
+        (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
+    ]
+    if c.mode == "sample":
+        return wrong + [message for bad, message in checks + [
+            (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
+            (c.prompt is not None and c.prompt_tokens is not None,
+             "--prompt and --prompt-tokens exclude each other; give one"),
+            (c.temperature == 0 and (c.top_k or c.top_p),
+             "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
+        ] if bad]
+    return wrong + [message for bad, message in checks + [
+        (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
+        (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
+        (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
+        (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
+        (c.micro_batch and c.batch_size % c.micro_batch,
+         f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
+    ] if bad] + list(width_problems(c))
 
 
 def make_config(**given):
@@ -345,7 +334,7 @@ def make_config(**given):
     preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
     if exp in EXPS:
         preset.update(EXPS[exp](given.get("n_head") or preset.get("n_head", 1)))
-    settings = {**{f.name: f.default for f in dataclasses.fields(Config)}, **preset, **given}
+    settings = {**DEFAULTS, **preset, **given}
     wrong = list(out_of_range(settings))
     if not wrong:
         cfg = Config(**derived(settings))
@@ -355,15 +344,12 @@ def make_config(**given):
     return cfg
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                              # one line, where argparse prints the whole usage first
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
-    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
@@ -395,13 +381,20 @@ def stream_bytes(fmt, C):
     return -(-C * bits // 8) + scale * -(-C // 32)
 
 
-def kv_bytes_per_token(cfg):
-    """{policy: bytes of KV cache per token over all layers}. A policy gives every stream one format; hetero needs
-    decoupled attention and is None elsewhere."""
+def cache_formats(cfg, policy):
+    """{stream: format} of a cache policy: one format for all streams, or hetero, which needs decoupled attention and is
+    None elsewhere."""
     streams = cfg.attention.streams
-    policies = {fmt: dict.fromkeys(streams, fmt) for fmt in FORMATS} | {"hetero": HETERO}
-    return {name: cfg.layers * sum(stream_bytes(fmts[stream], C) for stream, C in streams.items())
-            if fmts.keys() == streams.keys() else None for name, fmts in policies.items()}
+    if policy == "hetero":
+        return HETERO if HETERO.keys() == streams.keys() else None
+    return dict.fromkeys(streams, policy)
+
+
+def kv_bytes_per_token(cfg):
+    """{policy: bytes of KV cache per token over all layers, or None where the policy doesn't apply}."""
+    streams, formats = cfg.attention.streams, {policy: cache_formats(cfg, policy) for policy in (*FORMATS, "hetero")}
+    return {policy: cfg.layers * sum(stream_bytes(fmts[name], C) for name, C in streams.items()) if fmts else None
+            for policy, fmts in formats.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -428,16 +421,14 @@ class CacheStream:
 
 
 class KVCache:
-    """The streams of all layers, allocated once for `tokens` tokens and appended in place.
+    """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
+    appended in place. `length` [B] counts the tokens that all layers hold; a forward pass adds its own at its end."""
 
-    `length` [B] counts the tokens that all layers hold; those of a forward pass are added when it is over.
-    """
-
-    def __init__(self, cfg, batch, tokens, fmt, device="cpu"):
+    def __init__(self, cfg, batch, tokens, policy, device="cpu"):
         self.capacity = -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
-        channels = cfg.attention.streams
-        self.layers = [{name: CacheStream(batch, C, self.capacity, fmt, device) for name, C in channels.items()}
-                       for _ in range(cfg.layers)]
+        formats = cache_formats(cfg, policy)
+        self.layers = [{name: CacheStream(batch, C, self.capacity, formats[name], device)
+                        for name, C in cfg.attention.streams.items()} for _ in range(cfg.layers)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
 
     def end_after(self, T):
@@ -556,13 +547,9 @@ class Attention(nn.Module):
         self.o = linear(H * shape.v_width, D)
         null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
         self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
-        self.log_temp = nn.Parameter(torch.empty(H)) if cfg.learned_temp else None
+        self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
         geo = shape.paths[-1]
         self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
-
-    def up_project(self, linear, stream, entry):
-        """A cached entry as the key or value that is attended to: itself, or what MLA makes of its latent."""
-        return linear(entry) if stream == "latent" else entry
 
     def project(self, path, x, latent, pos, absorb):
         """Scaled queries [B, H, T, w], keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
@@ -573,7 +560,8 @@ class Attention(nn.Module):
         q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
         null_score = 0.0
         if self.null:                                      # with q unrotated: the score must not depend on position
-            null_k = self.up_project(self.k[path.name], path.stream, self.null[path.stream]).float()        # [G·w]
+            null_k = self.null[path.stream]
+            null_k = (self.k[path.name](null_k) if path.stream == "latent" else null_k).float()       # [G·w]
             null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
             null_score = (q * null_k).sum(-1)
         if absorb and path.stream == "latent":
@@ -596,7 +584,7 @@ class Attention(nn.Module):
         null_v = None
         if self.null:
             null_v = self.null[shape.v_stream]
-            null_v = null_v if absorb else self.up_project(self.v, shape.v_stream, null_v)
+            null_v = self.v(null_v) if shape.latent and not absorb else null_v
             null_v = null_v.view(1 if absorb else shape.v_groups, -1)
         if streams is None:
             if self.null:
@@ -665,14 +653,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     a time, so that nothing is computed twice and the full logits never exist at once."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab_size, nll_and_grad, wanted):
+    def forward(ctx, h, weight, targets, vocab_size, chunk_loss, with_grad):
         w = weight.to(h.dtype)
         mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
         mask[vocab_size:] = -torch.inf
-        dw = torch.zeros_like(weight) if wanted else None
+        dw = torch.zeros_like(weight) if with_grad else None
         rows = -(-len(h) // -(-len(h) * len(w) // LOGIT_CHUNK))                 # of h, in chunks of even size
-        nll, dh = zip(*(nll_and_grad(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
-        ctx.save_for_backward(torch.cat(dh) if wanted else None, dw)
+        nll, dh = zip(*(chunk_loss(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
+        ctx.save_for_backward(torch.cat(dh) if with_grad else None, dw)
         return sum(nll)
 
     @staticmethod
@@ -700,13 +688,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Normal with standard deviation 0.02, projections into the residual stream less by sqrt(2 L); norms 1; log
         temperatures 0."""
-        norms = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, RMSNorm)}
         for name, p in self.named_parameters():
-            if name in norms:
-                p.fill_(1.0)
-            elif name.endswith("log_temp"):
-                p.zero_()
-            else:
+            if p.dim() == 2 or ".null." in name:           # the others are built as 1 and 0
                 into_stream = name.endswith(("attn.o.weight", "mlp.down.weight"))
                 p.normal_(std=0.02 / math.sqrt(2 * self.cfg.layers) if into_stream else 0.02)
         return self
@@ -722,7 +705,7 @@ class GPT(nn.Module):
         return self.embed_down(self.norm(x))
 
     def logits(self, h):
-        return (h @ self.embed.weight.to(h.dtype).T)[..., :self.vocab_size].float()               # [B, T, V]
+        return F.linear(h, self.embed.weight)[..., :self.vocab_size].float()                      # [B, T, V]
 
     def forward(self, idx, targets=None, cache=None):
         """idx [B, T] -> logits [B, T, V], or with targets [B, T] (below 0: ignored) the sum of their nll in nats."""
@@ -782,13 +765,10 @@ class GPT2Tokenizer:
     def __init__(self):
         try:
             import tiktoken
-        except ImportError:
-            raise UserError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from None
-        try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except OSError as e:                               # requests' errors are OSErrors
-            raise UserError(f"tiktoken can't fetch the GPT-2 vocabulary ({type(e).__name__}); go online once, or set "
-                            "TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+        except (ImportError, OSError) as e:                # requests' errors are OSErrors
+            raise UserError(f"no GPT-2 tokenizer ({type(e).__name__}): pip install tiktoken, and go online once or set "
+                            "TIKTOKEN_CACHE_DIR to a folder that holds its vocabulary") from None
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
@@ -825,53 +805,36 @@ class WordTokenizer:
 
 
 TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
-SIDECAR_KEYS = {"tokenizer", "vocab_size", "tokens", "sha256", "text_bytes", "val", "vocab"}
 AGAIN = "make it again with prepare_fineweb.py"
+BROKEN = (KeyError, IndexError, ValueError, TypeError, AttributeError)          # what reading damaged data may raise
 
 
-def read_sidecar(path):
-    """The JSON beside a token file NAME.npy, a dict. Raises UserError unless it is what prepare_fineweb.py writes."""
+def make_tokenizer(name, words):
+    return TOKENIZERS[name](words) if name == "word" else TOKENIZERS[name]()
+
+
+def open_token_file(path):
+    """(ids as a memory map, tokenizer, sidecar) of a file by prepare_fineweb.py. Raises UserError unless sidecar,
+    length, type and vocabulary agree and every id is within the vocabulary."""
     sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}")
     try:
         info = json.loads(sidecar.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}") from None
-    except ValueError as e:
-        raise UserError(f"{sidecar} is not JSON ({e}); {AGAIN}") from None
-    missing = SIDECAR_KEYS - (info.keys() if isinstance(info, dict) else set())
-    if missing:
-        raise UserError(f"{sidecar} lacks {', '.join(sorted(missing))}; {AGAIN}")
-    return info
-
-
-def open_tokens(path, info):
-    """Memory map of a token file, checked against its sidecar: length, dtype, and every id within the vocabulary."""
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is not a whole .npy file ({e}); {AGAIN}") from None
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != info["tokens"]:
-        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, but its sidecar promises {info['tokens']} ids as "
+        info["sha256"], info["text_bytes"], info["val"]
+        words = json.loads((path.parent / info["vocab"]).read_text()) if info["tokenizer"] == "word" else None
+        tokenizer = make_tokenizer(info["tokenizer"], words)
+        ids = np.lib.format.open_memmap(path, mode="r")
+        top = max((int(ids[i:i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"{path}, its sidecar or vocabulary is damaged ({type(e).__name__} {e}); {AGAIN}") from None
+    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32) or len(ids) != info["tokens"]:
+        raise UserError(f"{path} holds {ids.dtype} {ids.shape}, but its sidecar promises {info['tokens']} ids as "
                         f"uint16 or uint32; {AGAIN}")
-    top = max((int(tokens[i:i + 2**24].max()) for i in range(0, len(tokens), 2**24)), default=0)
-    if top >= info["vocab_size"]:
-        raise UserError(f"{path} holds id {top}, but its vocabulary ends at {info['vocab_size'] - 1}; {AGAIN}")
-    return tokens
-
-
-def sidecar_tokenizer(path, info):
-    """The tokenizer that a token file was made with, its vocabulary as large as the sidecar says."""
-    if info["tokenizer"] not in TOKENIZERS:
-        raise UserError(f"{path}: its sidecar's tokenizer is {info['tokenizer']!r}; known: {', '.join(TOKENIZERS)}")
-    try:
-        words = (json.loads((path.parent / str(info["vocab"])).read_text()),) if info["tokenizer"] == "word" else ()
-        tokenizer = TOKENIZERS[info["tokenizer"]](*words)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path}: can't read its vocabulary {info['vocab']} ({e}); {AGAIN}") from None
-    if tokenizer.vocab_size != info["vocab_size"]:
-        raise UserError(f"{path}: its sidecar says {info['vocab_size']} types, but its vocabulary has "
+    if not top < info["vocab_size"] == tokenizer.vocab_size:
+        raise UserError(f"{path} holds ids up to {top}, its sidecar says {info['vocab_size']} types, its vocabulary has "
                         f"{tokenizer.vocab_size}; {AGAIN}")
-    return tokenizer
+    return ids, tokenizer, info
 
 
 def read_text(path):
@@ -881,7 +844,8 @@ def read_text(path):
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files end in .npy") from None
     head = text[:10_000]
     if head.strip() and not head.translate(str.maketrans("", "", "0123456789,;[] \t\r\n")):
-        raise UserError(f"{path} holds numbers: token ids? Read as words they would be numbered anew; {AGAIN}")
+        raise UserError(f"{path} holds numbers: token ids? As text they would be numbered anew; prepare_fineweb.py "
+                        "makes token files")
     return text
 
 
@@ -902,7 +866,7 @@ def load_data(cfg):
         if not path.is_file():
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty; {AGAIN}")
+            raise UserError(f"{path} is empty; make or download it again")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
     data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
@@ -920,41 +884,35 @@ def split_off(ids, val_frac):
 
 
 def load_token_files(cfg, paths):
-    infos = [read_sidecar(path) for path in paths]
-    if len(paths) == 1 and infos[0]["val"] and cfg.val_frac is None:
-        paths.append(paths[0].parent / str(infos[0]["val"]))
-        infos.append(read_sidecar(paths[1]))
-    info = infos[0]
-    if cfg.tokenizer not in ("auto", info["tokenizer"]):
-        raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {info['tokenizer']}; leave it out")
-    tokenizer, *others = [sidecar_tokenizer(path, i) for path, i in zip(paths, infos)]
-    if any((other.name, vars(other)) != (tokenizer.name, vars(tokenizer)) for other in others):
-        raise UserError(f"the vocabularies of {' and '.join(map(str, paths))} don't agree; prepare them together")
-    parts = [open_tokens(path, i) for path, i in zip(paths, infos)]
+    parts = [open_token_file(path) for path in paths]
+    (train, tokenizer, info) = parts[0]
+    if len(parts) == 1 and info["val"] and cfg.val_frac is None:
+        parts.append(open_token_file(paths[0].parent / str(info["val"])))
+    if cfg.tokenizer not in ("auto", tokenizer.name):
+        raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {tokenizer.name}; leave it out")
+    if any((other.name, vars(other)) != (tokenizer.name, vars(tokenizer)) for _, other, _ in parts):
+        raise UserError(f"{paths[0]} and its validation file have different vocabularies; prepare them together")
     if len(parts) == 2:
-        return Data(*parts, tokenizer, infos[1]["text_bytes"], info["sha256"])
-    return Data(*split_off(parts[0], cfg.val_frac), tokenizer, None, info["sha256"])
+        return Data(train, parts[1][0], tokenizer, parts[1][2]["text_bytes"], info["sha256"])
+    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"])
 
 
 def load_texts(cfg, paths):
     """Text files, tokenised here; a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
     texts = [read_text(path) for path in paths]
+    sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
+    val_bytes = len(texts[1].encode()) if len(texts) > 1 else None
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
-    else:
-        tokenizer = TOKENIZERS[kind]()
-        parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
-    if len(parts) == 1:
-        parts = split_off(parts[0], cfg.val_frac)
-    if kind == "word":
+        parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
         tokenizer = WordTokenizer.build(parts[0])
-        parts = [tokenizer.encode_words(words) for words in parts]
-    val_bytes = None                                       # words don't give their spaces back
-    if kind != "word":
-        val_bytes = len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
-    return Data(*parts, tokenizer, len(texts[1].encode()) if len(texts) == 2 else val_bytes,
-                hashlib.sha256(paths[0].read_bytes()).hexdigest())
+        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, sha256)
+    tokenizer = make_tokenizer(kind, None)
+    parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
+    parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
+    val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
+    return Data(*parts, tokenizer, val_bytes or len(val_text), sha256)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -999,8 +957,6 @@ def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
@@ -1016,9 +972,15 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:            # AssertionError: PyTorch was built without CUDA
         raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
     return device
+
+
+def cpu_features():
+    return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 
 
 def pick_dtype(name, device):
@@ -1028,10 +990,9 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    for name in ("amx_bf16", "avx512_bf16"):
-        if cpu.get(name):
-            return torch.bfloat16, f"this CPU has {name}"
+    for feature in ("amx_bf16", "avx512_bf16") if device.type == "cpu" else ():
+        if cpu_features().get(feature):
+            return torch.bfloat16, f"this CPU has {feature}"
     return torch.float32, f"no fast bfloat16 on this {device.type}"
 
 
@@ -1100,9 +1061,7 @@ def clip_gradients(params, limit):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
-
-
-KEPT = "what was saved before is kept. Free some space and run the command again"
+KEPT = "what was saved before is kept. Make room (or the folder writable) and run the command again"
 
 
 def write_whole(path, write):
@@ -1126,9 +1085,6 @@ def save_checkpoint(path, cfg, tokenizer, model, **state):
     write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
-BROKEN = (KeyError, IndexError, ValueError, TypeError, AttributeError)           # what reading damaged data may raise
-
-
 def load_checkpoint(path, device="cpu"):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
     unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
@@ -1143,15 +1099,13 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
         raise UserError(f"{path} is not a checkpoint of train_dba.py")
     try:
-        missing = {f.name for f in dataclasses.fields(Config)} - ckpt["config"].keys()
-        cfg = ckpt["config"] = Config(**ckpt["config"])
-        name, words = ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"]
-        ckpt["tokenizer"] = WordTokenizer(words) if name == "word" else TOKENIZERS[name]()
-        wrong = "; ".join(sorted(missing) or problems(dataclasses.replace(cfg, mode="train"), {}))
+        cfg = ckpt["config"] = Config(**ckpt["config"])    # a flag that is younger than the checkpoint has its default
+        ckpt["tokenizer"] = make_tokenizer(ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"])
+        wrong = list(out_of_range(vars(cfg))) or problems(dataclasses.replace(cfg, mode="train"), {})
     except BROKEN as e:
-        wrong = f"{type(e).__name__}: {e}"
+        wrong = [f"{type(e).__name__}: {e}"]
     if wrong:
-        raise UserError(f"{path} has broken settings, or those of another version of train_dba.py ({wrong})")
+        raise UserError(f"{path} has broken settings, or those of another version of train_dba.py ({'; '.join(wrong)})")
     return ckpt
 
 
@@ -1160,7 +1114,7 @@ def load_model(ckpt):
     cfg, weights = ckpt["config"], ckpt["model"]
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
-            model = GPT(dataclasses.replace(cfg, layers=min(cfg.layers, len(weights))), ckpt["tokenizer"].vocab_size)
+            model = GPT(cfg, ckpt["tokenizer"].vocab_size)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f"the checkpoint's weights don't fit its settings ({' '.join(str(e).split())[:200]})") from None
@@ -1178,7 +1132,7 @@ def provenance(device):
 
     commit = git("rev-parse", "HEAD")
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+                platform=platform.system(), cpu=cpu_features().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
@@ -1220,7 +1174,7 @@ def find_run(cfg, given):
                         "from, but not trained on")
     if log and "config" not in log[0]:
         raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
-    saved = dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"]
+    saved = {**DEFAULTS, **(dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"])}
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
@@ -1236,7 +1190,7 @@ def find_run(cfg, given):
     return cfg, ckpt, finished
 
 
-def start_folder(cfg, ckpt, device, meta):
+def start_folder(cfg, ckpt, device, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
     try:
@@ -1247,7 +1201,8 @@ def start_folder(cfg, ckpt, device, meta):
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     env = provenance(device)
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
-    command = ["python3", *("=".join(map(relative, arg.split("=", 1))) for arg in sys.argv)]
+    launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
+    command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
     texts = {"command.txt": shlex.join(command) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
              "env.json": json.dumps(env, indent=1) + "\n",
@@ -1284,10 +1239,10 @@ def share_out(cfg, ranks):
     """Micro-batch size, and the micro-batches of a step that this rank takes: fixed globally, dealt round-robin."""
     if ranks.world > 1 and cfg.dropout and not cfg.micro_batch:
         raise UserError("dropout masks are drawn per micro-batch; give --micro-batch, so that ranks don't change them")
-    micro = cfg.micro_batch or cfg.batch_size // ranks.world
-    count = cfg.batch_size * cfg.grad_accum // micro if micro else 0
-    if not micro or cfg.batch_size % micro or count % ranks.world:
-        raise UserError(f"--batch-size {cfg.batch_size} x --grad-accum {cfg.grad_accum} in parts of {micro or 1} "
+    micro = cfg.micro_batch or max(1, cfg.batch_size // ranks.world)
+    count = cfg.batch_size * cfg.grad_accum // micro
+    if cfg.batch_size % micro or count % ranks.world:
+        raise UserError(f"--batch-size {cfg.batch_size} x --grad-accum {cfg.grad_accum} in parts of {micro} "
                         f"can't be dealt to {ranks.world} ranks evenly; change --batch-size or --micro-batch")
     return micro, range(ranks.rank, count, ranks.world)
 
@@ -1327,13 +1282,13 @@ def describe(cfg, data, ranks, dtype, why):
     params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
     sizes = dict(train_tokens=len(data.train), val_tokens=len(data.val), vocab_size=data.tokenizer.vocab_size)
     if ranks.rank == 0:
-        per_step = cfg.batch_size * cfg.grad_accum * cfg.block
         print(f"{cfg.attn_mode} attention in {dtype} ({why}) on {ranks.device}, {ranks.world} rank(s) of "
               f"{torch.get_num_threads()} CPU threads")
         print("parameters:", ", ".join(f"{part} {n:,}" for part, n in params.items()))
         print("KV cache, bytes per token:", ", ".join(f"{fmt} {n:,}" for fmt, n in kv.items() if n is not None))
         print("data:", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), f"({data.tokenizer.name})")
-        print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {per_step:,}", flush=True)
+        print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
+              flush=True)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
                 data=dict(sizes, sha256=data.sha256))
 
@@ -1356,7 +1311,7 @@ def restore(ckpt, model, optimizer, rng):
                         "--overwrite") from None
 
 
-def train(cfg, given):
+def train(cfg, given, argv):
     """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
     # --- device, data, run folder
     device = pick_device(cfg.device)
@@ -1366,9 +1321,10 @@ def train(cfg, given):
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
-    if finished and ranks.rank == 0:
-        print(f"{folder} is finished ({cfg.steps} steps); larger --steps go on, --overwrite starts afresh")
+    main_rank = ranks.rank == 0
     if finished:
+        if main_rank:
+            print(f"{folder} is finished ({cfg.steps} steps); larger --steps go on, --overwrite starts afresh")
         return 0
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
@@ -1384,17 +1340,16 @@ def train(cfg, given):
         step, best = ckpt["step"], ckpt["best_val_loss"]
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
-    main_rank = ranks.rank == 0
-    per_step = cfg.batch_size * cfg.grad_accum * cfg.block
+        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
+                                         broadcast_buffers=False)
 
-    def log(**line):
+    def log(kind, **fields):
         if main_rank:
-            append_line(folder / "train.jsonl", **line)
+            append_line(folder / "train.jsonl", type=kind, step=step, tokens=step * cfg.tokens_per_step, **fields)
 
     def save(name, **state):
         if main_rank:
-            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * per_step,
+            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * cfg.tokens_per_step,
                             best_val_loss=best, data=meta["data"], **state)
 
     def save_last():
@@ -1402,15 +1357,15 @@ def train(cfg, given):
 
     ranks.sum(0)                                           # every rank has read the folder before rank 0 writes to it
     if main_rank:
-        start_folder(cfg, ckpt, device, meta)
+        start_folder(cfg, ckpt, device, meta, argv)
     if ckpt is None:
-        save_last()                                        # from now on, a log without a checkpoint means a deleted one
+        save_last()                                        # so that a log without a checkpoint means a deleted one
     del ckpt
 
     # --- training loop
     caught = catch_signals()
-    bar = tqdm(total=cfg.steps * per_step, initial=step * per_step, unit="tok", unit_scale=True, disable=not main_rank,
-               dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps * cfg.tokens_per_step, initial=step * cfg.tokens_per_step, unit="tok", unit_scale=True,
+               disable=not main_rank, dynamic_ncols=True)
     seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
     while step < cfg.steps and not stop_with:
         step += 1
@@ -1423,7 +1378,7 @@ def train(cfg, given):
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
         nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
-        loss, grad_norm = nll / per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
+        loss, grad_norm = nll / cfg.tokens_per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -1433,14 +1388,13 @@ def train(cfg, given):
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
         stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
-        bar.update(per_step)
+        bar.update(cfg.tokens_per_step)
 
         # log, evaluate, save
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == 1 or last:
-            log(type="train", step=step, tokens=step * per_step, loss=loss, lr=lr, grad_norm=grad_norm,
-                tok_s=timed_steps * per_step / seconds, step_ms=1000 * seconds / timed_steps,
-                mem_bytes=peak_memory(device))
+            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=timed_steps * cfg.tokens_per_step / seconds,
+                step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
             val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
@@ -1449,27 +1403,29 @@ def train(cfg, given):
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
             ppl = math.exp(val_loss) if val_loss < 700 else None
-            log(type="eval", step=step, tokens=step * per_step, val_loss=val_loss, val_ppl=ppl, val_bpb=bpb,
-                val_tokens=val_tokens, best_val_loss=best)
-            bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
+            log("eval", val_loss=val_loss, val_ppl=ppl, val_bpb=bpb, val_tokens=val_tokens, best_val_loss=best)
+            if main_rank:
+                bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
         if step % cfg.save_every == 0 or last or stop_with:
             save_last()
             saved_at = step
     bar.close()
-    if stop_with:
+    if not stop_with:
+        log("done", best_val_loss=best)
+    elif main_rank:
         print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
-        return stop_with
-    log(type="done", step=step, tokens=step * per_step, best_val_loss=best)
-    return 0
+    return stop_with
 
 
 # -----------------------------------------------------------------------------
 # Sampling
 
 def pick_token(logits, temperature, top_k, top_p, generator):
-    """Token ids [B, 1] for logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p."""
+    """Token ids [B, 1] for logits [B, V]: the likeliest at temperature 0, else drawn after top-k, then top-p. On the
+    CPU, where a seed means the same whatever the model's device."""
+    logits = logits.cpu()
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
@@ -1489,27 +1445,24 @@ PREFILL_CHUNK = 512                                        # prompt tokens per f
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
     """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens."""
-    generator = torch.Generator(prompt.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for chunk in prompt.split(PREFILL_CHUNK, 1):
         h = model.hidden(chunk, cache)
     for i in range(max_new_tokens):
         token = pick_token(model.logits(h[:, -1]), temperature, top_k, top_p, generator)
         yield token
         if i + 1 < max_new_tokens:
-            h = model.hidden(token, cache)
+            h = model.hidden(token.to(prompt.device), cache)
 
 
 def prompt_ids(cfg, tokenizer):
     """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
-    if cfg.prompt_tokens is None:
-        try:
-            return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
-        except UnicodeEncodeError:
-            raise UserError(f"--prompt {cfg.prompt!r} is not UTF-8") from None
     try:
+        if cfg.prompt_tokens is None:
+            return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
         ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
-    except ValueError:
-        raise UserError(f"--prompt-tokens {cfg.prompt_tokens!r} must be whole numbers") from None
+    except ValueError:                                     # of which UnicodeEncodeError is one
+        raise UserError("--prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
     if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
         raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
     return ids
@@ -1532,8 +1485,7 @@ def sample(cfg):
           f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} bytes allocated for "
           f"{cache.capacity} tokens", file=sys.stderr)
     if tokens > model.cfg.block:
-        print(f"warning: this goes past the {model.cfg.block} tokens of the training context; RoPE extrapolates",
-              file=sys.stderr)
+        print(f"warning: this goes past the {model.cfg.block} tokens of the training context", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
     print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
@@ -1550,10 +1502,11 @@ def sample(cfg):
 def main(argv=None):
     """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
     try:
+        argv = sys.argv[1:] if argv is None else argv
         given = parse_args(argv)
         cfg = make_config(**given)
         keep_freed_memory()
-        return train(cfg, given) if cfg.mode == "train" else sample(cfg)
+        return train(cfg, given, argv) if cfg.mode == "train" else sample(cfg)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1

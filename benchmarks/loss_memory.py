@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--out", help="write the figures as JSON")
     parser.add_argument("--one", choices=LOSSES, help="measure this one and print its bytes")
     args = parser.parse_args()
+    train_dba.keep_freed_memory()
     device = train_dba.pick_device(args.device)
     if args.one:
         print(measure(LOSSES[args.one], device))

@@ -80,6 +80,7 @@ def main():
         print(f"{name:9s} {medians[name] / 1e6:6.2f} M tokens/s   ({min(values) / 1e6:.2f} to {max(values) / 1e6:.2f})")
     print(f"ratio     {ratio:6.3f}   (median of the pairs)")
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"documents": len(texts), "tokens": tokens, "cores": cores, "repeats": args.repeats,
                   "tokens_per_second": rates, "ratio": ratio}
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """
 Training speed of decoupled 32/64 on this machine, as ratios to baselines that run interleaved in the same process.
 
-    python3 benchmarks/train_speed.py --out runs/bench_train_speed/train_speed.json
+    python3 benchmarks/train_speed.py --out runs/bench/train_speed.json
 
 Every contender takes full optimiser steps (forward, backward, clipping, AdamW) on the same batch. `naive` is the same
 model in float32 with explicit score matrices, a mask, and the full logits in memory; `llama` is transformers' Llama of
