@@ -832,8 +832,8 @@ def open_token_file(path):
         raise UserError(f"{path} holds {ids.dtype} {ids.shape}, but its sidecar promises {info['tokens']} ids as "
                         f"uint16 or uint32; {AGAIN}")
     if not top < info["vocab_size"] == tokenizer.vocab_size:
-        raise UserError(f"{path} holds ids up to {top}, its sidecar says {info['vocab_size']} types, its vocabulary has "
-                        f"{tokenizer.vocab_size}; {AGAIN}")
+        raise UserError(f"{path} holds ids up to {top}, its sidecar says {info['vocab_size']} types, its vocabulary "
+                        f"has {tokenizer.vocab_size}; {AGAIN}")
     return ids, tokenizer, info
 
 

@@ -132,7 +132,7 @@ def config(**values):
 BIG = 2**30
 EDITS = {
     "unknown setting": (config(no_such_setting=1), "no_such_setting"),
-    "missing setting": (lambda c: c["config"].pop("d_ff"), "d_ff"),
+    "missing setting": (lambda c: c["config"].pop("d_ff"), "weights"),
     "no config": (lambda c: c.pop("config"), "not a checkpoint"),
     "config a list": (lambda c: c.update(config=[1, 2]), "broken settings"),
     "model a list": (lambda c: c.update(model=[1, 2]), "weights"),

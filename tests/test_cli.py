@@ -32,13 +32,14 @@ def test_flag_is_in_help_once(help_text, name):
 
 @pytest.fixture(scope="module")
 def names_read():
-    """Settings that the code reads, apart from the functions that only check or complete them."""
+    """Settings that the code reads off a Config, apart from the functions that only check, complete or print them."""
     tree = ast.parse(inspect.getsource(train_dba))
-    checks = {"problems", "training_problems", "derived", "describe"}
+    checks = {"problems", "width_problems", "out_of_range", "derived", "describe"}
     nodes = [n for top in tree.body if getattr(top, "name", None) not in checks for n in ast.walk(top)]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    read = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
     gets = [n.args[0] for n in nodes if isinstance(n, ast.Call) and n.args and getattr(n.func, "attr", None) == "get"]
-    return read | {n.value for n in gets if isinstance(n, ast.Constant)}
+    return ({n.attr for n in read if ast.unparse(n.value) in ("cfg", "self.cfg", "self", "model.cfg")}
+            | {n.value for n in gets if isinstance(n, ast.Constant)})
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -62,6 +62,18 @@ def test_training_command(command, tiny_data, capsys):
     assert lines[0]["config"] == resolved and lines[-2]["val_tokens"] == 2099
 
 
+def test_sampling_command(tiny_data, capsys):
+    command, = [c for c in COMMANDS if "--mode sample" in c]
+    ckpt = Path(parse_args(shlex.split(command)[2:])["ckpt"])
+    tiny = "--size tiny --d-model 16 --d-ff 16 --layers 1 --n-head 2 --steps 2 --attn-mode standard --dtype float32"
+    assert main(f"--data data/wikitext2.npy --out-dir {ckpt.parent} {tiny}".split()) == 0
+    before = {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+    capsys.readouterr()
+    assert main(shlex.split(command)[2:]) == 0
+    assert len(capsys.readouterr().out.split()) > 50
+    assert before == {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+
+
 def test_makefile_runs_the_same_commands():
     named = re.findall(r"`make (\w+)`", README[:README.index("## Sample")])
     targets = [t for t in dict.fromkeys(named) if t not in ("help", "fineweb")]
