@@ -447,7 +447,7 @@ def test_a_blank_prompt_starts_a_document():
 @pytest.mark.parametrize("limit, factor", ((0.5, 0.1), (5.0, 1.0), (50.0, 1.0), (0.0, 1.0)))
 def test_clip_gradients(limit, factor):
     """Gradients of norm 5 are scaled down to the limit, together; 0 is no limit."""
-    params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (2, (1, 1), 1)]
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([[-4.0]])
     assert dba.clip_gradients(params, limit).item() == pytest.approx(5)
     assert params[0].grad.tolist() == pytest.approx([3 * factor, 0])
