@@ -820,14 +820,18 @@ def open_token_file(path):
     if not sidecar.is_file():
         raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}")
     try:
+        reading, words = sidecar, None
         info = json.loads(sidecar.read_text())
-        info["sha256"], info["text_bytes"], info["val"]
-        words = json.loads((path.parent / info["vocab"]).read_text()) if info["tokenizer"] == "word" else None
+        info["vocab_size"], info["tokens"], info["sha256"], info["text_bytes"], info["val"]
+        if info["tokenizer"] == "word":
+            reading = path.parent / info["vocab"]
+            words = json.loads(reading.read_text())
         tokenizer = make_tokenizer(info["tokenizer"], words)
+        reading = path
         ids = np.lib.format.open_memmap(path, mode="r")
         top = max((int(ids[i:i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
     except (*BROKEN, OSError) as e:
-        raise UserError(f"{path}, its sidecar or vocabulary is damaged ({type(e).__name__} {e}); {AGAIN}") from None
+        raise UserError(f"{reading} is damaged ({type(e).__name__} {e}); {AGAIN}") from None
     if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32) or len(ids) != info["tokens"]:
         raise UserError(f"{path} holds {ids.dtype} {ids.shape}, but its sidecar promises {info['tokens']} ids as "
                         f"uint16 or uint32; {AGAIN}")
@@ -1061,7 +1065,7 @@ def clip_gradients(params, limit):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
-KEPT = "what was saved before is kept. Make room (or the folder writable) and run the command again"
+KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 
 
 def write_whole(path, write):

@@ -146,7 +146,7 @@ EDITS = {
     "narrow heads": (config(attn_mode="bottleneck", attn_dim=1), "--n-head"),
     "a config of sampling": (config(mode="sample", attn_mode="bottleneck", attn_dim=1), "settings"),
     "infinite norm_eps": (config(norm_eps=float("inf")), "--norm-eps"),
-    "1e12 layers": (config(layers=10**12), "weights"),
+    "1e12 layers": (config(layers=10**12), "--layers"),
     "d_model 2^30": (config(d_model=BIG, attn_dim=BIG, embed_dim=BIG), "weights"),
     "d_ff 2^60": (config(d_ff=BIG**2), "weights"),
     "attn_dim 2^50": (config(attn_mode="bottleneck", attn_dim=2**50), "weights"),

@@ -181,8 +181,8 @@ def test_wrong_flags_in_a_process_of_their_own(folder):
 
 
 def test_all_mistakes_are_said_at_once(folder):
-    said = call(f"--data text.txt {TINY} --dropout 2 --kv-head 2 --min-lr 1", folder)
-    assert_error(said, "--dropout", "--kv-head", "--min-lr")
+    said = call(f"--data text.txt {TINY} --val-data x --val-frac 0.5 --kv-head 2 --min-lr 1", folder)
+    assert_error(said, "--val-frac", "--kv-head", "--min-lr")
     assert_error(call(f"--data text.txt {TINY} --save-every 0 --layers -1", folder), "--save-every", "--layers")
 
 
