@@ -45,7 +45,7 @@ demo: $(DATA)/sample.json  ## train standard and decoupled attention on a small 
 	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/standard --attn-mode standard $(FLAGS)
 	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
 	@for mode in standard decoupled; do echo; echo "--- a sample from $$mode"; \
-	$(TRAIN) --mode sample --ckpt $(DEMO)/$$mode/best.pt --prompt "The following " --max-new-tokens 300 --temperature 0.7 \
+	$(TRAIN) --mode sample --ckpt $(DEMO)/$$mode/best.pt --prompt "The following " --max-new-tokens 220 --temperature 0.7 \
 	|| exit 1; done
 	$(PY) plot_results.py --runs $(DEMO) --out $(DEMO) --readme ""
 	@echo

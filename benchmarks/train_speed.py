@@ -102,17 +102,14 @@ def matmul_step(cfg, device):
     widths += [(cfg.d_model, p.groups * p.width) for p in shape.paths if not p.tied]
     widths += [(cfg.d_model, shape.v_groups * shape.v_width), (cfg.n_head * shape.v_width, cfg.d_model)]
     widths += [(cfg.d_model, cfg.d_ff)] * 2 + [(cfg.d_ff, cfg.d_model)]
-    tensors = []
-    for n_in, n_out, times in [(i, o, cfg.layers) for i, o in widths] + [(cfg.d_model, -(-VOCAB // 64) * 64, 1)]:
-        x, w, g = (torch.randn(size, dtype=torch.bfloat16, device=device)
-                   for size in ((N, n_in), (n_out, n_in), (N, n_out)))
-        tensors.append((x, w, g, times))
+    widths = widths * cfg.layers + [(cfg.d_model, -(-VOCAB // 64) * 64)]        # a tensor each: nothing is in the caches
+    tensors = [[torch.randn(size, dtype=torch.bfloat16, device=device) for size in ((N, i), (o, i), (N, o))]
+               for i, o in widths]
 
     def step():
-        for x, w, g, times in tensors:
-            for _ in range(times):
-                x @ w.T, g @ w, g.T @ x
-    return step, sum(6 * x.numel() * w.size(0) * times for x, w, g, times in tensors)
+        for x, w, g in tensors:
+            x @ w.T, g @ w, g.T @ x
+    return step, sum(6 * x.numel() * w.size(0) for x, w, g in tensors)
 
 
 def timed(call, device):
