@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = {"standard": "#000000", "bottleneck": "#0072B2", "decoupled": "#D55E00", "gqa": "#009E73", "mla": "#CC79A7"}
 STYLES = ("-", "--", "-.", ":")
 BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed")        # runs/bench/<name>.json, by `make bench`
 
@@ -58,7 +58,8 @@ def read_run(folder):
     config = next(line for line in reversed(lines) if line["type"] in ("meta", "resume_meta"))["config"]
     train, evals = ([line for line in lines if line["type"] == kind] for kind in ("train", "eval"))
     return dict(
-        run=folder.name, label=label(config), data=Path(config["data"]).name, sha256=meta["data"]["sha256"],
+        run=folder.name, mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name,
+        sha256=meta["data"]["sha256"],
         context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
         steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"],
@@ -90,8 +91,8 @@ def draw_convergence(runs, path):
     for ax, panel in zip(axes[0], panels):
         for i, run in enumerate(r for r in runs if (r["data"], r["context"]) == panel):
             tokens, losses = zip(*run["curve"])
-            ax.plot([t / 1e6 for t in tokens], losses, STYLES[i % 4], color=COLORS[i % 7], linewidth=1.6, marker="o",
-                    markersize=3, label=run["label"])
+            ax.plot([t / 1e6 for t in tokens], losses, STYLES[i % 4], color=COLORS[run["mode"]], linewidth=1.6,
+                    marker="o", markersize=3, label=run["label"])
         ax.set(title=f"{panel[0]}, context {panel[1]}", xlabel="training tokens (millions)",
                ylabel="validation loss (nats/token)")
         ax.grid(alpha=0.3)

@@ -102,7 +102,7 @@ def matmul_step(cfg, device):
     widths += [(cfg.d_model, p.groups * p.width) for p in shape.paths if not p.tied]
     widths += [(cfg.d_model, shape.v_groups * shape.v_width), (cfg.n_head * shape.v_width, cfg.d_model)]
     widths += [(cfg.d_model, cfg.d_ff)] * 2 + [(cfg.d_ff, cfg.d_model)]
-    widths = widths * cfg.layers + [(cfg.d_model, -(-VOCAB // 64) * 64)]        # a tensor each: nothing is in the caches
+    widths = widths * cfg.layers + [(cfg.d_model, -(-VOCAB // 64) * 64)]        # a tensor each: no cache holds them all
     tensors = [[torch.randn(size, dtype=torch.bfloat16, device=device) for size in ((N, i), (o, i), (N, o))]
                for i, o in widths]
 
