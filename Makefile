@@ -123,9 +123,13 @@ compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS
 CKPT = $(TRAIN) --data $(DATA)/wikitext2_byte.npy --d-model 256 --layers 4 --n-head 8 --d-ff 768 --block 512 --batch-size 8 \
 	--steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 --eval-iters 20 --save-every 200
 
+# A clone has the logs of these runs without the checkpoints: train them again.
+again = $(if $(wildcard $(RUNS)/$(1)/last.pt),,--overwrite)
+
 checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and decoupled, for figures and evaluations
-	$(CKPT) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(FLAGS)
-	$(CKPT) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
+	$(CKPT) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(call again,ckpt_standard) $(FLAGS)
+	$(CKPT) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk \
+	$(call again,ckpt_decoupled) $(FLAGS)
 
 figures: env  ## figures and the README's table from the finished runs
 	$(PY) plot_results.py --runs $(RUNS)

@@ -1328,7 +1328,8 @@ def train(cfg, given, argv):
     main_rank = ranks.rank == 0
     if finished:
         if main_rank:
-            print(f"{folder} is finished ({cfg.steps} steps); larger --steps go on, --overwrite starts afresh")
+            further = "larger --steps go on" if ckpt else "its checkpoints are gone"
+            print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)

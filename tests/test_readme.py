@@ -91,23 +91,24 @@ def test_every_make_target_named_exists():
 
 
 @pytest.fixture
-def committed_runs(tmp_path):
-    """A copy of runs/ as it is committed, without what a user has trained since."""
-    names = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.splitlines():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    return tmp_path / "runs"
+def committed(tmp_path):
+    """Runs, figures and README as they are committed, without what a user has trained since."""
+    archive = subprocess.run(["git", "archive", "HEAD", "runs", "assets", "README.md"], cwd=ROOT, check=True,
+                             capture_output=True).stdout
+    subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive, check=True)
+    return tmp_path
 
 
-def test_tables_and_results_json_are_what_the_runs_say(committed_runs, tmp_path):
-    command = [sys.executable, ROOT / "plot_results.py", "--runs", committed_runs, "--out", tmp_path, "--readme", ""]
-    subprocess.run(command, check=True, capture_output=True)
-    results = (tmp_path / "results.json").read_bytes()
-    assert results == (ROOT / "assets" / "results.json").read_bytes()
-    assert plot_results.write_sections(README, json.loads(results)) == README
+def test_tables_and_results_json_are_what_the_runs_say(committed):
+    command = [sys.executable, ROOT / "plot_results.py", "--out", "drawn", "--readme", ""]
+    subprocess.run(command, cwd=committed, check=True, capture_output=True)
+    results = (committed / "drawn/results.json").read_bytes()
+    assert results == (committed / "assets/results.json").read_bytes()
+    readme = (committed / "README.md").read_text()
+    assert plot_results.write_sections(readme, json.loads(results)) == readme
+    assert (committed / "drawn/fig_convergence.png").stat().st_size > 10_000
 
 
-def test_committed_runs_name_no_machine(committed_runs):
-    for path in committed_runs.rglob("*.json*"):
+def test_committed_runs_name_no_machine(committed):
+    for path in (committed / "runs").rglob("*.json*"):
         assert not re.search(r'"(/|\.\./)', path.read_text()), path
