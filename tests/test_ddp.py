@@ -12,13 +12,13 @@ from helpers import TRAINER, TRAIN, assert_done, call, finish, last_step, losses
 
 import train_dba
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RUN = f"{TRAIN} --lr 1e-2 --grad-accum 2 --eval-every 3 --eval-iters 5 --save-every 3 --grad-clip 0.5"
 ENDLESS = f"{RUN} --steps 1000000 --save-every 3 --out-dir run"
 
 
 def start_both(args, cwd, script=TRAINER, **how):
-    return start(args, cwd, [*TORCHRUN, str(script)], **how)
+    return start(args, cwd, [*TORCHRUN, "2", str(script)], **how)
 
 
 def both(args, cwd, script=TRAINER):
@@ -48,7 +48,13 @@ def folder(tmp_path_factory):
     result = both(f"{RUN} --steps 10 --out-dir two", folder)
     assert_done(result)
     (folder / "two.out").write_text(result.stdout)
+    (folder / "two.err").write_text(result.stderr)
     return folder
+
+
+def test_torchrun_with_one_rank_follows_the_curve_too(folder):
+    assert_done(finish(start(f"{RUN} --steps 10 --out-dir alone", folder, [*TORCHRUN, "1", str(TRAINER)])))
+    assert_same_curve(folder, "one", "alone")
 
 
 def test_two_ranks_follow_the_curve_of_one(folder):
@@ -73,6 +79,7 @@ def test_only_rank_0_writes_and_speaks(folder):
     assert len(read_log(folder / "two")) == len(read_log(folder / "one"))
     said = (folder / "two.out").read_text()
     assert said.count("parameters:") == 1 and "2 rank(s)" in said
+    assert (folder / "two.err").read_text().count("validation loss") == 4
     env = train_dba.json.loads((folder / "two/env.json").read_text())
     assert env["ranks"] == 2 and env["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
