@@ -48,7 +48,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Callable, get_type_hints
 
 import numpy as np
 import torch
@@ -83,6 +83,11 @@ EXPS = {
     "paper_mla":            lambda H: dict(attn_mode="mla", kv_lora_rank=512, rope_dim=64),
 }
 EXP_DEFAULTS = dict(size="1b", steps=10_000)
+
+
+# Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
+FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
+           "nf4": (4, 2)}
 
 
 def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
@@ -196,7 +201,18 @@ class Config:
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
                                top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache", choices=("fp32", "bf16", "fp16"))
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0",
+                         choices=(*FORMATS, "hetero"))
+    kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
+    kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
+    kv_cache_k_geo: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
+    kv_cache_v: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
+    kv_cache_latent: str | None = flag("sampling", None, "the same, mla's latent", choices=(*FORMATS,))
+    kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
+    kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
+    kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
+    kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
+                       choices=("auto", "torch", "triton", "metal"))
 
     @property
     def attention(self):
@@ -362,124 +378,275 @@ def parse_args(argv=None):
 
 
 # -----------------------------------------------------------------------------
-# Cache formats: what one token of a stream with C channels costs.
+# Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
 
-DECODE_CHUNK = 2**22                                       # elements of the cache, or of scores, in float32 at once
-CACHE_BLOCK = 128                                          # capacity is padded to a multiple of this many tokens
-
-
-# Bits of a value, and bytes of the float16 scale that 32 channels of a token share.
-FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
-           "nf4": (4, 2)}
 FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
 
 
 def stream_bytes(fmt, C):
-    """Bytes that one token of a stream of C channels costs; the last block of 32 may be short."""
+    """Bytes that one token of a stream of C channels costs."""
     bits, scale = FORMATS[fmt]
     return -(-C * bits // 8) + scale * -(-C // 32)
 
 
-def cache_formats(cfg, policy):
-    """{stream: format} of a cache policy: one format for all streams, or hetero, which needs decoupled attention and is
-    None elsewhere."""
-    streams = cfg.attention.streams
-    if policy == "hetero":
-        return HETERO if HETERO.keys() == streams.keys() else None
-    return dict.fromkeys(streams, policy)
+def quantize(x, fmt):
+    """x [N, C] -> codes [N, C] int8 (q8_0) or [N, ceil(C / 2)] uint8 (4 bits, the even channel in the low half of a
+    byte), scales [N, ceil(C / 32)] float16.
+
+    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale. A block
+    that holds an infinity or a NaN, or needs a scale above float16's largest, has a NaN scale and reads as NaN
+    throughout; one whose scale rounds to zero reads as zeros.
+    """
+    C = x.size(1)
+    x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
+    extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
+    d = {"q8_0": extreme.abs() / 127, "q4_0": extreme / -8, "q4_sym": extreme.abs() / 7, "nf4": extreme.abs()}[fmt]
+    scale = d.half()
+    x = torch.where(scale.isfinite(), x, 0.0)
+    x = x * torch.where(scale.isfinite() & (scale != 0), 1 / d, 0.0)            # in units of the scale
+    if fmt == "q8_0":
+        size = x.abs().floor()
+        codes = ((size + (x.abs() - size >= 0.5)) * x.sign()).to(torch.int8)    # halves away from zero
+    elif fmt == "nf4":
+        levels = torch.tensor(NF4, device=x.device)
+        codes = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    else:
+        codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
+    codes = codes.flatten(1)[:, :C]
+    if fmt != "q8_0":
+        codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
+        codes = codes[..., 0] | codes[..., 1] << 4
+    return codes, torch.where(scale.isfinite(), scale, torch.nan)[..., 0]
 
 
-def kv_bytes_per_token(cfg):
-    """{policy: bytes of KV cache per token over all layers, or None where the policy doesn't apply}."""
-    streams, formats = cfg.attention.streams, {policy: cache_formats(cfg, policy) for policy in (*FORMATS, "hetero")}
-    return {policy: cfg.layers * sum(stream_bytes(fmts[name], C) for name, C in streams.items()) if fmts else None
-            for policy, fmts in formats.items()}
+def dequantize(codes, scales, fmt, C):
+    """float32 values [B, C, S] of channel-major codes [B, C or ceil(C / 2), S] and scales [B, ceil(C / 32), S]."""
+    if fmt in FLOAT_FORMATS:
+        return codes.float()
+    if fmt != "q8_0":
+        shift = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)[:, None]
+        codes = (codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :C]          # [B, C, S]
+    x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
+    if fmt in ("q4_0", "q4_sym"):
+        x -= 8
+    for block, scale in zip(x.split(32, 1), scales.float().split(1, 1)):
+        block *= scale
+    return x
 
 
 # -----------------------------------------------------------------------------
 # KV cache
 
+CACHE_BLOCK, RING_BLOCK = 512, 128                         # token slots are allocated in multiples of these
+DECODE_CHUNK = 2**21                                       # elements of the cache, or of scores, in float32 at once
+
+
+def cache_formats(cfg, policy):
+    """{stream: format} of a cache policy: one format for all streams, hetero (None unless attention is decoupled), or
+    already such a dict."""
+    streams = cfg.attention.streams
+    if policy == "hetero":
+        return HETERO if HETERO.keys() == streams.keys() else None
+    return policy if isinstance(policy, dict) else dict.fromkeys(streams, policy)
+
+
+def bytes_per_token(cfg, policy):
+    """Bytes of KV cache per token over all layers, or None where the policy doesn't apply."""
+    formats = cache_formats(cfg, policy)
+    return formats and cfg.layers * sum(stream_bytes(formats[name], C) for name, C in cfg.attention.streams.items())
+
+
+def kv_bytes_per_token(cfg):
+    """{policy: bytes of KV cache per token over all layers, or None where the policy doesn't apply}."""
+    return {policy: bytes_per_token(cfg, policy) for policy in (*FORMATS, "hetero")}
+
+
+def ring_format(fmt):
+    """Format of a stream's newest tokens, those of --kv-residual."""
+    return fmt if fmt in FLOAT_FORMATS else "fp16"
+
+
+def cache_slots(tokens, residual):
+    """Slots that are allocated for so many tokens: settled ones, and those of the ring of the newest."""
+    ring = min(residual, tokens)
+    return -(-(tokens - ring) // CACHE_BLOCK) * CACHE_BLOCK, -(-ring // RING_BLOCK) * RING_BLOCK
+
+
+def cache_bytes(cfg, batch, tokens, policy, residual=0):
+    """Bytes that a KVCache of these arguments owns."""
+    settled, ring = cache_slots(tokens, residual)
+    policies = cache_formats(cfg, policy), {name: ring_format(fmt) for name, fmt in cache_formats(cfg, policy).items()}
+    return batch * (settled * bytes_per_token(cfg, policies[0]) + ring * bytes_per_token(cfg, policies[1]))
+
+
 class CacheStream:
-    """One cached tensor of one layer, [B, channels, capacity]: channel-major, so that tokens are contiguous."""
+    """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
+    [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
+    [B, C, slots] holds the newest tokens as floats."""
 
-    def __init__(self, batch, channels, capacity, fmt, device):
-        self.fmt = fmt
-        self.codes = torch.empty(batch, channels, capacity, dtype=FLOAT_FORMATS[fmt], device=device)
+    def __init__(self, batch, channels, settled, ring, fmt, device):
+        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
+        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
+        rows = -(-channels * bits // 8) if scale_bytes else channels
+        self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
+        self.scales = None
+        if scale_bytes:
+            self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
+        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
 
-    def write(self, pos, x):
-        """Store x [B, T, C] at the positions pos [B, T]."""
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        self.codes[rows, :, pos] = x.to(self.codes.dtype)
-
-    def read(self, start, stop):
-        """Values of the tokens start..stop as float32, [B, C, stop - start]."""
-        return self.codes[:, :, start:stop].float()
+    def read(self, part, start, stop):
+        """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
+        if part == "ring":
+            return self.ring[..., start:stop].float()
+        scales = None if self.scales is None else self.scales[..., start:stop]
+        return dequantize(self.codes[..., start:stop], scales, self.fmt, self.channels)
 
     def nbytes(self):
-        return self.codes.nbytes
+        return sum(x.nbytes for x in (self.codes, self.scales, self.ring) if x is not None)
+
+
+def append(stream, rows, pos, x):
+    """Settle x [N, C], the tokens at positions pos [N] of the sequences rows [N]."""
+    if stream.scales is None:
+        stream.codes[rows, :, pos] = x.to(stream.codes.dtype)
+    else:
+        stream.codes[rows, :, pos], stream.scales[rows, :, pos] = quantize(x, stream.fmt)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
+
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
+    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
+    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+    """
+    pos: torch.Tensor
+    settled: torch.Tensor
+    end: int
+    window: int
+    leaving: tuple
+    settling: tuple
+    staying: tuple
+
+    def chunks(self, most):
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
+        position of an empty slot is beyond all queries."""
+        settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
+        for part, slots in (("settled", self.end), ("ring", self.window)):
+            for start in range(0, slots, most):
+                stop = min(start + most, slots)
+                slot = torch.arange(start, stop, device=self.pos.device)
+                yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
+                                          settled + (slot - settled) % self.window)
 
 
 class KVCache:
     """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
-    appended in place. `length` [B] counts the tokens that all layers hold; a forward pass adds its own at its end."""
+    appended in place; the newest `residual` tokens stay floats. length [B], on the CPU, counts the tokens that all
+    layers hold; a forward pass adds its own at its end. kernel: what reads and writes the settled tokens."""
 
-    def __init__(self, cfg, batch, tokens, policy, device="cpu"):
-        self.capacity = -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
-        formats = cache_formats(cfg, policy)
-        self.layers = [{name: CacheStream(batch, C, self.capacity, formats[name], device)
-                        for name, C in cfg.attention.streams.items()} for _ in range(cfg.layers)]
-        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+    def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
+        formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
+        self.shape, self.device, self.kernel = cfg.attention, device, kernel or TORCH
+        self.window = min(residual, tokens)
+        self.capacity = settled + self.window
+        self.layers = [{name: CacheStream(batch, C, settled, ring, formats[name], device)
+                        for name, C in self.shape.streams.items()} for _ in range(cfg.layers)]
+        self.length, self.settled = torch.zeros(2, batch, dtype=torch.long)
 
-    def end_after(self, T):
-        """The most tokens that a sequence holds once T more are written. Raises ValueError past what is allocated."""
-        end = int(self.length.max()) + T
-        if end > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end}")
-        return end
+    def begin(self, T):
+        """Span of the next T tokens of every sequence. Raises ValueError past what is allocated."""
+        length, end = self.length, self.length + T
+        if end.max() > self.capacity:
+            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end.max()}")
+        settled = torch.maximum(self.settled, end - self.window)
+        pos, old = length[:, None] + torch.arange(T), self.settled[:, None] + torch.arange(T)     # [B, T]
+        rows, t = (old < torch.minimum(settled, length)[:, None]).nonzero(as_tuple=True)
+        new = pos < settled[:, None]
+        leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
+            (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
+        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
+                    staying)
+
+    def append(self, layer, span, entries):
+        """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
+        so that a settled value doesn't depend on when it settled."""
+        for name, x in entries.items():
+            stream = self.layers[layer][name]
+            if self.window:
+                x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
+                self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
+            rows, t = span.settling
+            self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
+            rows, t = span.staying
+            stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
+
+    def attend(self, layer, span, q, null):
+        """decode_attention() over one layer, by the kernel unless there are too many queries for it."""
+        G = 1 if self.shape.latent else self.shape.v_groups
+        few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
+        return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
+
+    def advance(self, span):
+        """Count the tokens of a span, which all layers hold by now."""
+        self.length = self.length + span.pos.size(1)
+        self.settled = torch.maximum(self.settled, self.length - self.window)
 
     def truncate(self, n):
         """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
-        self.length.clamp_(max=n)
+        self.length = torch.minimum(self.length, torch.as_tensor(n).cpu())
+        self.settled = torch.minimum(self.settled, self.length)
 
     def nbytes(self):
         """Bytes that the cache's tensors own."""
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
-def decode_attention(q, streams, shape, length, end, null=None):
+def decode_attention(q, streams, shape, span, null=None):
     """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
 
-    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions length .. length + T. length [B]; end:
-    the largest length + T. null: None or (score [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers
-    may hold NaN past the length.
+    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
+    [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
-    B, H, T, w = q.shape
-    key_streams, v_stream = [streams[path.stream] for path in shape.paths], streams[shape.v_stream]
+    B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
-    q = q.float().reshape(B, G, H // G * T, w)                                  # [B, G, H/G·T, w]
-    pos = length[:, None] + torch.arange(T, device=q.device)                    # [B, T]
+    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
     per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
-    chunk = max(CACHE_BLOCK, DECODE_CHUNK // per_token)
     if null is None:
-        top, total, out = q.new_full((B, G, H // G * T, 1), -torch.inf), 0.0, 0.0
+        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
     else:                                                                       # the null token is the first key seen
         score, value = null
         top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
         out = value.float()[None, :, None]                                      # [1, G, 1, v]
-    for start in range(0, end, chunk):
-        stop = min(start + chunk, end)
-        token = torch.arange(start, stop, device=q.device)
-        k = torch.cat([s.read(start, stop).unflatten(1, (G, -1)) for s in key_streams], 2)     # [B, G, w, S]
-        v = v_stream.read(start, stop).unflatten(1, (G, -1))                                   # [B, G, v, S]
-        v = torch.where(token < length[:, None, None, None] + T, v, 0.0)
-        visible = (token <= pos[:, :, None]).repeat(1, H // G, 1)[:, None]                     # [B, 1, H/G·T, S]
-        with torch.autocast(q.device.type, enabled=False):
-            scores = torch.where(visible, q @ k, -torch.inf)                                   # [B, G, H/G·T, S]
+    with torch.autocast(q[0].device.type, enabled=False):
+        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
+            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
+            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
+            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
+            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
+            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
             new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
             p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
             total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
     return (out / total).reshape(B, H, T, -1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Back-end of the cache. attention and append: as decode_attention() and append() above; most_queries: how many
+    queries that share a key it takes at once."""
+    name: str
+    attention: Callable
+    append: Callable = append
+    most_queries: float = math.inf
+
+
+TORCH = Kernel("torch", decode_attention)
 
 
 # -----------------------------------------------------------------------------
@@ -572,12 +739,11 @@ class Attention(nn.Module):
             q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq).to(k.dtype)
         return q, k, null_score
 
-    def forward(self, x, streams=None, length=None, end=None):
-        """x [B, T, D] -> [B, T, D]. streams: this layer's cache, which holds length [B] tokens and is given T more, so
-        that the longest sequence ends at `end`."""
-        shape, T = self.shape, x.size(1)
-        absorb = streams is not None and shape.latent > 0
-        pos = torch.arange(T, device=x.device)[None] + (0 if streams is None else length[:, None])    # [B or 1, T]
+    def forward(self, x, cache=None, layer=None, span=None):
+        """x [B, T, D] -> [B, T, D]. cache: a KVCache, whose layer is given the T tokens of the span."""
+        shape = self.shape
+        absorb = cache is not None and shape.latent > 0
+        pos = torch.arange(x.size(1), device=x.device)[None] if cache is None else span.pos           # [B or 1, T]
         latent = self.latent(x)                            # x itself, except in MLA
         v = latent if absorb else self.v(latent)           # [B, T, G·v]
         q, k, null_score = zip(*(self.project(path, x, latent, pos, absorb) for path in shape.paths))
@@ -586,17 +752,16 @@ class Attention(nn.Module):
             null_v = self.null[shape.v_stream]
             null_v = self.v(null_v) if shape.latent and not absorb else null_v
             null_v = null_v.view(1 if absorb else shape.v_groups, -1)
-        if streams is None:
+        if cache is None:
             if self.null:
                 q += (sum(null_score)[..., None],)
             k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
             y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
             entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
-            for name, tensor in {**entry, shape.v_stream: v}.items():
-                streams[name].write(pos, tensor)
+            cache.append(layer, span, {**entry, shape.v_stream: v})
             null = (sum(null_score), null_v) if self.null else None
-            y = decode_attention(torch.cat(q, -1), streams, shape, length, end, null).to(v.dtype)
+            y = cache.attend(layer, span, torch.cat(q, -1), null).to(v.dtype)
             if absorb:
                 y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
@@ -696,12 +861,12 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """idx [B, T] -> what the output embedding multiplies, [B, T, E]; a KVCache is given the T tokens."""
-        end = None if cache is None else cache.end_after(idx.size(1))
+        span = None if cache is None else cache.begin(idx.size(1))
         x = F.dropout(self.embed_up(self.embed(idx)), self.cfg.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layers[i], cache.length, end)
+            x = block(x) if cache is None else block(x, cache, i, span)
         if cache is not None:
-            cache.length += idx.size(1)
+            cache.advance(span)
         return self.embed_down(self.norm(x))
 
     def logits(self, h):
@@ -734,6 +899,60 @@ def count_params(cfg, vocab_size):
         "null": L * sum(shape.streams.values()) * cfg.null_attn,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def hadamard(n):
+    """A Hadamard matrix [n, n] of 1 and -1, by Paley's and Sylvester's constructions, or None where these give none."""
+    if n == 1:
+        return torch.ones(1, 1)
+    p = n - 1
+    if n % 4 == 0 and all(p % i for i in range(2, math.isqrt(p) + 1)):          # Paley: p prime, p = 3 mod 4
+        squares = {i * i % p for i in range(1, p)}
+        character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)])
+        matrix = torch.ones(n, n)
+        matrix[1:, 1:] = character[(torch.arange(p) - torch.arange(p)[:, None]) % p] - torch.eye(p)
+        return matrix
+    half = hadamard(n // 2) if n % 2 == 0 else None
+    return None if half is None else torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
+
+
+def rotation(n):
+    """An orthogonal matrix [n, n], float32, that spreads one channel over all: Hadamard's, else the DCT-II."""
+    matrix = hadamard(n)
+    if matrix is None:
+        i = torch.arange(n, dtype=torch.float64)
+        matrix = torch.cos(math.pi / n * i[:, None] * (i + 0.5))
+    return F.normalize(matrix.double(), dim=1).float()
+
+
+@torch.no_grad()
+def rotate_cache(model):
+    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
+    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more."""
+    def rotate(tensor, groups):                            # the rows of [groups·w, ...] or the entries of [groups·w]
+        heads = tensor.view(groups, tensor.size(0) // groups, -1)
+        tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
+
+    for attn in (block.attn for block in model.blocks):
+        shape, groups = attn.shape, {}
+        for path in (path for path in attn.shape.paths if not path.rotate and path.stream != "latent"):
+            groups[path.stream] = path.groups
+            for weight in {attn.q[path.name].weight: attn.n_head, attn.k[path.name].weight: path.groups}.items():
+                rotate(*weight)
+        if shape.latent:                                   # without its gain, the norm commutes with a rotation
+            project, norm = attn.latent
+            for linear_ in (attn.k["sem"], attn.v):
+                linear_.weight *= norm.weight
+                rotate(linear_.weight.T, 1)
+            for null in (attn.null[shape.v_stream],) if attn.null else ():
+                null /= norm.weight
+            norm.weight.fill_(1.0)
+            rotate(project.weight, 1)
+        else:
+            rotate(attn.v.weight, shape.v_groups)
+            rotate(attn.o.weight.T, attn.n_head)
+        for name in attn.null.keys() & {*groups, shape.v_stream}:
+            rotate(attn.null[name], {**groups, shape.v_stream: 1 if shape.latent else shape.v_groups}[name])
 
 
 # -----------------------------------------------------------------------------
@@ -1473,24 +1692,76 @@ def prompt_ids(cfg, tokenizer):
     return ids
 
 
+def stream_formats(cfg, model_cfg):
+    """{stream: format} by --kv-cache and its --kv-cache-<stream> overrides. Raises UserError where a flag doesn't fit
+    the checkpoint's attention mode, or would do nothing."""
+    streams, formats = model_cfg.attention.streams, cache_formats(model_cfg, cfg.kv_cache)
+    overrides = {name: getattr(cfg, f"kv_cache_{name}") for name in ("k", "k_sem", "k_geo", "v", "latent", "k_rope")}
+    overrides = {name: fmt for name, fmt in overrides.items() if fmt}
+    if formats is None:
+        raise UserError(f"--kv-cache hetero is for decoupled attention; this checkpoint caches {', '.join(streams)}")
+    if strange := overrides.keys() - streams.keys():
+        raise UserError(f"--kv-cache-{min(strange).replace('_', '-')}: this checkpoint's {model_cfg.attn_mode} "
+                        f"attention caches {', '.join(streams)}")
+    formats = {**formats, **overrides}
+    if cfg.kv_residual and not formats.keys() - {name for name, fmt in formats.items() if fmt in FLOAT_FORMATS}:
+        raise UserError("--kv-residual does nothing where no stream is quantised; leave it out, or choose a --kv-cache")
+    return formats
+
+
+def compare_bytes(cfg, formats):
+    """Sentence: bytes per token of a cache beside those of standard attention and GQA of the same depth and width."""
+    v, k = formats[cfg.attention.v_stream], formats[cfg.attention.paths[-1].stream]
+    standard = dataclasses.replace(cfg, attn_mode="standard", attn_dim=cfg.d_model, kv_head=None)
+    gqa = dataclasses.replace(standard, attn_mode="gqa", kv_head=max(1, cfg.n_head // 8))
+    mine, same = bytes_per_token(cfg, formats), dict(k=k, v=v)
+    name = k if k == v else f"k {k} v {v}"
+    others = [(f"standard in {policy_name}", bytes_per_token(standard, policy))
+              for policy_name, policy in {"fp16": "fp16", name: same}.items()]
+    others.append((f"gqa with {gqa.kv_head} key heads in {name}", bytes_per_token(gqa, same)))
+    return f"{mine:,} bytes per token, " + ", ".join(f"{mine / n:.3g} x {what}" for what, n in others)
+
+
+def resolve_kernel(name, model_cfg, formats, device, tokens):
+    """(Kernel, why) of --kernel for a cache of `tokens` tokens. Raises UserError where it can't serve."""
+    if name == "torch":
+        return TORCH, "asked for"
+    try:
+        import kernels
+    except ModuleNotFoundError as e:
+        if name != "auto" or e.name != "kernels":
+            raise UserError(f"--kernel {name}: no module {e.name}") from None
+        return TORCH, "the folder kernels is not beside train_dba.py"
+    try:
+        found, why = kernels.choose(name, device, formats, tokens)
+    except ValueError as e:
+        raise UserError(f"--kernel {name}: {e}") from None
+    return (Kernel(**found) if found else TORCH), why
+
+
 def sample(cfg):
     """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
     dtype, why = pick_dtype(cfg.dtype, device)
     ckpt = load_checkpoint(cfg.ckpt, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
-    ids = prompt_ids(cfg, tokenizer)
+    ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
+    kernel, why_kernel = resolve_kernel(cfg.kernel, model.cfg, formats, device, tokens)
+    if cfg.kv_rotate:
+        rotate_cache(model)
     try:
-        cache = KVCache(model.cfg, 1, tokens, cfg.kv_cache, device)
+        cache = KVCache(model.cfg, 1, tokens, formats, cfg.kv_residual, device, kernel)
     except RuntimeError as e:
         raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
                         "--max-new-tokens") from None
-    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}; {cfg.kv_cache} cache: "
-          f"{kv_bytes_per_token(model.cfg)[cfg.kv_cache]:,} bytes per token, {cache.nbytes():,} bytes allocated for "
-          f"{cache.capacity} tokens", file=sys.stderr)
+    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel {kernel.name} "
+          f"({why_kernel})\nKV cache ({', '.join(f'{name} {fmt}' for name, fmt in formats.items())}): "
+          f"{compare_bytes(model.cfg, formats)}; {cache.nbytes():,} bytes allocated for {cache.capacity:,} tokens",
+          file=sys.stderr)
     if tokens > model.cfg.block:
-        print(f"warning: this goes past the {model.cfg.block} tokens of the training context", file=sys.stderr)
+        print(f"warning: {tokens:,} tokens go past the {model.cfg.block:,} of the training context: positions that the "
+              "model hasn't seen", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
     print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once

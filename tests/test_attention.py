@@ -133,7 +133,7 @@ def test_attention_with_frequencies_per_group(mode):
     changed = attn(x)
     assert (changed - before).abs().max() > 0.01
     cache = dba.KVCache(cfg, 2, 9, "fp32")
-    close(attn(x, cache.layers[0], cache.length, cache.end_after(x.size(1))), changed, EXACT)
+    close(attn(x, cache, 0, cache.begin(9)), changed, EXACT)
 
 
 # --- Null token
@@ -156,7 +156,7 @@ def test_null_score_does_not_depend_on_position(mode, cached):
         merged = []
         attn.o.register_forward_pre_hook(lambda module, args: merged.append(args[0]))
         cache = dba.KVCache(cfg, 1, T, "fp32")
-        attn(x, cache.layers[0], cache.length, cache.end_after(x.size(1))) if cached else attn(x)
+        attn(x, cache, 0, cache.begin(T)) if cached else attn(x)
     null_v = attn.v(attn.null["latent"]) if mode == "mla" else attn.null["v"]
     G = cfg.kv_head or cfg.n_head
     null_v = null_v.view(G, -1).repeat_interleave(cfg.n_head // G, 0)                # [H, v]
@@ -286,11 +286,12 @@ def test_decode_attention_keeps_to_float32_under_autocast(null):
     streams = cache.layers[0]
     for stream in streams.values():
         stream.codes.copy_(torch.randn(stream.codes.shape, generator=generator))
-    q, length = torch.randn(2, 4, 3, 12, generator=generator), torch.tensor([100, 50])
+    cache.length = cache.settled = torch.tensor([100, 50])
+    q, span = torch.randn(2, 4, 3, 12, generator=generator), cache.begin(3)
     null = (torch.randn(2, 4, 3, generator=generator), torch.randn(4, 12, generator=generator)) if null else None
-    expected = dba.decode_attention(q, streams, shape, length, 103, null)
+    expected = dba.decode_attention(q, streams, shape, span, null)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = dba.decode_attention(q, streams, shape, length, 103, null)
+        actual = dba.decode_attention(q, streams, shape, span, null)
     assert actual.dtype == torch.float32
     close(actual, expected, 1e-6)
 
@@ -299,7 +300,7 @@ def test_decode_attention_keeps_to_float32_under_autocast(null):
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_online_softmax_over_several_chunks(mode, null, monkeypatch):
-    """So many queries that decode_attention walks the cache 128 tokens at a time."""
+    """decode_attention walks the cache 64 tokens at a time."""
     widths = {"standard": dict(d_model=128), "bottleneck": dict(attn_dim=128), "gqa": dict(attn_dim=128, kv_head=8),
               "decoupled": dict(sem_dim=64, geo_dim=128), "decoupled_gqa": dict(sem_dim=64, geo_dim=128, kv_head=8),
               "mla": dict(attn_dim=64, kv_lora_rank=8, rope_dim=4)}
@@ -308,10 +309,13 @@ def test_online_softmax_over_several_chunks(mode, null, monkeypatch):
     attn = randomize(dba.Attention(cfg))
     x = torch.randn(1, 530, cfg.d_model, generator=torch.Generator().manual_seed(1))
     reads, read = [], dba.CacheStream.read
-    monkeypatch.setattr(dba.CacheStream, "read", lambda self, a, b: reads.append((a, b)) or read(self, a, b))
+    monkeypatch.setattr(dba.CacheStream, "read", lambda self, *where: reads.append(where) or read(self, *where))
+    monkeypatch.setattr(dba, "CACHE_BLOCK", 64)
+    monkeypatch.setattr(dba, "DECODE_CHUNK", 1)
     cache = poisoned(cfg, 1, 530)
-    first = attn(x[:, :18], cache.layers[0], cache.length, 18)
-    rest = attn(x[:, 18:], cache.layers[0], cache.length + 18, x.size(1))
+    first = attn(x[:, :18], cache, 0, span := cache.begin(18))
+    cache.advance(span)
+    rest = attn(x[:, 18:], cache, 0, cache.begin(512))
     assert len(set(reads)) >= 5, f"only the chunks {sorted(set(reads))} were read"
     close(torch.cat([first, rest], 1), attn(x), EXACT)
 
@@ -325,7 +329,8 @@ def test_a_long_cache_is_never_copied_whole():
         stream.codes.zero_()
     attn = dba.Attention(cfg)
     with reference.Recorder() as ran:
-        attn(torch.zeros(1, 1, 8), cache.layers[0], torch.tensor([2**15 - 1]), 2**15)
+        cache.length = cache.settled = torch.tensor([2**15 - 1])
+        attn(torch.zeros(1, 1, 8), cache, 0, cache.begin(1))
     assert 0 < ran.largest <= 2**22, f"allocated {ran.largest:,} elements beside keys of {512 * 2**15:,}"
 
 
@@ -337,7 +342,7 @@ def test_rows_of_different_length(mode, null):
     lengths, idx, more = (3, 17, 29), tokens(3, 29), tokens(3, 6, seed=1)
     cache = poisoned(model.cfg, 3, 40)
     model(idx, cache=cache)
-    cache.length.copy_(torch.tensor(lengths))              # forget a different number of tokens of each sequence
+    cache.truncate(torch.tensor(lengths))                  # forget a different number of tokens of each sequence
     actual = torch.cat([model(chunk, cache=cache) for chunk in more.split([1, 4, 1], 1)], 1)
     assert cache.length.tolist() == [n + 6 for n in lengths]
     for row, n in enumerate(lengths):
@@ -362,17 +367,17 @@ def test_truncate_and_append_again(mode):
 
 def test_going_past_the_capacity_is_an_error():
     model = model_of(settings("decoupled"))
-    cache = dba.KVCache(model.cfg, 1, 128, "fp32")
-    assert cache.capacity == 128
-    model(tokens(1, 127), cache=cache)
-    with pytest.raises(ValueError, match="128"):
+    cache = dba.KVCache(model.cfg, 1, 512, "fp32")
+    assert cache.capacity == 512
+    model(tokens(1, 511), cache=cache)
+    with pytest.raises(ValueError, match="512"):
         model(tokens(1, 2), cache=cache)
-    assert cache.length.tolist() == [127]
+    assert cache.length.tolist() == [511]
     model(tokens(1, 1), cache=cache)                       # what fits still does
     with pytest.raises(ValueError):
         model(tokens(1, 1), cache=cache)
     cache.truncate(0)
-    model(tokens(1, 128), cache=cache)
+    model(tokens(1, 512), cache=cache)
 
 
 @torch.no_grad()
@@ -382,7 +387,7 @@ def test_mla_decodes_from_its_latent():
     cache = dba.KVCache(model.cfg, 2, 37, "fp16")
     for layer in cache.layers:
         assert {name: stream.codes.shape[1] for name, stream in layer.items()} == dict(latent=12, k_rope=6)
-    assert cache.nbytes() == 2 * 2 * 128 * 2 * (12 + 6)
+    assert cache.nbytes() == 2 * 2 * 512 * 2 * (12 + 6)
     calls = []
     for block in model.blocks:
         for projection in (block.attn.k["sem"], block.attn.v):
@@ -400,7 +405,7 @@ def test_mla_decodes_from_its_latent():
 @pytest.mark.parametrize("mode", MODES)
 def test_owned_bytes_are_the_predicted_ones(mode, fmt):
     cfg = config(settings(mode))
-    for batch, length, capacity in ((1, 1, 128), (3, 128, 128), (2, 129, 256)):
+    for batch, length, capacity in ((1, 1, 512), (3, 512, 512), (2, 513, 1024)):
         cache = dba.KVCache(cfg, batch, length, fmt)
         assert cache.capacity == capacity
         assert cache.nbytes() == dba.kv_bytes_per_token(cfg)[fmt] * capacity * batch

@@ -390,11 +390,11 @@ def test_greedy_text_is_the_argmax_of_uncached_logits(mode, how, monkeypatch):
 def test_a_cache_of_exactly_the_right_size_is_enough():
     model = model_of(settings("standard"))
     prompt = tokens(1, 100)
-    cache = dba.KVCache(model.cfg, 1, 128, "fp32")
-    assert len(list(dba.generate(model, prompt, 29, cache))) == 29
-    assert cache.length.tolist() == [128]
+    cache = dba.KVCache(model.cfg, 1, 512, "fp32")
+    assert len(list(dba.generate(model, prompt, 413, cache))) == 413
+    assert cache.length.tolist() == [512]
     with pytest.raises(ValueError):
-        list(dba.generate(model, prompt, 30, dba.KVCache(model.cfg, 1, 128, "fp32")))
+        list(dba.generate(model, prompt, 414, dba.KVCache(model.cfg, 1, 512, "fp32")))
 
 
 def test_the_seed_decides_the_text():
