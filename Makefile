@@ -19,7 +19,7 @@ READY = $(VENV)/.ready
 LOCAL_WIKITEXT2 = $(if $(WIKITEXT2),--input "$(WIKITEXT2)")
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test setup fineweb figures bench kill_test checkpoints compare \
+.PHONY: help env demo test setup fineweb figures bench cache_quality kill_test checkpoints compare \
 	bottleneck96 decoupled standard gqa small128 long1024 long2048 fineweb_standard fineweb_decoupled
 
 help:  ## list the targets
@@ -134,10 +134,15 @@ checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and
 figures: env  ## figures and the README's table from the finished runs
 	$(PY) plot_results.py --runs $(RUNS)
 
-bench: env  ## training speed against baselines, memory of the loss, tokenisation speed
+bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json
 	$(PY) benchmarks/loss_memory.py --out $(RUNS)/bench/loss_memory.json
 	$(PY) benchmarks/tokenize_speed.py --out $(RUNS)/bench/tokenize_speed.json
+	$(PY) benchmarks/decode_speed.py --out $(RUNS)/bench/decode_speed.json
+	$(PY) benchmarks/long_context.py --out $(RUNS)/bench/long_context.json
+
+cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
+	$(PY) benchmarks/cache_quality.py $(RUNS)/ckpt_standard $(RUNS)/ckpt_decoupled --out $(RUNS)/bench/cache_quality.json
 
 kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20

@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 # Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
 COLORS = {"standard": "#000000", "bottleneck": "#0072B2", "decoupled": "#D55E00", "gqa": "#009E73", "mla": "#CC79A7"}
 STYLES = ("-", "--", "-.", ":")
-BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed")        # runs/bench/<name>.json, by `make bench`
+# runs/bench/<name>.json, by `make bench` and `make cache_quality`
+BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed", "decode_speed", "long_context", "cache_quality")
 
 
 def read_jsonl(path):
@@ -147,6 +148,39 @@ def speed_section(benchmarks):
     return "\n".join(lines).rstrip() or "Not measured yet."
 
 
+def cache_section(benchmarks):
+    """The README's figures of the KV cache's formats: quality, decode time, memory of long contexts, in Markdown."""
+    lines = []
+    if quality := benchmarks.get("cache_quality"):
+        rows = [(f"`{r['run']}`", r["policy"] + ", rotated" * r["rotate"], f"{r['bytes_per_token']:,}",
+                 f"{r['delta_nll']:+.4f} ± {r['standard_error']:.4f}", f"{r['kl']:.5f}", f"{100 * r['top1']:.2f} %")
+                for r in quality["rows"] if r["policy"] != "fp32"]
+        tokens = ", ".join(sorted({f"{r['tokens']:,}" for r in quality["rows"]}))
+        lines += [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values "
+                  "(no residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the "
+                  "next token's distribution, share of tokens with the same likeliest next token:", "",
+                  *markdown(("run", "cache", "B/token", "ΔNLL", "KL", "same top-1"), rows), ""]
+    if speed := benchmarks.get("decode_speed"):
+        names = list(speed["rows"][0]["ms"])
+        rows = [(r["shape"], f"{r['tokens']:,}", *(f"{r['ms'][name]:.2f}" for name in names),
+                 f"{r['ms']['dequantised'] / r['ms']['kernel']:.1f}", f"{r['ms']['kernel'] / r['ms'][names[3]]:.2f}")
+                for r in speed["rows"]]
+        lines += ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), "
+                  f"hetero cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
+                  f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
+                  f"`dequantised`: the whole cache in float32 first; `{names[3]}`: PyTorch's fused attention over an "
+                  "unquantised cache of the same widths; `standard`: the same at 64 channels a head.", "",
+                  *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {names[3]}"), rows),
+                  ""]
+    if long := benchmarks.get("long_context"):
+        lines += [f"A prompt of {long['tokens']:,} tokens (decoupled 32/64, d_model 512, 6 layers, hetero cache of "
+                  f"{long['cache_bytes'] / 2**20:.1f} MiB): prefill in chunks peaks at "
+                  f"{long['prefill_extra_bytes'] / 2**20:.0f} MiB beyond the cache and takes "
+                  f"{long['prefill_seconds']:.0f} s; a decode step after it at "
+                  f"{long['decode_extra_bytes'] / 2**20:.0f} MiB and {long['decode_ms']:.0f} ms.", ""]
+    return "\n".join(lines).rstrip() or "Not measured yet."
+
+
 def replace_section(text, name, content):
     """text with what stands between the marks of that name replaced. Raises SystemExit when it lacks them."""
     begin, end = f"<!-- {name}: written by plot_results.py -->", f"<!-- end of {name} -->"
@@ -158,7 +192,8 @@ def replace_section(text, name, content):
 def write_sections(text, results):
     """The README's text with the sections that results.json decides."""
     text = replace_section(text, "results", results_section(results["runs"]))
-    return replace_section(text, "speed", speed_section(results["benchmarks"]))
+    text = replace_section(text, "speed", speed_section(results["benchmarks"]))
+    return replace_section(text, "cache", cache_section(results["benchmarks"]))
 
 
 def main(argv=None):

@@ -1,0 +1,83 @@
+"""
+What the format of the KV cache costs in quality, against a float32 cache, on validation text.
+
+    python3 benchmarks/cache_quality.py runs/ckpt_standard runs/ckpt_decoupled --out runs/bench/cache_quality.json
+
+Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
+window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
+with and without rotation: the difference in nll (nats per token, with the standard error over windows), the mean
+Kullback-Leibler divergence of the next-token distribution, and how often the likeliest token is the same.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_dba
+from train_dba import FORMATS, KVCache, bytes_per_token, load_checkpoint, load_data, load_model, rotate_cache
+
+BATCH = 8
+
+
+@torch.inference_mode()
+def log_probabilities(model, windows, policy):
+    """Log-probabilities [B, T, V] of windows of token ids [B, T] through a cache of that policy."""
+    cache = KVCache(model.cfg, len(windows), windows.size(1), policy, device=windows.device)
+    return model(windows, cache=cache).log_softmax(-1)
+
+
+def measure(model, reference, batches, policy):
+    """Figures of one policy; reference: the model whose float32 cache it is compared with."""
+    nll, kl, same, tokens = [], 0.0, 0, 0
+    for x, y in tqdm(batches, desc=f"{model.cfg.attn_mode} {policy}", leave=False):
+        p, q = log_probabilities(reference, x, "fp32"), log_probabilities(model, x, policy)
+        losses = [-log_p.gather(-1, y[..., None])[..., 0].double().mean(1) for log_p in (p, q)]   # [B]
+        nll.append(torch.stack(losses))
+        kl += (p.exp() * (p - q)).double().sum().item()
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        tokens += y.numel()
+    nll = torch.cat(nll, 1)                                                     # [2, windows]
+    delta = nll[1] - nll[0]
+    return dict(policy=policy, tokens=tokens, nll_fp32=nll[0].mean().item(), delta_nll=delta.mean().item(),
+                standard_error=delta.std().item() / math.sqrt(len(delta)), kl=kl / tokens, top1=same / tokens)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders with a best.pt")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="write the figures as JSON")
+    args = parser.parse_args()
+    device = train_dba.pick_device(args.device)
+    result = dict(env=train_dba.provenance(device), rows=[])
+    for run in args.runs:
+        ckpt = load_checkpoint(str(run / "best.pt"), device)
+        model, rotated = load_model(ckpt), load_model(load_checkpoint(str(run / "best.pt"), device))
+        rotate_cache(rotated)
+        data = load_data(model.cfg)
+        starts = torch.linspace(0, len(data.val) - model.cfg.block - 1, args.windows).long().tolist()
+        text = torch.stack([torch.from_numpy(data.val[i:i + model.cfg.block + 1].astype("int64")) for i in starts])
+        batches = [(x[:, :-1].to(device), x[:, 1:].to(device)) for x in text.split(BATCH)]
+        for policy in (policy for policy in (*FORMATS, "hetero") if bytes_per_token(model.cfg, policy)):
+            for rotate in (False, True):
+                row = measure(rotated if rotate else model, model, batches, policy)
+                row.update(run=run.name, step=ckpt["step"], mode=model.cfg.attn_mode, rotate=rotate,
+                           bytes_per_token=bytes_per_token(model.cfg, policy))
+                result["rows"].append(row)
+                print(f"{run.name} {policy}{' rotated' * rotate}: {row['bytes_per_token']} B/token, "
+                      f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
+                      f"top-1 {row['top1']:.4f}", flush=True)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

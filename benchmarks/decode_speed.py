@@ -1,0 +1,122 @@
+"""
+Time of one decode step's attention over the KV cache of one layer, against baselines interleaved in the same process.
+
+    python3 benchmarks/decode_speed.py --out runs/bench/decode_speed.json
+    python3 benchmarks/decode_speed.py --device cuda --tokens 32768 131072 --batch 1 8 --shapes "32 x 8/32/40"
+
+The cache is hetero (k_sem q4_0, k_geo q8_0, v q4_0), filled with random values. `kernel` is what --kernel auto chooses
+on this device for a long cache, `torch` the chunked path of train_dba.py. `dequantised` makes float32 keys and values
+of the whole cache, then attends. `bf16` (`fp16` on a GPU) is PyTorch's scaled_dot_product_attention over an unquantised
+cache of the same widths, [B, H, S, w]; `standard` the same for standard attention of as many heads, 64 wide. A copy of
+a large buffer on the device tells what share of its bandwidth the bytes read per second are.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_dba
+from train_dba import KVCache, decode_attention, make_config, resolve_kernel, synchronize
+
+SHAPES = {"12 x 4/8/12": (12, 4, 8), "16 x 8/32/40": (16, 8, 32), "32 x 8/32/40": (32, 8, 32)}
+
+
+def filled(cfg, batch, tokens, kernel, device):
+    """A KVCache that holds `tokens` random tokens, and the span of its last one."""
+    cache = KVCache(cfg, batch, tokens, "hetero", device=device, kernel=kernel)
+    for n in torch.arange(tokens).split(2048):
+        span = cache.begin(len(n))
+        cache.append(0, span, {name: torch.randn(batch, len(n), C, device=device)
+                               for name, C in cfg.attention.streams.items()})
+        cache.advance(span)
+    cache.truncate(tokens - 1)
+    return cache, cache.begin(1)
+
+
+def dequantised(q, streams, shape, span):
+    """decode_attention() for one query and no ring, with the whole cache in float32."""
+    G = shape.v_groups
+    k, v = (torch.cat([streams[name].read("settled", 0, span.end).unflatten(1, (G, -1)) for name in names], 2)
+            for names in ([path.stream for path in shape.paths], [shape.v_stream]))
+    return (q @ k).softmax(-1) @ v.mT
+
+
+def contenders(H, r, p, batch, tokens, device):
+    """{name: (call without arguments, bytes of cache that it reads)}"""
+    cfg = make_config(data="-", attn_mode="decoupled", n_head=H, sem_dim=H * r, geo_dim=H * p, d_model=64 * H, layers=1)
+    kernel, _ = resolve_kernel("auto", cfg, train_dba.HETERO, device, 2**20)
+    cache, span = filled(cfg, batch, tokens, kernel, device)
+    q, streams, shape = torch.randn(batch, H, 1, r + p, device=device), cache.layers[0], cache.shape
+    half, n = torch.bfloat16 if device.type == "cpu" else torch.float16, train_dba.bytes_per_token(cfg, "hetero")
+    calls = {"kernel": (lambda: kernel.attention(q, streams, shape, span), n),
+             "torch": (lambda: decode_attention(q, streams, shape, span), n),
+             "dequantised": (lambda: dequantised(q, streams, shape, span), n)}
+    for name, w in ((str(half).removeprefix("torch.float").replace("torch.b", "b"), r + p), ("standard", 64)):
+        k, v = torch.randn(2, batch, H, tokens, w, dtype=half, device=device)
+        calls[name] = (lambda q=q.new_ones(batch, H, 1, w).to(half), k=k, v=v:
+                       F.scaled_dot_product_attention(q, k, v, scale=1.0), 4 * H * w)
+    torch.testing.assert_close(calls["kernel"][0](), calls["dequantised"][0](), atol=1e-4, rtol=1e-4)
+    return {name: (call, n * batch * tokens) for name, (call, n) in calls.items()}, kernel.name
+
+
+def timed(call, device, least=0.02):
+    """Seconds of one call, over as many as take `least` seconds."""
+    calls, started = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - started < least:
+        call()
+        calls += 1
+        synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def copy_rate(device):
+    """Bytes per second, read and written, of a copy of 1 GiB."""
+    x = torch.zeros(2**30, dtype=torch.uint8, device=device)
+    y = x.clone()
+    return 2 * 2**30 / statistics.median(timed(lambda: y.copy_(x), device) for _ in range(7))
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES)[:2], choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each, interleaved (15)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = train_dba.pick_device(args.device)
+    rate = copy_rate(device)
+    result = dict(env=train_dba.provenance(device), copy_bytes_per_second=rate, rounds=args.rounds, rows=[])
+    for shape, batch, tokens in ((s, b, n) for s in args.shapes for b in args.batch for n in args.tokens):
+        calls, kernel = contenders(*SHAPES[shape], batch, tokens, device)
+        for call, _ in calls.values():
+            for _ in range(3):
+                call()
+        seconds = {name: [] for name in calls}
+        for _ in range(args.rounds):
+            for name, (call, _) in calls.items():
+                seconds[name].append(timed(call, device))
+        row = dict(shape=shape, batch=batch, tokens=tokens, kernel=kernel,
+                   ms={name: 1000 * statistics.median(s) for name, s in seconds.items()},
+                   cache_bytes={name: n for name, (_, n) in calls.items()})
+        row["share_of_copy"] = row["cache_bytes"]["kernel"] / row["ms"]["kernel"] * 1000 / rate
+        result["rows"].append(row)
+        print(f"{shape}, batch {batch}, {tokens} tokens:", ", ".join(f"{k} {v:.3f} ms" for k, v in row["ms"].items()),
+              f"({kernel}; {row['share_of_copy']:.2f} of a copy's bytes per second)", flush=True)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
