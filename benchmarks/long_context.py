@@ -49,6 +49,7 @@ def main():
     with autocast(device, dtype):                          # once without a cache of size, so that weights are cast
         warm = KVCache(cfg, 1, PREFILL_CHUNK, "hetero", kernel=kernel)
         model.hidden(prompt[:, :PREFILL_CHUNK], warm)
+        ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
         cache = KVCache(cfg, 1, total, "hetero", kernel=kernel)
         forget_peak()
