@@ -1,0 +1,250 @@
+"""
+Run what paper_manifest.json lists: groups of training runs that replicate the papers, and fair versions of them.
+
+    python3 run_paper_manifest.py --group cpu_mini --dry-run
+    python3 run_paper_manifest.py --group cpu_mini --jobs 2
+    python3 run_paper_manifest.py --group wikitext2 --only fair_standard512 fair_decoupled32_64 --seeds 1337
+
+A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates that
+every row is run with. Settings are named as the flags of train_dba.py, with underscores. A run is the folder
+<runs>/<group>_<set>_<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run that fails is
+reported at the end, where it left its messages, and makes the exit code 1; the others go on.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, count_params, flag_name, make_config, pick_device,
+                       synchronize)
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its folder's name, the settings that it is given, the Config that they resolve to."""
+    name: str
+    given: dict
+    cfg: Config
+    vocab_size: int
+
+    @property
+    def tokens(self):
+        return self.cfg.steps * self.cfg.tokens_per_step
+
+    @property
+    def flops(self):
+        """6 per parameter and token, and both products of causal attention, thrice (forward, backward)."""
+        cfg, shape = self.cfg, self.cfg.attention
+        width = sum(path.width for path in shape.paths) + shape.v_width
+        attention = 6 * cfg.layers * cfg.n_head * width * cfg.block / 2
+        return self.tokens * (6 * count_params(cfg, self.vocab_size)["total"] + attention)
+
+    def command(self):
+        """Flags of train_dba.py."""
+        flags = []
+        for name, value in self.given.items():
+            if isinstance(value, bool):
+                flags.append(flag_name(name) if value else flag_name("no_" + name))
+            else:
+                flags += [flag_name(name), f"{value}"]
+        return flags
+
+
+def read_manifest(path):
+    """The manifest as a dict. Raises UserError where it's damaged."""
+    try:
+        manifest = json.loads(path.read_text())
+        for group in manifest.values():
+            for part in group["sets"].values():
+                part["base"], part["rows"], part["seeds"], group["data"], group["vocab_size"]
+                if unknown := part.keys() - {"about", "base", "rows", "seeds", "lrs", "data", "vocab_size"}:
+                    raise KeyError(f"unknown key {min(unknown)}")
+        return manifest
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise UserError(f"{path} is no manifest ({type(e).__name__} {e})") from None
+
+
+def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
+    """Every Run of the groups, resolved. only: beginnings of what follows the group in a run's name. Raises UserError
+    for a group that isn't there, and for settings that train_dba.py would refuse."""
+    if unknown := set(groups) - manifest.keys():
+        raise UserError(f"no group {min(unknown)} in the manifest; it has {', '.join(manifest)}")
+    found = []
+    for group, name, part in ((g, n, p) for g in groups for n, p in manifest[g]["sets"].items()):
+        source = {**manifest[group], **part}
+        for row, settings in part["rows"].items():
+            for lr in part.get("lrs", [None]):
+                for seed in seeds or part["seeds"]:
+                    label = f"{name}_{row}" + (f"_lr{lr:g}" if lr else "") + f"_s{seed}"
+                    if only and not label.startswith(tuple(only)):
+                        continue
+                    given = {**part["base"], **settings, **({"lr": lr} if lr else {}), **dict(overrides), "seed": seed,
+                             "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}_{label}"}
+                    if unknown := given.keys() - DEFAULTS.keys():
+                        raise UserError(f"{group}_{label}: no setting {min(unknown)}")
+                    try:
+                        cfg = make_config(**given)
+                    except UserError as e:
+                        raise UserError(f"{group}_{label}: {e}") from None
+                    found.append(Run(f"{group}_{label}", given, cfg, source["vocab_size"]))
+    if not found:
+        raise UserError(f"nothing in {', '.join(groups)} begins with {' or '.join(only)}")
+    return found
+
+
+def matmul_rate(device, seconds=1.0):
+    """FLOP/s of bfloat16 matrix products of 1024 x 1024 on this device."""
+    a, b = torch.randn(2, 1024, 1024, device=device).bfloat16()
+    a @ b
+    synchronize(device)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        a @ b
+        synchronize(device)
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def hours(seconds):
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(runs, device):
+    """Print commands, sizes and the least time that they take here; needs no data, and builds no model."""
+    rate = matmul_rate(device)
+    for run in runs:
+        params = count_params(run.cfg, run.vocab_size)["total"]
+        print(f"{run.name}: {params:,} parameters, KV {bytes_per_token(run.cfg, 'fp16'):,} B/token in fp16, "
+              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at least {hours(run.flops / rate)}\n"
+              f"    train_dba.py {shlex.join(run.command())}")
+    flops = sum(run.flops for run in runs)
+    print(f"{len(runs)} runs, {sum(run.tokens for run in runs) / 1e6:.1f}M tokens, {flops:.2e} FLOPs; at "
+          f"{rate / 1e12:.2f} TFLOP/s, of a bfloat16 matrix product on this {device.type}, at least "
+          f"{hours(flops / rate)}")
+
+
+def progress(run):
+    """Tokens that a run's log tells of."""
+    log = Path(run.cfg.out_dir) / "train.jsonl"
+    for line in reversed(log.read_text().splitlines() if log.is_file() else []):
+        try:
+            if "tokens" in (fields := json.loads(line)):
+                return fields["tokens"]
+        except ValueError:                                 # a line that is being written
+            pass
+    return 0
+
+
+class Runner:
+    """Runs on so many jobs at once; each shares the CPU's cores evenly."""
+
+    def __init__(self, jobs, post_mem128k):
+        self.jobs, self.post_mem128k, self.processes, self.stopped = jobs, post_mem128k, set(), False
+
+    def call(self, command, log):
+        """Exit code of a command whose output goes to the end of a log file."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        with open(log, "a") as out:
+            process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out,
+                                       env={"OMP_NUM_THREADS": threads, **os.environ})
+            self.processes.add(process)
+            code = process.wait()
+            self.processes.discard(process)
+        return code
+
+    def run(self, run):
+        """Exit code of a run, and of what follows it."""
+        if self.stopped:
+            return 130
+        log = Path(f"{run.cfg.out_dir}.console")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        code = self.call([HERE / "train_dba.py", *run.command()], log)
+        if code == 0 and self.post_mem128k:
+            code = self.call([HERE / "plot_memory.py", "--ckpt", f"{run.cfg.out_dir}/best.pt"], log)
+        if code == 0:
+            log.unlink()
+        return code
+
+    def stop(self):
+        """Let every run save and end."""
+        self.stopped = True
+        for process in list(self.processes):
+            process.terminate()
+
+
+def run_all(runs, jobs, post_mem128k):
+    """Run all; a bar counts tokens. Returns the exit code."""
+    runner, failed = Runner(jobs, post_mem128k), []
+    bar = tqdm(total=sum(run.tokens for run in runs), initial=sum(map(progress, runs)), unit="tok", unit_scale=True,
+               dynamic_ncols=True, desc=f"{len(runs)} runs")
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(runner.run, run) for run in runs]
+        try:
+            while not all(future.done() for future in futures):
+                time.sleep(1)
+                done = sum(future.done() for future in futures)
+                bar.set_postfix_str(f"{done} done", refresh=False)
+                bar.update(sum(map(progress, runs)) - bar.n)
+        except KeyboardInterrupt:
+            runner.stop()
+    bar.update(sum(map(progress, runs)) - bar.n)
+    bar.close()
+    for run, future in zip(runs, futures):
+        if code := future.result():
+            failed.append(run)
+            print(f"{run.name}: exit code {code}, see {run.cfg.out_dir}.console", file=sys.stderr)
+    if runner.stopped:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are finished")
+    return 1 if failed else 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, default=HERE / "paper_manifest.json")
+    parser.add_argument("--group", nargs="+", required=True, help="groups of the manifest")
+    parser.add_argument("--only", nargs="+", default=[], help="only runs whose <set>_<row> begins so")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these in place of the manifest's")
+    parser.add_argument("--steps", type=int, help="so many steps a run, in place of the manifest's")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--runs", default="runs", help="where run folders go (runs)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
+    parser.add_argument("--dry-run", action="store_true", help="print commands, sizes and time, and run nothing")
+    parser.add_argument("--post-mem128k", action="store_true", help="measure each checkpoint's KV memory at 128k")
+    args = parser.parse_args(argv)
+    try:
+        if args.jobs < 1:
+            raise UserError(f"--jobs {args.jobs} must be at least 1")
+        overrides = {name: value for name, value in (("steps", args.steps), ("device", args.device)) if value}
+        runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
+                         overrides.items())
+        device = pick_device(args.device)
+        if args.dry_run:
+            describe(runs, device)
+            return 0
+        if missing := sorted({run.cfg.data for run in runs if not Path(run.cfg.data).is_file()}):
+            raise UserError(f"{', '.join(missing)} not there; `make setup` prepares WikiText-2, `make fineweb` "
+                            "FineWeb-Edu")
+        return run_all(runs, args.jobs, args.post_mem128k)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
