@@ -19,7 +19,8 @@ READY = $(VENV)/.ready
 LOCAL_WIKITEXT2 = $(if $(WIKITEXT2),--input "$(WIKITEXT2)")
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test setup fineweb figures bench cache_quality kill_test checkpoints compare \
+.PHONY: help env demo test setup fineweb figures report dry_run replicate_paper memory heatmap bench cache_quality \
+	kill_test checkpoints compare \
 	bottleneck96 decoupled standard gqa small128 long1024 long2048 fineweb_standard fineweb_decoupled
 
 help:  ## list the targets
@@ -131,8 +132,34 @@ checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and
 	$(CKPT) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk \
 	$(call again,ckpt_decoupled) $(FLAGS)
 
-figures: env  ## figures and the README's table from the finished runs
+figures: env  ## figures, tables, report.md and the README's sections from the finished runs
 	$(PY) plot_results.py --runs $(RUNS)
+
+report: figures  ## the ledger of claims: assets/report.md
+
+# --- replicating the papers: paper_manifest.json lists the runs
+
+GPU = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+SCALE ?= $(GPU)
+GROUPS_cpu = cpu_mini
+GROUPS_gpu = cpu_mini wikitext2
+GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
+JOBS ?= 2
+MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(DATA) --runs $(RUNS) --jobs $(JOBS)
+
+dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
+	$(MANIFEST) --dry-run
+
+replicate_paper: setup  ## all runs of SCALE (cpu: two hours on two cores; gpu; full), figures, tables, ledger of claims
+	$(MANIFEST)
+	$(MAKE) checkpoints memory report
+
+memory: env  ## KV memory at 128k tokens, by formula and measured
+	$(PY) plot_memory.py
+
+CKPT_RUN ?= $(RUNS)/ckpt_decoupled
+heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/ckpt_decoupled
+	$(PY) vis_heatmap.py --ckpt $(if $(filter command line,$(origin CKPT)),$(CKPT),$(CKPT_RUN))
 
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json

@@ -1,16 +1,21 @@
 """
-Figures and tables from run folders: reads only runs/, writes assets/.
+Figures, tables and the ledger of claims from run folders: reads only runs/ and claims.json, writes assets/.
 
-    python3 plot_results.py                                # runs/ to assets/ and the README's table
+    python3 plot_results.py                                # runs/ to assets/ and the README's sections
     python3 plot_results.py --runs runs/demo --out runs/demo --readme ""
 
-assets/results.json holds every number that is drawn or tabled, with the run that it comes from; the same runs give the
-same bytes. fig_convergence.png shows validation loss over training tokens, one panel per data set. Runs that aren't
-finished are named and left out. The README's tables of results and of speed are written between marks.
+Runs that differ in nothing but the seed (names that differ in _s<seed>) are one series; series of the same data,
+context, batch and steps share a panel. results.json holds every number that is drawn or tabled, with the run that it
+comes from; the same runs give the same bytes. Written beside it: fig_convergence (validation loss over tokens),
+fig_final_loss, fig_learning_rate, fig_pareto_memory_vs_loss (loss against bytes of KV cache, architectures and cache
+formats together), table_main.tex, table_scale.tex, and report.md with the verdict on every claim. A figure without runs
+is not drawn; runs that aren't finished, and runs of the manifest that are missing, are named. Bands, bars and ± are
+95 % t-intervals over seeds.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +24,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from claims import ledger, mean_interval
+from run_paper_manifest import HERE, list_runs, read_manifest
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
 COLORS = {"standard": "#000000", "bottleneck": "#0072B2", "decoupled": "#D55E00", "gqa": "#009E73", "mla": "#CC79A7"}
@@ -50,6 +58,15 @@ def label(config):
     return " ".join([mode, str(width), *extras])
 
 
+def read_caches(folder):
+    """What `eval_dba.py ppl` measured of a run's checkpoint: {cache: loss, bytes per token}."""
+    found = {}
+    for path in sorted(folder.glob("eval_ppl_*.json")):
+        result = json.loads(path.read_text())
+        found[path.stem.removeprefix("eval_ppl_")] = {key: result[key] for key in ("loss", "bytes_per_token", "tokens")}
+    return found
+
+
 def read_run(folder):
     """One finished run as a dict of what is reported of it, or None for a run that isn't finished."""
     lines = read_jsonl(folder / "train.jsonl")
@@ -59,8 +76,8 @@ def read_run(folder):
     config = next(line for line in reversed(lines) if line["type"] in ("meta", "resume_meta"))["config"]
     train, evals = ([line for line in lines if line["type"] == kind] for kind in ("train", "eval"))
     return dict(
-        run=folder.name, mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name,
-        sha256=meta["data"]["sha256"],
+        run=folder.name, series=re.sub(r"_s\d+$", "", folder.name), mode=config["attn_mode"], label=label(config),
+        data=Path(config["data"]).name, sha256=meta["data"]["sha256"], lr=config["lr"], layers=config["layers"],
         context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
         steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"],
@@ -68,7 +85,9 @@ def read_run(folder):
         best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
         hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
+        peak_bytes=max(line["mem_bytes"] for line in train),
         dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
+        caches=read_caches(folder),
         curve=[[line["tokens"], line["val_loss"]] for line in evals])
 
 
@@ -84,22 +103,200 @@ def read_runs(root):
     return runs
 
 
-def draw_convergence(runs, path):
-    """Validation loss over training tokens: a panel per data set and context, a line per run."""
-    panels = sorted({(run["data"], run["context"]) for run in runs})
-    size = (4.6 * len(panels) + 0.4, 3.6)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for ax, panel in zip(axes[0], panels):
-        for i, run in enumerate(r for r in runs if (r["data"], r["context"]) == panel):
-            tokens, losses = zip(*run["curve"])
-            ax.plot([t / 1e6 for t in tokens], losses, STYLES[i % 4], color=COLORS[run["mode"]], linewidth=1.6,
-                    marker="o", markersize=3, label=run["label"])
-        ax.set(title=f"{panel[0]}, context {panel[1]}", xlabel="training tokens (millions)",
-               ylabel="validation loss (nats/token)")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+def make_series(runs):
+    """One dict per series: what its runs share, its seeds, and mean and half-width of the interval of its losses."""
+    grouped = {}
+    for run in runs:
+        grouped.setdefault(run["series"], []).append(run)
+    shared = ("series", "mode", "label", "data", "context", "batch", "steps", "lr", "params", "kv_bytes_fp16", "layers")
+    made = []
+    for members in grouped.values():
+        first = members[0]
+        caches = {name: dict(interval(run["caches"][name]["loss"] for run in members),
+                             bytes_per_token=cache["bytes_per_token"])
+                  for name, cache in first["caches"].items() if all(name in run["caches"] for run in members)}
+        made.append({**{key: first[key] for key in shared}, "runs": [run["run"] for run in members],
+                     "label": first["label"] + " matched" * first["series"].endswith("_matched"),
+                     "seeds": [run["seed"] for run in members], "caches": caches,
+                     **{name: interval(run[name] for run in members) for name in ("last_val_loss", "best_val_loss")},
+                     "tokens_per_second": statistics.median(run["tokens_per_second"] for run in members)})
+    return made
+
+
+def interval(values):
+    return dict(zip(("mean", "half"), mean_interval(list(values))))
+
+
+def panels(series):
+    """[(title, series)]: those of one data set, context, batch and number of steps; sweeps of the learning rate, which
+    have their own figure, are left out."""
+    found = {}
+    for one in series:
+        if not re.search(r"_lr[\d.e-]+$", one["series"]):
+            title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
+            found.setdefault(title, []).append(one)
+    return sorted(found.items())
+
+
+def save(fig, path):
     fig.savefig(path, dpi=200, metadata={"Software": None})
     plt.close(fig)
+
+
+def subplots(count, height=3.6, width=5.2):
+    """A figure of one row of axes, or of several where they are many."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                             layout="constrained")
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return fig, axes.flat
+
+
+def draw_convergence(runs, series, path):
+    """Validation loss over training tokens: mean over seeds, and band where there are two or more."""
+    drawn = panels(series)
+    fig, axes = subplots(len(drawn))
+    curves = {run["run"]: run["curve"] for run in runs}
+    for ax, (title, members) in zip(axes, drawn):
+        styles = {}
+        for one in members:
+            tokens = [point[0] for point in curves[one["runs"][0]]]
+            points = [mean_interval([curves[run][i][1] for run in one["runs"]]) for i in range(len(tokens))]
+            x, y = [t / 1e6 for t in tokens], [mean for mean, _ in points]
+            style = STYLES[styles.setdefault(one["mode"], 0) % len(STYLES)]
+            styles[one["mode"]] += 1
+            color = COLORS[one["mode"]]
+            ax.plot(x, y, linestyle=style, color=color, linewidth=1.4, marker="o", markersize=2.5, label=one["label"])
+            if len(one["runs"]) > 1:
+                ax.fill_between(x, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.12)
+        ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats/token)")
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=6.5)
+    save(fig, path)
+
+
+def draw_final_loss(series, path):
+    """Last validation loss of every series, with its interval, best on top."""
+    drawn = panels(series)
+    tallest = max(len(members) for _, members in drawn)
+    fig, axes = subplots(len(drawn), height=1.2 + 0.26 * tallest, width=5.6)
+    for ax, (title, members) in zip(axes, drawn):
+        members = sorted(members, key=lambda one: -one["last_val_loss"]["mean"])
+        for i, one in enumerate(members):
+            loss = one["last_val_loss"]
+            ax.errorbar(loss["mean"], i, xerr=loss["half"] or 0, fmt="o", color=COLORS[one["mode"]], capsize=3)
+        names = [f"{one['label']} ({one['params'] / 1e6:.1f}M, n={len(one['seeds'])})" for one in members]
+        ax.set_yticks(range(len(members)), names, fontsize=7.5)
+        ax.set(xlabel="last validation loss (nats/token)")
+        ax.set_title(title, fontsize=9)
+        ax.grid(axis="x", alpha=0.3)
+    save(fig, path)
+
+
+def draw_learning_rate(series, path):
+    """Last validation loss over the learning rate, for the series of sweeps. Returns whether there are any."""
+    sweeps = {}
+    for one in series:
+        if found := re.search(r"(.*)_lr[\d.e-]+$", one["series"]):
+            sweeps.setdefault(found[1], []).append(one)
+    if not sweeps:
+        return False
+    fig, ax = plt.subplots(figsize=(6.2, 4.2), layout="constrained")
+    styles = {}
+    for name, members in sorted(sweeps.items()):
+        members = sorted(members, key=lambda one: one["lr"])
+        mode = members[0]["mode"]
+        style = STYLES[styles.setdefault(mode, 0) % len(STYLES)]
+        styles[mode] += 1
+        ax.plot([one["lr"] for one in members], [one["last_val_loss"]["mean"] for one in members], linestyle=style,
+                color=COLORS[mode], marker="o", markersize=4, label=members[0]["label"])
+    ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss (nats/token)")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=7)
+    save(fig, path)
+    return True
+
+
+def frontier(points):
+    """The points (bytes, loss) that no other beats in both, by bytes."""
+    best, kept = float("inf"), []
+    for point in sorted(points):
+        if point[1] < best:
+            best = point[1]
+            kept.append(point)
+    return kept
+
+
+MARKERS = {"fp16": "o", "q8_0": "s", "q4_0": "^", "hetero": "D"}
+
+
+def draw_pareto(series, path):
+    """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only."""
+    drawn = panels(series)
+    fig, axes = subplots(len(drawn), height=4.0)
+    for ax, (title, members) in zip(axes, drawn):
+        points = []
+        measured = any(one["caches"] for one in members)
+        for one in members:
+            plain = {"fp16": dict(one["last_val_loss"], bytes_per_token=one["kv_bytes_fp16"])}
+            for name, cache in (one["caches"] if measured else plain).items():
+                if name in MARKERS:
+                    points.append((cache["bytes_per_token"], cache["mean"]))
+                    ax.plot(*points[-1], MARKERS[name], color=COLORS[one["mode"]], markersize=5, alpha=0.85,
+                            fillstyle="none" if one["label"].endswith("matched") else "full")
+        edge = frontier(points)
+        ax.step(*zip(*edge), where="post", color="#555555", linewidth=1, linestyle=":")
+        ax.set(xscale="log", xlabel="KV cache (bytes/token, all layers)",
+               ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3, which="both")
+    modes = [mode for mode in COLORS if any(one["mode"] == mode for _, members in drawn for one in members)]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLORS[mode], label=mode) for mode in modes]
+    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", label=f) for f, m in MARKERS.items()]
+    handles.append(plt.Line2D([], [], color="#555555", linestyle=":", label="frontier"))
+    axes[0].legend(handles=handles, fontsize=7)
+    save(fig, path)
+
+
+def pm(value, digits=3):
+    """mean ± half-width of a dict of both."""
+    return f"{value['mean']:.{digits}f}" + (f" ± {value['half']:.{digits}f}" if value["half"] is not None else "")
+
+
+def latex_table(head, rows, caption):
+    """A booktabs table."""
+    def clean(cell):
+        return str(cell).replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$")
+
+    head, *lines = (" & ".join(map(clean, row)) + r" \\" for row in (head, *rows))
+    return "\n".join([r"\begin{table}", rf"\caption{{{clean(caption)}}}",
+                      rf"\begin{{tabular}}{{l{'r' * head.count('&')}}}", r"\toprule", head, r"\midrule", *lines,
+                      r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def write_tables(series, out):
+    """table_main.tex: the small models; table_scale.tex: those of 100M parameters and more."""
+    head = ("model", "data", "parameters", "KV B/token", "tokens", "seeds", "last loss", "best loss")
+    for name, chosen in (("main", lambda n: n < 1e8), ("scale", lambda n: n >= 1e8)):
+        rows = [(one["label"], one["data"], f"{one['params'] / 1e6:.1f}M", one["kv_bytes_fp16"],
+                 f"{one['steps'] * one['batch'] * one['context'] / 1e6:.1f}M", len(one["seeds"]),
+                 pm(one["last_val_loss"]), pm(one["best_val_loss"])) for one in series if chosen(one["params"])]
+        text = latex_table(head, rows, "Validation loss in nats per token, mean and 95 % t-interval over seeds.")
+        (out / f"table_{name}.tex").write_text(text if rows else "% no such run is finished\n")
+
+
+def missing_runs(runs):
+    """{group: (finished, listed)} of the manifest, and the names of listed runs that aren't finished."""
+    names, counts, missing = {run["run"] for run in runs}, {}, []
+    manifest = read_manifest(HERE / "paper_manifest.json")
+    for group in manifest:
+        listed = [run.name for run in list_runs(manifest, [group], "data", "runs")]
+        counts[group] = (len(names & set(listed)), len(listed))
+        missing += [name for name in listed if name not in names]
+    return counts, missing
 
 
 def markdown(head, rows):
@@ -107,20 +304,41 @@ def markdown(head, rows):
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
-def results_section(runs):
-    """The README's table of results, in Markdown."""
-    head = ("model", "data", "parameters", "KV B/token fp16", "tokens", "seed", "val loss, last", "best", "tokens/s",
-            "run", "commit")
-    rows = []
-    for r in runs:
-        commit = "unknown" if r["commit"] is None else r["commit"][:7] + ("+" if r["dirty"] else "")
-        rows.append((r["label"], f"{r['data']}, {r['batch']} x {r['context']}", f"{r['params'] / 1e6:.1f}M",
-                     f"{r['kv_bytes_fp16']:,}", f"{r['tokens'] / 1e6:.2f}M", r["seed"], f"{r['last_val_loss']:.3f}",
-                     f"{r['best_val_loss']:.3f}", f"{r['tokens_per_second']:,.0f}", f"`{r['run']}`",
-                     f"`{commit}`"))
+def results_section(series, runs):
+    """The README's table of results, in Markdown: a line per series, sweeps of the learning rate left out."""
+    head = ("model", "data, batch", "parameters", "KV B/token fp16", "tokens", "seeds", "last val loss", "best",
+            "tokens/s", "runs", "commit")
+    rows, by_name = [], {run["run"]: run for run in runs}
+    for one in (one for _, members in panels(series) for one in members):
+        members = [by_name[name] for name in one["runs"]]
+        commits = {"unknown" if r["commit"] is None else r["commit"][:7] + "+" * bool(r["dirty"]) for r in members}
+        rows.append((one["label"], f"{one['data']}, {one['batch']} x {one['context']}", f"{one['params'] / 1e6:.2f}M",
+                     f"{one['kv_bytes_fp16']:,}", f"{members[0]['tokens'] / 1e6:.2f}M", len(one["seeds"]),
+                     pm(one["last_val_loss"]), pm(one["best_val_loss"]), f"{one['tokens_per_second']:,.0f}",
+                     f"`{one['series']}`", ", ".join(f"`{commit}`" for commit in sorted(commits))))
     hardware = sorted({f"{r['hardware']}, {r['dtype']}{', compiled' * r['compiled']}" for r in runs})
-    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. One seed a row: differences "
-                      "between rows carry no interval. A commit with + had uncommitted changes."])
+    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. ±: 95 % t-interval over seeds; a "
+                      "line of one seed carries none. A commit with + had uncommitted changes."])
+
+
+def number(value):
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def claims_section(rows):
+    """The ledger, in Markdown."""
+    head = ("claim", "source", "reported", "ours", "unit", "verdict", "from")
+    table = []
+    for row in rows:
+        ours = number(row["ours"]) + (f" ± {number(row['interval'])}" if row["interval"] is not None else "")
+        note = f": {row['note']}" if row["note"] and row["verdict"] != "reproduced" else ""
+        table.append((row["statement"], row["source"], number(row["reported"]), ours, row["unit"],
+                      f"**{row['verdict']}**{note}", row["where"] or "-"))
+    counts = {name: sum(row["verdict"] == name for row in rows)
+              for name in ("reproduced", "not reproduced", "arithmetic error", "not yet run")}
+    return "\n".join([", ".join(f"{n} {name}" for name, n in counts.items()) + ".", "", *markdown(head, table)])
 
 
 def speed_section(benchmarks):
@@ -189,9 +407,22 @@ def replace_section(text, name, content):
     return f"{text[:text.index(begin) + len(begin)]}\n{content}\n{text[text.index(end):]}"
 
 
+def report(results, missing):
+    """report.md: the ledger, what was run, what is missing."""
+    hardware = sorted({run["hardware"] for run in results["runs"]})
+    counts = [(group, done, listed) for group, (done, listed) in results["manifest"].items()]
+    return "\n".join(["# Report", "", "Written by plot_results.py from runs/ and claims.json.", "", "## Claims", "",
+                      claims_section(results["claims"]), "", "## Runs", "",
+                      results_section(results["series"], results["runs"]), "", "## KV cache", "",
+                      cache_section(results["benchmarks"]), "", "## The manifest", "",
+                      *markdown(("group", "finished", "listed"), counts), "", f"Run on: {'; '.join(hardware)}.", "",
+                      "Not run: " + (", ".join(missing) or "nothing") + ".", ""])
+
+
 def write_sections(text, results):
     """The README's text with the sections that results.json decides."""
-    text = replace_section(text, "results", results_section(results["runs"]))
+    text = replace_section(text, "results", results_section(results["series"], results["runs"]))
+    text = replace_section(text, "claims", claims_section(results["claims"]))
     text = replace_section(text, "speed", speed_section(results["benchmarks"]))
     return replace_section(text, "cache", cache_section(results["benchmarks"]))
 
@@ -209,14 +440,25 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     found = {name: args.runs / "bench" / f"{name}.json" for name in BENCHMARKS}
     benchmarks = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    results = {"runs": runs, "benchmarks": benchmarks}
+    counts, missing = missing_runs(runs)
+    results = {"runs": runs, "series": make_series(runs), "benchmarks": benchmarks, "manifest": counts}
+    results["claims"] = ledger(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw_convergence(runs, args.out / "fig_convergence.png")
+    (args.out / "report.md").write_text(report(results, missing))
+    write_tables(results["series"], args.out)
+    draw_convergence(runs, results["series"], args.out / "fig_convergence.png")
+    draw_final_loss(results["series"], args.out / "fig_final_loss.png")
+    draw_pareto(results["series"], args.out / "fig_pareto_memory_vs_loss.png")
+    if not draw_learning_rate(results["series"], args.out / "fig_learning_rate.png"):
+        print("no sweep of the learning rate: fig_learning_rate is not drawn", file=sys.stderr)
+    for group, (done, listed) in counts.items():
+        if done < listed:
+            print(f"{group}: {listed - done} of {listed} runs of the manifest are missing", file=sys.stderr)
     if args.readme:
         readme = Path(args.readme)
         readme.write_text(write_sections(readme.read_text(), results))
-    print(f"{len(runs)} runs: {args.out / 'results.json'}, {args.out / 'fig_convergence.png'}"
-          + (f", the tables in {args.readme}" if args.readme else ""))
+    print(f"{len(runs)} runs: results.json, report.md, tables and figures in {args.out}"
+          + (f", the sections of {args.readme}" if args.readme else ""))
 
 
 if __name__ == "__main__":

@@ -62,10 +62,11 @@ def test_training_command(command, tiny_data, capsys):
     assert lines[0]["config"] == resolved and lines[-2]["val_tokens"] == 2099
 
 
-def test_sampling_command(tiny_data, capsys):
-    command, = [c for c in COMMANDS if "--mode sample" in c]
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--mode sample" in c])
+def test_sampling_command(command, tiny_data, capsys):
     ckpt = Path(parse_args(shlex.split(command)[2:])["ckpt"])
-    tiny = "--size tiny --d-model 16 --d-ff 16 --layers 1 --n-head 2 --steps 2 --attn-mode standard --dtype float32"
+    tiny = ("--size tiny --d-model 16 --d-ff 16 --layers 1 --n-head 2 --steps 2 --attn-mode decoupled --sem-dim 4 "
+            "--geo-dim 8 --dtype float32")
     assert main(f"--data data/wikitext2.npy --out-dir {ckpt.parent} {tiny}".split()) == 0
     before = {path: path.read_bytes() for path in ckpt.parent.iterdir()}
     capsys.readouterr()

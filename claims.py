@@ -1,0 +1,198 @@
+"""
+The ledger of the papers' claims: claims.json says what they report, a rule here computes our value from results.json
+and decides the verdict. No verdict is typed by hand.
+
+A rule returns (value or None, interval half-width or None, agrees: bool or None, where it was measured); agrees is None
+where nothing has been run. Arithmetic rules need no run: they check the report's own numbers.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from train_dba import bytes_per_token, count_params, make_config
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal's.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        # the Llama-7B scale of the reports
+LONG = 131_072                                                                  # tokens of "128k"
+ARITHMETIC = ("perplexity_gap", "cache_ratio", "cache_gib", "cache_layer_bytes", "parameters")
+
+
+def mean_interval(values):
+    """(mean, half-width of the 95 % t-interval or None for one value)."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, None
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return mean, (T95[n - 2] if n - 2 < len(T95) else 1.96) * spread
+
+
+def seeds_of(results, series, field="last_val_loss"):
+    """{seed: value} of a field over the runs of a series."""
+    return {run["seed"]: run[field] for run in results["runs"] if run["series"] == series}
+
+
+def within(value, reported, relative):
+    return abs(value - reported) <= relative * abs(reported)
+
+
+def first_pair(claim, results, field="last_val_loss"):
+    """(values of the first pair of series that has been run, as two lists in the order of shared seeds; its names)."""
+    for a, b in claim["pairs"]:
+        left, right = seeds_of(results, a, field), seeds_of(results, b, field)
+        if shared := sorted(left.keys() & right.keys()):
+            return [left[s] for s in shared], [right[s] for s in shared], f"`{a}` against `{b}`, {len(shared)} seed(s)"
+    return None
+
+
+def loss(claim, results):
+    values = list(seeds_of(results, claim["series"]).values())
+    if not values:
+        return None, None, None, ""
+    mean, half = mean_interval(values)
+    agrees = abs(mean - claim["reported"]) <= claim["tolerance"]
+    return mean, half, agrees, f"`{claim['series']}`, {len(values)} seed(s)"
+
+
+def paired(claim, results, agrees):
+    found = first_pair(claim, results)
+    if found is None:
+        return None, None, None, ""
+    left, right, where = found
+    mean, half = mean_interval([a - b for a, b in zip(left, right)])
+    return mean, half, half is not None and agrees(mean, half), where
+
+
+def below(claim, results):
+    """The difference is below zero with its whole interval."""
+    return paired(claim, results, lambda mean, half: mean + half < 0)
+
+
+def not_above(claim, results):
+    """The difference isn't above zero with its whole interval."""
+    return paired(claim, results, lambda mean, half: mean - half <= 0)
+
+
+def ratio(claim, results, field):
+    found = first_pair(claim, results, field)
+    if found is None:
+        return None, None, None, ""
+    left, right, where = found
+    mean, half = mean_interval([a / b for a, b in zip(left, right)])
+    return mean, half, within(mean, claim["reported"], claim["tolerance"]), where
+
+
+def speed_ratio(claim, results):
+    return ratio(claim, results, "tokens_per_second")
+
+
+def memory_ratio(claim, results):
+    return ratio(claim, results, "peak_bytes")
+
+
+def overfits(claim, results):
+    last, best = (seeds_of(results, claim["series"], field) for field in ("last_val_loss", "best_val_loss"))
+    if not last:
+        return None, None, None, ""
+    mean, half = mean_interval([last[seed] - best[seed] for seed in last])
+    return mean, half, mean > 0.05, f"`{claim['series']}`, {len(last)} seed(s)"
+
+
+def cache_quality(claim, results):
+    rows = [row for row in results["benchmarks"].get("cache_quality", {}).get("rows", ())
+            if (row["run"], row["policy"], row["rotate"]) == (claim["run"], claim["policy"], False)]
+    if not rows:
+        return None, None, None, ""
+    row, = rows
+    return (row["delta_nll"], 1.96 * row["standard_error"], row["delta_nll"] <= claim["tolerance"],
+            f"`{claim['run']}`, {row['tokens']:,} tokens, one seed")
+
+
+def not_run(claim, results):
+    return None, None, None, ""
+
+
+def resolve(settings):
+    """(Config, cache policy) of a claim's settings, at the 7B scale unless they name a preset."""
+    settings = dict(settings)
+    policy = settings.pop("cache")
+    return make_config(**(dict(data="-") if "exp" in settings else SEVEN_B), **settings), policy
+
+
+def layer_bytes(settings):
+    """Bytes of KV cache per token and layer."""
+    cfg, policy = resolve(settings)
+    return bytes_per_token(cfg, policy) / cfg.layers
+
+
+def cache_gib(claim, results):
+    cfg, policy = resolve(claim["config"])
+    value = bytes_per_token(cfg, policy) * LONG / 2**30
+    return value, None, abs(value - claim["reported"]) < 0.05, "formula, tested against allocated caches"
+
+
+def cache_ratio(claim, results):
+    value = layer_bytes(claim["against"]) / layer_bytes(claim["config"])
+    return value, None, within(value, claim["reported"], 0.02), "formula, tested against allocated caches"
+
+
+def cache_ratio_below_one(claim, results):
+    value = layer_bytes(claim["config"]) / layer_bytes(claim["against"])
+    return value, None, value < 1, "formula, tested against allocated caches"
+
+
+def cache_layer_bytes(claim, results):
+    value = layer_bytes(claim["config"])
+    return value, None, value == claim["reported"], "formula, tested against allocated caches"
+
+
+def parameters(claim, results):
+    value = count_params(make_config(data="-", **claim["config"]), claim["vocab_size"])["total"]
+    return value, None, within(value, claim["reported"], claim["tolerance"]), "formula, tested against models"
+
+
+def perplexity_gap(claim, results):
+    value = 100 * (math.exp(claim["losses"][0] - claim["losses"][1]) - 1)
+    return value, None, within(value, claim["reported"], 0.02), "the report's own losses"
+
+
+def mcnemar_best(claim, results):
+    """The smallest p that these counts allow: every discordant case favours the better model."""
+    p = min(1.0, 2 * 0.5 ** abs(claim["counts"][0] - claim["counts"][1]))
+    return p, None, p < 0.05, "the report's own counts"
+
+
+def proportions(claim, results):
+    """Two-sided normal test of two proportions over so many items each."""
+    n = claim["items"]
+    a, b = (round(percent / 100 * n) for percent in claim["percent"])
+    pooled = (a + b) / (2 * n)
+    z = abs(a - b) / n / math.sqrt(2 * pooled * (1 - pooled) / n)
+    p = math.erfc(z / math.sqrt(2))
+    return p, None, p < 0.05, f"the report's own counts: {a} and {b} of {n}"
+
+
+RULES = {rule.__name__: rule for rule in (
+    loss, below, not_above, speed_ratio, memory_ratio, overfits, cache_quality, not_run, cache_gib, cache_ratio,
+    cache_ratio_below_one, cache_layer_bytes, parameters, perplexity_gap, mcnemar_best, proportions)}
+
+
+def verdict(claim, agrees):
+    if agrees is None:
+        return "not yet run"
+    if agrees:
+        return "reproduced"
+    return "arithmetic error" if claim["rule"] in ARITHMETIC else "not reproduced"
+
+
+def ledger(results, path=Path(__file__).parent / "claims.json"):
+    """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict."""
+    rows = []
+    for claim in json.loads(path.read_text()):
+        value, half, agrees, where = RULES[claim["rule"]](claim, results)
+        rows.append(dict(id=claim["id"], source=claim["source"], statement=claim["statement"], unit=claim["unit"],
+                         reported=claim["reported"], ours=value, interval=half, where=where,
+                         verdict=verdict(claim, agrees), note=claim.get("note", claim.get("needs", ""))))
+    return rows

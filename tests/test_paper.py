@@ -1,0 +1,188 @@
+"""The papers' manifest and its runner, the ledger of claims, and the statistics behind the figures."""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import claims
+import plot_results
+import run_paper_manifest as runner
+from helpers import environment
+from train_dba import UserError, bytes_per_token, count_params, parse_args
+
+ROOT = Path(__file__).parent.parent
+MANIFEST = runner.read_manifest(ROOT / "paper_manifest.json")
+RUNS = runner.list_runs(MANIFEST, list(MANIFEST), "data", "runs")
+TINY = dict(d_model=16, layers=1, n_head=2, d_ff=16, block=8, batch_size=2, steps=3, tokenizer="byte")
+
+
+def series_of(run):
+    return run.name.rsplit("_s", 1)[0]
+
+
+def test_every_run_has_its_own_folder_and_its_flags_resolve_to_its_config():
+    assert len({run.cfg.out_dir for run in RUNS}) == len(RUNS) > 200
+    for run in RUNS:
+        assert parse_args(run.command()) == run.given
+
+
+def test_groups_of_the_issue_are_there():
+    assert set(MANIFEST) == {"wikitext2", "fineweb100m", "local_12l", "a100_1b", "cpu_mini"}
+    modes = {run.cfg.attn_mode for run in RUNS if run.name.startswith("cpu_mini_modes")}
+    assert modes == {"standard", "bottleneck", "decoupled", "gqa", "mla"}
+
+
+@pytest.mark.parametrize("prefix, standard", (("wikitext2_fair", "standard512"), ("cpu_mini_modes", "standard192")))
+def test_fair_rows(prefix, standard):
+    """One protocol for all; matched rows have the parameters of standard, and most rows one size of cache."""
+    runs = [run for run in RUNS if run.name.startswith(prefix)]
+    protocol = {(r.cfg.batch_size, r.cfg.steps, r.cfg.block, r.cfg.warmup_steps, r.cfg.min_lr, r.cfg.weight_decay,
+                 r.cfg.grad_clip, r.cfg.dropout, r.cfg.data) for r in runs}
+    assert len(protocol) == 1
+    target, = {count_params(r.cfg, r.vocab_size)["total"] for r in runs if standard in r.name}
+    matched = [r for r in runs if "_matched" in r.name]
+    assert matched and all(abs(count_params(r.cfg, r.vocab_size)["total"] / target - 1) < 0.001 for r in matched)
+    seeds = {}
+    for run in runs:
+        seeds.setdefault(series_of(run), set()).add(run.cfg.seed)
+    assert all(len(s) >= 3 for s in seeds.values())
+
+
+def test_cpu_mini_rows_but_standard_cache_the_same():
+    sizes = {bytes_per_token(r.cfg, "fp16") // 2 // r.cfg.layers for r in RUNS
+             if r.name.startswith("cpu_mini_modes") and "standard" not in r.name}
+    assert sizes == {144}
+
+
+def test_flops_are_those_of_the_products():
+    """Counted product by product: weights twice per token forward, scores and values over the causal half."""
+    run = next(r for r in RUNS if r.name.startswith("cpu_mini_modes_standard192_s"))
+    D, L, F, T, V = 192, 4, 512, 256, 320
+    weights = L * (4 * D * D + 3 * D * F) + V * D          # the embedding multiplies once, as output
+    forward = 2 * weights + L * 2 * 2 * D * T / 2
+    assert run.flops == pytest.approx(3 * forward * run.tokens, rel=2e-3)       # norms apart
+
+
+def sweep_results():
+    """{series without learning rate: {lr: loss}} of the committed sweep."""
+    found = {}
+    for log in sorted((ROOT / "runs").glob("cpu_mini_lr_*/train.jsonl")):
+        if run := plot_results.read_run(log.parent):
+            found.setdefault(run["series"].rsplit("_lr", 1)[0], {})[run["lr"]] = run["last_val_loss"]
+    return found
+
+
+@pytest.mark.parametrize("row, losses", sweep_results().items())
+def test_learning_rates_are_those_that_the_sweep_chose(row, losses):
+    name = row.removeprefix("cpu_mini_lr_")
+    chosen = {r.cfg.lr for r in RUNS if series_of(r) in (f"cpu_mini_modes_{name}", f"cpu_mini_modes_{name}_matched")}
+    assert chosen == {min(losses, key=losses.get)} and len(losses) == 3
+
+
+@pytest.mark.parametrize("change, message", (
+    (dict(rows={"a": {"atn_mode": "standard"}}), "no setting atn_mode"),
+    (dict(rows={"a": {"attn_mode": "standard", "kv_head": 2}}), "kv_head|--kv-head"),
+    (dict(extra=1), "unknown key extra")))
+def test_wrong_manifests(tmp_path, change, message):
+    part = {"base": dict(TINY), "rows": {"a": {}}, "seeds": [1], **change}
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"g": {"data": "text.txt", "vocab_size": 257, "sets": {"s": part}}}))
+    with pytest.raises(UserError, match=message):
+        runner.list_runs(runner.read_manifest(path), ["g"], "data", "runs")
+
+
+def manifest_command(tmp_path, flags):
+    command = [sys.executable, ROOT / "run_paper_manifest.py", "--manifest", "m.json", "--group", "g", "--data-dir",
+               ".", "--device", "cpu", *shlex.split(flags)]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
+
+
+@pytest.fixture
+def small(tmp_path):
+    rows = {"good": {}, "bad": {"val_frac": 0.00001}, "other": {"attn_mode": "decoupled", "sem_dim": 4, "geo_dim": 8}}
+    (tmp_path / "text.txt").write_text("a few words of text. " * 100)
+    (tmp_path / "m.json").write_text(json.dumps({"g": {"data": "text.txt", "vocab_size": 257, "sets": {
+        "s": {"about": "", "base": TINY, "rows": rows, "seeds": [1]}}}}))
+    return tmp_path
+
+
+def test_a_failed_run_does_not_stop_the_others(small):
+    result = manifest_command(small, "--jobs 2")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "g_s_bad_s1: exit code 1" in result.stderr and "2 of 3 runs" in result.stdout
+    assert "validation part" in (small / "runs/g_s_bad_s1.console").read_text()
+    for name in ("good", "other"):
+        log = (small / f"runs/g_s_{name}_s1/train.jsonl").read_bytes()
+        assert b'"done"' in log.splitlines()[-1] and not (small / f"runs/g_s_{name}_s1.console").exists()
+    again = manifest_command(small, "--only s_good s_other --steps 3")
+    assert again.returncode == 0
+    assert (small / "runs/g_s_other_s1/train.jsonl").read_bytes() == log        # a finished run is left alone
+
+
+def test_dry_run_needs_no_data(small):
+    (small / "text.txt").unlink()
+    result = manifest_command(small, "--dry-run")
+    assert result.returncode == 0 and "3 runs" in result.stdout and "FLOPs" in result.stdout
+    assert not (small / "runs").exists()
+    assert manifest_command(small, "").returncode == 1
+    wrong = manifest_command(small, "--only nothing")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
+
+
+# --- Claims
+
+def fake(series, losses, **more):
+    return [dict(run=f"{series}_s{seed}", series=series, seed=seed, last_val_loss=loss, best_val_loss=loss, **more)
+            for seed, loss in losses.items()]
+
+
+def decide(claim, runs, benchmarks=None):
+    value, half, agrees, _ = claims.RULES[claim["rule"]](claim, dict(runs=runs, benchmarks=benchmarks or {}))
+    return value, half, claims.verdict(claim, agrees)
+
+
+def test_t_interval():
+    mean, half = claims.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert claims.mean_interval([5.0]) == (5.0, None)
+
+
+def test_paired_differences_decide():
+    claim = dict(rule="below", pairs=[["nobody", "b"], ["a", "b"]])
+    base = {1: 2.0, 2: 3.0, 3: 4.0}
+    better = {seed: loss - 0.1 - 0.001 * seed for seed, loss in base.items()}
+    value, half, verdict = decide(claim, fake("a", better) + fake("b", base))
+    assert verdict == "reproduced" and value == pytest.approx(-0.102) and half < 0.01
+    mixed = {1: 1.9, 2: 3.1, 3: 3.95}
+    assert decide(claim, fake("a", mixed) + fake("b", base))[2] == "not reproduced"
+    assert decide(claim, fake("a", {1: 1.0}) + fake("b", base))[2] == "not reproduced"      # one seed: no interval
+    assert decide(claim, fake("b", base))[2] == "not yet run"
+    assert decide(dict(claim, rule="not_above"), fake("a", mixed) + fake("b", base))[2] == "reproduced"
+
+
+@pytest.mark.parametrize("id, value, verdict", (
+    ("compression-168", 64 / 3.375, "arithmetic error"), ("compression-96-q4", 151.70, "arithmetic error"),
+    ("compression-96-hetero", 117.03, "arithmetic error"), ("fineweb-gap", 48.1, "arithmetic error"),
+    ("memory-gqa-q4", 2.25, "arithmetic error"), ("memory-mla", 4.5, "arithmetic error"),
+    ("memory-standard", 64, "reproduced"), ("probes", 0.0625, "not reproduced"),
+    ("winogrande", 0.937, "not reproduced"), ("dba-under-gqa", 1952 / 288, "not reproduced"), ("dba-under-standard-q4", 1952 / 2304, "reproduced")))
+def test_arithmetic(id, value, verdict):
+    row, = [row for row in claims.ledger(dict(runs=[], benchmarks={})) if row["id"] == id]
+    assert row["ours"] == pytest.approx(value, rel=2e-3) and row["verdict"] == verdict
+
+
+def test_every_claim_names_runs_of_the_manifest():
+    known = {series_of(run) for run in RUNS} | {f"compare_{name}" for name in ("bottleneck96", "standard512")}
+    sweeps = {name.rsplit("_lr", 1)[0] for name in known}
+    for claim in json.loads((ROOT / "claims.json").read_text()):
+        named = [claim["series"]] if "series" in claim else sum(claim.get("pairs", []), [])
+        assert set(named) <= known | sweeps, claim["id"]
+
+
+def test_frontier():
+    assert plot_results.frontier([(3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.2)]) == [(1, 2.0), (2, 1.5), (3, 1.0)]
