@@ -170,7 +170,8 @@ def test_paired_differences_decide():
     ("compression-96-hetero", 117.03, "arithmetic error"), ("fineweb-gap", 48.1, "arithmetic error"),
     ("memory-gqa-q4", 2.25, "arithmetic error"), ("memory-mla", 4.5, "arithmetic error"),
     ("memory-standard", 64, "reproduced"), ("probes", 0.0625, "not reproduced"),
-    ("winogrande", 0.937, "not reproduced"), ("dba-under-gqa", 1952 / 288, "not reproduced"), ("dba-under-standard-q4", 1952 / 2304, "reproduced")))
+    ("winogrande", 0.937, "not reproduced"), ("dba-under-gqa", 1952 / 288, "not reproduced"),
+    ("dba-under-standard-q4", 1952 / 2304, "reproduced")))
 def test_arithmetic(id, value, verdict):
     row, = [row for row in claims.ledger(dict(runs=[], benchmarks={})) if row["id"] == id]
     assert row["ours"] == pytest.approx(value, rel=2e-3) and row["verdict"] == verdict
