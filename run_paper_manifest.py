@@ -5,8 +5,8 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
     python3 run_paper_manifest.py --group cpu_mini --jobs 2
     python3 run_paper_manifest.py --group wikitext2 --only fair_standard512 fair_decoupled32_64 --seeds 1337
 
-A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates that
-every row is run with. Settings are named as the flags of train_dba.py, with underscores. A run is the folder
+A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates (`lrs`,
+also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is the folder
 <runs>/<group>_<set>_<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run that fails is
 reported at the end, where it left its messages, and makes the exit code 1; the others go on.
 """
@@ -85,13 +85,14 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
     for group, name, part in ((g, n, p) for g in groups for n, p in manifest[g]["sets"].items()):
         source = {**manifest[group], **part}
         for row, settings in part["rows"].items():
-            for lr in part.get("lrs", [None]):
+            for lr in settings.get("lrs", part.get("lrs", [None])):
                 for seed in seeds or part["seeds"]:
                     label = f"{name}_{row}" + (f"_lr{lr:g}" if lr else "") + f"_s{seed}"
                     if only and not label.startswith(tuple(only)):
                         continue
                     given = {**part["base"], **settings, **({"lr": lr} if lr else {}), **dict(overrides), "seed": seed,
                              "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}_{label}"}
+                    given.pop("lrs", None)
                     if unknown := given.keys() - DEFAULTS.keys():
                         raise UserError(f"{group}_{label}: no setting {min(unknown)}")
                     try:

@@ -81,7 +81,7 @@ def sweep_results():
 def test_learning_rates_are_those_that_the_sweep_chose(row, losses):
     name = row.removeprefix("cpu_mini_lr_")
     chosen = {r.cfg.lr for r in RUNS if series_of(r) in (f"cpu_mini_modes_{name}", f"cpu_mini_modes_{name}_matched")}
-    assert chosen == {min(losses, key=losses.get)} and len(losses) == 3
+    assert chosen == {best := min(losses, key=losses.get)} and min(losses) < best < max(losses)
 
 
 @pytest.mark.parametrize("change, message", (
