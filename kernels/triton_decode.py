@@ -27,10 +27,12 @@ def unpack(raw, half, levels, FMT: tl.constexpr):
     """Float32 values, in units of the scale, of codes as loaded; half: which half of a byte, where two share it."""
     if raw.dtype != tl.uint8:
         return raw.to(tl.float32)
-    elif FMT == "nf4":
-        return tl.load(levels + (raw >> tl.cast(4 * half, tl.uint8) & 15).to(tl.int32))
     else:
-        return (raw >> tl.cast(4 * half, tl.uint8) & 15).to(tl.float32) - 8
+        code = raw >> tl.cast(4 * half, tl.uint8) & 15
+        if FMT == "nf4":                                   # of lanes that hold a level each: a shuffle, not a load
+            return tl.gather(levels, code.to(tl.int32), 0)
+        else:
+            return code.to(tl.float32) - 8
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
         visible = (slot < settled) & (slot <= now)
     else:                                                  # % has the sign of its left side
         visible = (slot < window) & (settled + (slot - settled % window + window) % window <= now)
-    q += row * (W0 + W1)
+    q, levels = q + row * (W0 + W1), tl.load(levels + tl.arange(0, 16))
     score = dot_keys(q, k0, k0_scales, levels, b, g, slot, capacity, G, W0, F0)
     if k1 is not None:
         score += dot_keys(q + W0, k1, k1_scales, levels, b, g, slot, capacity, G, W1, F1)
