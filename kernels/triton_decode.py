@@ -93,8 +93,14 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
     now, settled = tl.load(pos + b * T + row % T).to(tl.int32), tl.load(settled + b).to(tl.int32)
     row, b, g = row.to(tl.int64), b.to(tl.int64), g.to(tl.int64)                # a cache may have over 2^31 elements
     slot = tile * BLOCK + tl.arange(0, BLOCK)
+    partial += (row * tiles + first + tile) * (V + 2)
     if window is None:
-        visible = (slot < settled) & (slot <= now)
+        last = tl.minimum(settled - 1, now)
+        visible = slot <= last
+        if tile * BLOCK > last:                            # a short sequence beside a long one: read nothing
+            tl.store(partial + V, LOWEST)
+            tl.store(partial + V + 1, 0.0)
+            return
     else:                                                  # % has the sign of its left side
         visible = (slot < window) & (settled + (slot - settled % window + window) % window <= now)
     q, levels = q + row * (W0 + W1), tl.load(levels + tl.arange(0, 16))
@@ -104,7 +110,6 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
     score = tl.where(visible, score * LOG2E, -float("inf"))
     top = tl.maximum(tl.max(score, 0), LOWEST)             # finite, so that no difference below is inf - inf
     p = tl.exp2(score - top)
-    partial += (row * tiles + first + tile) * (V + 2)
     tl.store(partial + V, top)
     tl.store(partial + V + 1, tl.sum(p, 0))
     sum_values(p, visible, v, v_scales, levels, b, g, slot, capacity, partial, G, V, FV)
@@ -126,7 +131,7 @@ def combine(partial, null_score, null_value, out, T, tiles, H: tl.constexpr, G: 
         tile = start + tl.arange(0, TILES)
         here, at = tile < tiles, partial + tile * (V + 2)
         tops, totals = tl.load(at + V, here, LOWEST), tl.load(at + V + 1, here, 0.0)
-        values = tl.load(at[:, None] + d, here[:, None] & (d < V), 0.0)                           # [TILES, CHANNELS]
+        values = tl.load(at[:, None] + d, (totals != 0)[:, None] & (d < V), 0.0)                  # [TILES, CHANNELS]
         new_top = tl.maximum(top, tl.max(tops, 0))
         decay, weight = tl.exp2(top - new_top), tl.exp2(tops - new_top)
         total = total * decay + tl.sum(totals * weight, 0)
