@@ -181,7 +181,7 @@ def attention(q, streams, shape, span, null=None):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capacity, C: tl.constexpr,
                   FMT: tl.constexpr, TOKENS: tl.constexpr):
     """Settle TOKENS of the tokens x [N, C], of strides x_row and x_channel, of one block of 32 channels: quantize() of
@@ -197,7 +197,7 @@ def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capa
         d = tl.div_rn(most, tl.full(most.shape, 127.0, tl.float32))
     elif FMT == "q4_0":                                    # the first of those with the largest size keeps its sign
         first = tl.min(tl.where(tl.abs(x) == most, i, 32), 1, keep_dims=True)
-        d = tl.sum(tl.where(i == first, x, -0.0), 1, keep_dims=True) * -0.125
+        d = tl.min(tl.where(i == first, x, float("inf")), 1, keep_dims=True) * -0.125
     elif FMT == "q4_sym":
         d = tl.div_rn(most, tl.full(most.shape, 7.0, tl.float32))
     else:
