@@ -5,6 +5,7 @@ query, a warp for each, so that sums over tokens are shuffles; combine then merg
 token. A lane holds BLOCK / 32 adjacent tokens and walks over the channels of its head: codes are channel-major, so it
 loads 16 bytes of them at once, and a head may be of any width. Loads have no masks, which would break them up into
 single bytes; the cache is allocated in multiples of BLOCK, and what holds no token is left out by tl.where.
+quantize_tile settles new tokens in one launch. Nothing here was run on a GPU yet, only interpreted and compiled.
 """
 
 import functools
@@ -213,7 +214,7 @@ def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capa
     elif FMT == "nf4":
         code = tl.zeros(x.shape, tl.uint8)
         for level in tl.static_range(15):
-            code += (x > (tl.load(levels + level) + tl.load(levels + level + 1)) / 2).to(tl.uint8)
+            code += (x > (tl.load(levels + level) + tl.load(levels + level + 1)) * 0.5).to(tl.uint8)
     else:
         code = tl.minimum(tl.maximum(tl.floor(x + 8.5), 0.0), 15.0).to(tl.uint8)
     b, slot = tl.load(rows + n, there, 0)[:, None], tl.load(pos + n, there, 0)[:, None]           # int64 [TOKENS, 1]
