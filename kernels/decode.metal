@@ -43,7 +43,8 @@ struct Stream {                                     // of one sequence and group
     uint format, first, last, slots;                // the group's channels: first ... last - 1
 };
 
-Stream open(device const uchar* codes, device const half* scales, Layout layout, constant Part& part, uint b, uint g) {
+Stream open(device const uchar* codes, device const half* scales, constant Layout& layout, constant Part& part, uint b,
+            uint g) {
     uint channels = part.groups * layout.width, blocks = (channels + BLOCK - 1) / BLOCK;
     uint rows = layout.format < Q4_0 ? channels : (channels + 1) / 2;
     uint bytes = layout.format == FP32 ? 4 : layout.format < Q8_0 ? 2 : 1;

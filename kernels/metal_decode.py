@@ -1,7 +1,7 @@
 """Decode attention on an Apple GPU, by the kernels of decode.metal.
 
-They have never run on a Mac. The tests compile decode.metal as C++ and run it on a CPU, launched by the code below; only
-Metal's compiler and launch() are left out. So kernels.choose() has self_test() compare it with torch before it's used.
+They have never run on a Mac. The tests compile decode.metal as C++ and run it on a CPU, launched by the code below, so
+all but Metal's compiler and launch() is tested; kernels.choose() compares the rest with torch by self_test().
 """
 
 import functools
