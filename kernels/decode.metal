@@ -11,8 +11,8 @@
 #include <metal_stdlib>
 using namespace metal;
 
-constant constexpr uint SIMD = 32;                  // lanes of a simdgroup
-constant constexpr uint SPLIT = 256;                // slots that a simdgroup reads; metal_decode.py looks for this line
+constant constexpr uint SIMD = 32;                  // lanes of a simdgroup; metal_decode.py looks for SIMD and SPLIT
+constant constexpr uint SPLIT = 256;                // slots that a simdgroup reads
 constant constexpr uint PER_LANE = SPLIT / SIMD;
 constant constexpr uint BLOCK = 32;                 // channels that share a scale
 

@@ -25,7 +25,8 @@ def library():
 
 
 def launch(kernel, tensors, sizes, threads):
-    """Run a kernel of decode.metal: its arguments are the tensors' memory and a struct of the sizes."""
+    """Run a kernel of decode.metal: its arguments are the tensors' memory, strides unseen, and a struct of the sizes.
+    Simdgroups are independent; groups of four are only for the scheduler."""
     getattr(library(), kernel)(*tensors, sizes, threads=[threads], group_size=[4 * SIMD], arg_casts="int32")
 
 
@@ -35,8 +36,8 @@ def attention(q, streams, shape, span, null=None):
     G = 1 if shape.latent else shape.v_groups
     width = {name: stream.channels // G for name, stream in streams.items()}                      # per group
     names = [path.stream for path in shape.paths]
-    reads = [(name, width[name]) for name in names] + [(names[0], 0)] * (2 - len(names))          # two keys, one of
-    reads.append((shape.v_stream, width[shape.v_stream]))                                         # width 0; the values
+    reads = [(name, width[name]) for name in names] + [(names[0], 0)] * (2 - len(names))          # always two keys
+    reads.append((shape.v_stream, width[shape.v_stream]))
     v, rows = width[shape.v_stream], B * H * T
     q, pos, settled = q.float().contiguous(), span.pos.contiguous(), span.settled.contiguous()
     splits = [-(-used // SPLIT) for used in (span.end, span.window)]
@@ -51,13 +52,13 @@ def attention(q, streams, shape, span, null=None):
             codes, scales, fmt = stream.codes, stream.scales, stream.fmt
             if ring:
                 codes, scales, fmt = stream.ring, None, ring_format(stream.fmt)
-            tensors += [codes, q if scales is None else scales]                # q: any memory; it isn't read as scales
+            tensors += [codes, q if scales is None else scales]                # q: any memory, it isn't read
             layouts += [list(FORMATS).index(fmt), w]
         first = splits[0] if ring else 0
         sizes = [H, G, T, codes.size(2), span.window if ring else 0, count, first, sum(splits), *layouts]
         launch("attend", [q, pos, settled, *tensors, partials], sizes, rows * count * SIMD)
 
-    score, value = (q, q) if null is None else (x.float().contiguous() for x in null)             # q: isn't read
+    score, value = (q, q) if null is None else (x.float().contiguous() for x in null)
     out = q.new_empty(B, H, T, v)
     launch("combine", [partials, score, value, out], [H, G, T, v, sum(splits), int(null is not None)], rows * v)
     return out
