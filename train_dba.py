@@ -387,6 +387,9 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
 
 
+EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1}                # what a block's largest value becomes
+
+
 def stream_bytes(fmt, C):
     """Bytes that one token of a stream of C channels costs."""
     bits, scale = FORMATS[fmt]
@@ -404,7 +407,8 @@ def quantize(x, fmt):
     C = x.size(1)
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    d = {"q8_0": extreme.abs() / 127, "q4_0": extreme / -8, "q4_sym": extreme.abs() / 7, "nf4": extreme.abs()}[fmt]
+    extreme = extreme if fmt == "q4_0" else extreme.abs()
+    d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
     scale = d.half()
     x = torch.where(scale.isfinite(), x, 0.0)
     x = x * torch.where(scale.isfinite() & (scale != 0), 1 / d, 0.0)            # in units of the scale

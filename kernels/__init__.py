@@ -28,11 +28,16 @@ def choose(name, device, formats, tokens):
         if device.type != "mps":
             raise ValueError(f"needs an Apple GPU, not {device.type}")
         from . import metal_decode
-        if (error := metal_decode.self_test()) > metal_decode.TOLERANCE:
-            if name == "auto":
-                return None, f"metal differs from torch by {error:.1e} here"
-            raise ValueError(f"differs from torch by {error:.1e} here; use --kernel torch")
-        return metal_decode.KERNEL, "an Apple GPU, one tile compared with torch"
+        try:
+            error = metal_decode.self_test()
+            problem = "" if error <= metal_decode.TOLERANCE else f"it differs from torch by {error:.1e} here"
+        except (RuntimeError, SyntaxError) as e:           # what torch.mps.compile_shader raises
+            problem = f"it fails here ({str(e).splitlines()[0]})"
+        if not problem:
+            return metal_decode.KERNEL, "an Apple GPU, a small cache compared with torch"
+        if name == "metal":
+            raise ValueError(f"{problem}; use --kernel torch")
+        return None, f"metal: {problem}"
     if device.type != "cpu":
         return None, f"no kernel for {device.type}"
     if tokens < COMPILED_FROM:
