@@ -58,7 +58,7 @@ def contenders(H, r, p, batch, tokens, device):
     calls = {"kernel": (lambda: kernel.attention(q, streams, shape, span), n),
              "torch": (lambda: decode_attention(q, streams, shape, span), n),
              "dequantised": (lambda: dequantised(q, streams, shape, span), n)}
-    for name, w in ((str(half).removeprefix("torch.float").replace("torch.b", "b"), r + p), ("standard", 64)):
+    for name, w in (("bf16" if half == torch.bfloat16 else "fp16", r + p), ("standard", 64)):
         k, v = torch.randn(2, batch, H, tokens, w, dtype=half, device=device)
         calls[name] = (lambda q=q.new_ones(batch, H, 1, w).to(half), k=k, v=v:
                        F.scaled_dot_product_attention(q, k, v, scale=1.0), 4 * H * w)
