@@ -32,20 +32,29 @@ def log_probabilities(model, windows, policy):
     return model(windows, cache=cache).log_softmax(-1)
 
 
-def measure(model, reference, batches, policy):
-    """Figures of one policy; reference: the model whose float32 cache it is compared with."""
-    nll, kl, same, tokens = [], 0.0, 0, 0
-    for x, y in tqdm(batches, desc=f"{model.cfg.attn_mode} {policy}", leave=False):
-        p, q = log_probabilities(reference, x, "fp32"), log_probabilities(model, x, policy)
-        losses = [-log_p.gather(-1, y[..., None])[..., 0].double().mean(1) for log_p in (p, q)]   # [B]
-        nll.append(torch.stack(losses))
-        kl += (p.exp() * (p - q)).double().sum().item()
-        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        tokens += y.numel()
-    nll = torch.cat(nll, 1)                                                     # [2, windows]
-    delta = nll[1] - nll[0]
-    return dict(policy=policy, tokens=tokens, nll_fp32=nll[0].mean().item(), delta_nll=delta.mean().item(),
-                standard_error=delta.std().item() / math.sqrt(len(delta)), kl=kl / tokens, top1=same / tokens)
+def measure(models, batches):
+    """One row of figures per policy and model. models: {rotate: GPT}; the float32 cache of models[False] is what all
+    are compared with."""
+    cfg, sums = models[False].cfg, {}
+    for x, y in tqdm(batches, desc=cfg.attn_mode):
+        def nll(log_p):
+            return -log_p.gather(-1, y[..., None])[..., 0].double().mean(1)     # [B]
+
+        p = log_probabilities(models[False], x, "fp32")
+        for policy in (policy for policy in (*FORMATS, "hetero") if bytes_per_token(cfg, policy)):
+            for rotate, model in models.items():
+                q = log_probabilities(model, x, policy)
+                losses, kl, same = sums.get((policy, rotate), ([], 0.0, 0))
+                sums[policy, rotate] = (losses + [torch.stack([nll(p), nll(q)])],
+                                        kl + (p.exp() * (p - q)).double().sum().item(),
+                                        same + (p.argmax(-1) == q.argmax(-1)).sum().item())
+    tokens = sum(y.numel() for _, y in batches)
+    for (policy, rotate), (losses, kl, same) in sums.items():
+        losses = torch.cat(losses, 1)                                           # [2, windows]
+        delta = losses[1] - losses[0]
+        yield dict(policy=policy, rotate=rotate, tokens=tokens, bytes_per_token=bytes_per_token(cfg, policy),
+                   nll_fp32=losses[0].mean().item(), delta_nll=delta.mean().item(),
+                   standard_error=delta.std().item() / math.sqrt(len(delta)), kl=kl / tokens, top1=same / tokens)
 
 
 def main():
@@ -65,15 +74,11 @@ def main():
         starts = torch.linspace(0, len(data.val) - model.cfg.block - 1, args.windows).long().tolist()
         text = torch.stack([torch.from_numpy(data.val[i:i + model.cfg.block + 1].astype("int64")) for i in starts])
         batches = [(x[:, :-1].to(device), x[:, 1:].to(device)) for x in text.split(BATCH)]
-        for policy in (policy for policy in (*FORMATS, "hetero") if bytes_per_token(model.cfg, policy)):
-            for rotate in (False, True):
-                row = measure(rotated if rotate else model, model, batches, policy)
-                row.update(run=run.name, step=ckpt["step"], mode=model.cfg.attn_mode, rotate=rotate,
-                           bytes_per_token=bytes_per_token(model.cfg, policy))
-                result["rows"].append(row)
-                print(f"{run.name} {policy}{' rotated' * rotate}: {row['bytes_per_token']} B/token, "
-                      f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
-                      f"top-1 {row['top1']:.4f}", flush=True)
+        for row in measure({False: model, True: rotated}, batches):
+            result["rows"].append(dict(run=run.name, step=ckpt["step"], mode=model.cfg.attn_mode, **row))
+            print(f"{run.name} {row['policy']}{' rotated' * row['rotate']}: {row['bytes_per_token']} B/token, "
+                  f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
+                  f"top-1 {row['top1']:.4f}", flush=True)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
