@@ -185,21 +185,23 @@ def quantised(x, fmt):
     """What x [..., C] reads as, float32, after a cache of this format, in blocks of 32 channels with float16 scales."""
     if fmt in ("fp32", "bf16", "fp16"):
         return x.to(dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[fmt]).float()
+    if not len(x):
+        return x
     C = x.size(-1)
     blocks = np.pad(x.detach().float().reshape(-1, C).numpy(), ((0, 0), (0, -C % 32))).reshape(-1, 32)
     with np.errstate(all="ignore"):
         d = np.abs(blocks).max(1, keepdims=True) / np.float32(TOP[fmt])
-        bad = ~np.isfinite(d.astype(np.float16))           # NaN and infinity, too
-        blocks = np.where(bad, 0, blocks)
+        bad, zero = ~np.isfinite(d.astype(np.float16)), d.astype(np.float16) == 0   # bad: NaN and infinity, too
+        blocks = np.where(bad | zero, 0, blocks)
         if fmt in ("q8_0", "q4_0"):
             kind = gguf.GGMLQuantizationType[fmt.upper()]
             read = gguf.dequantize(gguf.quantize(blocks, kind), kind)
         else:
-            units = np.where(d == 0, 0, blocks * (1 / d))  # q4_sym: halves go up; nf4: the lower of two is the nearest
+            units = np.where(zero, 0, blocks * (1 / d))
             distance = np.abs(units[..., None] - LEVELS[fmt])                       # [N, 32, levels]
-            code = distance.argmin(-1) if fmt == "nf4" else np.floor(units + np.float32(0.5)).astype(int) + 7
+            code = distance.argmin(-1) if fmt == "nf4" else np.trunc(units + np.float32(8.5)).astype(int) - 1
             read = LEVELS[fmt][code] * d.astype(np.float16).astype(np.float32)
-        read = np.where(bad, np.nan, np.where(d.astype(np.float16) == 0, 0, read))
+        read = np.where(bad, np.nan, read)
     return torch.from_numpy(read.astype(np.float32)).reshape(-1, C + -C % 32)[:, :C].reshape(x.shape)
 
 

@@ -63,7 +63,7 @@ def hard_blocks():
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((3000, 70)) * 10.0 ** rng.uniform(-9, 6, (3000, 1))]
     for top in (127, 8, 7):
-        step = np.float32(2.0) ** rng.uniform(-24, 15, (3000, 1)).astype(np.float32)
+        step = np.float32(2.0) ** rng.uniform(-26, 17, (3000, 1)).astype(np.float32)
         halves = ((rng.integers(-2 * top, 2 * top, (3000, 70)) | 1) / 2).astype(np.float32) * step
         near = np.nextafter(halves, halves + rng.integers(-1, 2, halves.shape).astype(np.float32))
         near[:, ::32] = rng.choice([-top, top], (3000, 3)) * step
@@ -80,7 +80,7 @@ def hard_blocks():
 def test_values_are_the_reference_s(fmt, x):
     actual, expected = reads_as(x, fmt), quantised(torch.from_numpy(x), fmt)
     if fmt == "nf4":
-        expected = torch.where((actual - expected).abs() <= 2e-7 * expected.abs(), actual, expected)
+        expected = torch.where((actual - expected).abs() <= 1e-6 * expected.abs(), actual, expected)
     same(actual, expected)
 
 
@@ -96,13 +96,12 @@ def compiled():
 def test_values_are_gguf_s(fmt, how, request):
     """gguf itself, without what reference.py does for the blocks that it doesn't define."""
     x, kind = hard_blocks(), gguf.GGMLQuantizationType[fmt.upper()]
-    padded = np.pad(x.numpy(), ((0, 0), (0, 26)))
-    x = x[torch.from_numpy(np.abs(padded).max(1) / TOP[fmt] < 65504)]
+    finite = (x.abs().amax(1) / TOP[fmt]).half().isfinite()
     with np.errstate(all="ignore"):
-        expected = gguf.dequantize(gguf.quantize(np.pad(x.numpy(), ((0, 0), (0, 26))), kind), kind)[:, :70]
+        expected = gguf.dequantize(gguf.quantize(np.pad(x[finite].numpy(), ((0, 0), (0, 26))), kind), kind)[:, :70]
     actual = reads_as(x, fmt) if how == "eager" else request.getfixturevalue("compiled")[fmt]
-    assert len(x) > 11_000 and np.abs(expected).max() > 60_000
-    same(actual, torch.from_numpy(expected))
+    assert finite.sum() > 11_000 and np.abs(expected).max() > 60_000
+    same(actual[finite], torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("fmt", QUANTISED)
@@ -453,7 +452,7 @@ def streams_of(model, idx):
             for layer in cache.layers]
 
 
-@pytest.mark.parametrize("given", rotations())
+@pytest.mark.parametrize("given", list(rotations()))
 @torch.no_grad()
 def test_rotation_changes_what_is_cached_and_no_logit(given):
     model, idx = model_of(given), tokens(2, 17)
@@ -476,28 +475,32 @@ def test_rotation_changes_what_is_cached_and_no_logit(given):
             assert (b - a).abs().max() > 0.1, f"{name} is not rotated"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fmt", ("q4_0", "q4_sym", "nf4"))
+@pytest.mark.parametrize("mode, widths", {
+    "standard": dict(d_model=96, n_head=3), "bottleneck": dict(attn_dim=128), "decoupled": dict(sem_dim=128, geo_dim=32),
+    "gqa": dict(attn_dim=192), "mla": dict(kv_lora_rank=96)}.items())
 @torch.no_grad()
-def test_rotation_lowers_the_error_of_an_outlier_channel(mode):
-    """One channel of every value head, or of the latent, is 60 times as large, and W_o or W_kv undoes it."""
-    given = settings(mode, null_attn=True, rope=False, layers=1)
-    model, idx = model_of(given), tokens(2, 40)
+def test_rotation_lowers_the_error_of_an_outlier_channel(mode, widths, fmt):
+    """A channel of every key and value head, or of the latent, is 10 times as large, and what it meets a tenth."""
+    given = settings(mode, **widths, layers=1)
+    model, idx = model_of(given), tokens(4, 30)
     attn = model.blocks[0].attn
     if mode == "mla":
-        attn.latent[1].weight[3] *= 60
+        attn.latent[1].weight[3] *= 10
         for linear in (attn.k["sem"], attn.v):
-            linear.weight[:, 3] /= 60
-        attn.null["latent"][3] *= 60
+            linear.weight[:, 3] /= 10
     else:
-        G = given.get("kv_head", given["n_head"])
-        attn.v.weight.unflatten(0, (G, -1))[:, 1] *= 60
-        attn.null["v"].view(G, -1)[:, 1] *= 60
-        attn.o.weight.unflatten(1, (given["n_head"], -1))[:, :, 1] /= 60
-    error = []
+        for path in (path for path in attn.shape.paths if not path.rotate):
+            attn.k[path.name].weight.unflatten(0, (path.groups, -1))[:, 1] *= 10
+            attn.q[path.name].weight.unflatten(0, (attn.n_head, -1))[:, 1] /= 10
+        attn.v.weight.unflatten(0, (attn.shape.v_groups, -1))[:, 1] *= 10
+        attn.o.weight.unflatten(1, (attn.n_head, -1))[:, :, 1] /= 10
+    formats = {name: fmt if name in ("k_sem", "v", "latent") else "fp32" for name in attn.shape.streams}
+    exact, error = model(idx), []
     for _ in range(2):
-        error.append((cached_logits(model, idx, [40], "q4_0") - model(idx)).square().mean().sqrt())
+        error.append((cached_logits(model, idx, [30], formats) - exact).square().mean().sqrt())
         dba.rotate_cache(model)
-    assert error[0] > 1.5 * error[1], error
+    assert error[0] > 1.25 * error[1], error
 
 
 @torch.no_grad()
