@@ -88,7 +88,7 @@ def softmax_rows(scores):
 def attention(w, x, given, see=lambda row, stream, values: values):
     """Attention of x [B, T, D] with weights w by name. Returns the output and all scores that entered a softmax.
 
-    see(row, stream, values [T, C]): what a cache keeps of values, [T, C] or, where that depends on the query, [T, T, C].
+    see(row, stream, values [T, C]): what a cache keeps of values, [T, C] or, if that depends on the query, [T, T, C].
     """
     mode, H = given["attn_mode"], given["n_head"]
     mla, null, base = mode == "mla", given.get("null_attn", False), given["rope_base"]
@@ -155,7 +155,8 @@ def gpt(w, idx, given, vocab_size, see=lambda layer, row, stream, values: values
     for layer in range(given["layers"]):
         prefix = f"blocks.{layer}."
         attn = {name.removeprefix(prefix + "attn."): p for name, p in w.items() if name.startswith(prefix + "attn.")}
-        x = x + attention(attn, rms_norm(x, w[prefix + "attn_norm.weight"], eps), given, functools.partial(see, layer))[0]
+        h = rms_norm(x, w[prefix + "attn_norm.weight"], eps)
+        x = x + attention(attn, h, given, functools.partial(see, layer))[0]
         h = rms_norm(x, w[prefix + "mlp_norm.weight"], eps)
         up = h @ w[prefix + "mlp.up.weight"].T
         if given.get("mlp", "swiglu") == "swiglu":
