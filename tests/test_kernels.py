@@ -241,16 +241,17 @@ def test_many_queries_go_to_torch(monkeypatch, plain):
 
 
 def test_compiled(monkeypatch):
-    """Widths of 11, two formats, chunks of 256 slots; and in test_a_long_prompt_... even widths."""
+    """Widths of 11, two formats, chunks of 256 slots; the next test has even ones."""
     monkeypatch.setattr(cpu_decode, "CHUNK", 256)
     assert hasattr(cpu_decode.partial_attention, "_torchdynamo_orig_callable")
     compare("gqa", ODD, dict(k="nf4", v="q4_sym"), 0, 2, null=True)
 
 
-def test_a_long_prompt_samples_with_the_compiled_kernel(trained):
-    """The command line takes it for a cache of 8192 tokens, and says the same as torch."""
+def test_a_long_prompt_samples_with_the_compiled_kernel(trained, monkeypatch):
+    """The command line takes it where the cache is long enough, and it says the same as torch."""
+    monkeypatch.setattr(kernels, "COMPILED_FROM", 300)
     sample = "--mode sample --ckpt run/last.pt --device cpu --dtype float32 --kv-cache q8_0 --kv-cache-v q4_0 " \
-             f"--temperature 0 --max-new-tokens 6 --prompt {'ab' * 4100}"
+             f"--temperature 0 --max-new-tokens 6 --prompt {'ab' * 150}"
     results = [call(f"{sample} {flags}", trained) for flags in ("", "--kernel torch")]
     for result, name in zip(results, ("kernel compiled", "kernel torch")):
         assert_done(result)
