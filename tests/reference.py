@@ -250,6 +250,20 @@ def tensors(cache):
     return [x for stream in streams for x in vars(stream).values() if isinstance(x, torch.Tensor)]
 
 
+def poison_free_slots(cache):
+    """NaN, and codes that nothing wrote, wherever a KVCache holds no token."""
+    def poison(tensor, row, free):
+        if tensor is not None:
+            tensor[row, :, free] = torch.nan if tensor.is_floating_point() else 0x5A
+
+    for row, (n, settled) in enumerate(zip(cache.length.tolist(), cache.settled.tolist())):
+        used = {p % cache.window for p in range(settled, n)}
+        for stream in (stream for layer in cache.layers for stream in layer.values()):
+            for tensor in (stream.codes, stream.scales):
+                poison(tensor, row, slice(settled, None))
+            poison(stream.ring, row, [slot for slot in range(stream.ring.size(2)) if slot not in used])
+
+
 def poisoned(cfg, batch, capacity, policy="fp32", *more):
     """A KVCache whose buffers hold NaN and other values that nothing wrote, as uninitialised memory may."""
     cache = dba.KVCache(cfg, batch, capacity, policy, *more)

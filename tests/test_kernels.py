@@ -11,8 +11,8 @@ from helpers import TRAINER, TRAIN, assert_done, assert_error, call, cli, make_t
 import kernels
 import train_dba as dba
 from kernels import cpu_decode
-from reference import (MODES, QUANTISED, cached_and_expected, close, config, model_of, poisoned, quantised, settings,
-                       tokens)
+from reference import (MODES, QUANTISED, cached_and_expected, close, config, model_of, poison_free_slots, poisoned,
+                       quantised, settings, tokens)
 from test_cache import EXACT, ODD, entries_of, mixes, put
 
 CPU = torch.device("cpu")
@@ -147,6 +147,7 @@ def ragged(cfg, formats, residual, T):
     cache, entries, lengths = poisoned(cfg, 3, 800, formats, residual), entries_of(cfg, 3, 750), [3, 700, 641]
     put(cache, entries, 0, 750)
     cache.truncate(torch.tensor([n - T for n in lengths]))
+    poison_free_slots(cache)
     before = cache.settled.tolist()
     new = entries_of(cfg, 3, T, seed=1)[0]
     span = cache.begin(T)
