@@ -4,9 +4,13 @@ explicit score matrix at a time. It shares no code with train_dba.py: it sees on
 case.
 """
 
+import functools
 import itertools
 import math
+from unittest import mock
 
+import gguf
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +25,7 @@ MODES = {
     "gqa":           dict(attn_mode="gqa", n_head=6, d_model=24, attn_dim=36, kv_head=2),   # 6, three heads a group
     "mla":           dict(attn_mode="mla", n_head=4, d_model=24, attn_dim=32, kv_lora_rank=12, rope_dim=6),
 }
+VOCAB = 50
 UNGROUPED = ("standard", "bottleneck", "decoupled")        # where --tie-qk is allowed
 
 
@@ -80,20 +85,32 @@ def softmax_rows(scores):
     return e / e.sum(-1, keepdim=True)
 
 
-def attention(w, x, given):
-    """Attention of x [B, T, D] with weights w by name. Returns the output and all scores that entered a softmax."""
+def attention(w, x, given, see=lambda row, stream, values: values):
+    """Attention of x [B, T, D] with weights w by name. Returns the output and all scores that entered a softmax.
+
+    see(row, stream, values [T, C]): what a cache keeps of values, [T, C] or, if that depends on the query, [T, T, C].
+    """
     mode, H = given["attn_mode"], given["n_head"]
     mla, null, base = mode == "mla", given.get("null_attn", False), given["rope_base"]
     names = [name for name in ("sem", "geo") if f"q.{name}.weight" in w]
+    stream = dict(geo="k_rope") if mla else dict(sem="k_sem", geo="k_geo" if len(names) == 2 else "k")
     G = given.get("kv_head") or H
     width = {name: w[f"q.{name}.weight"].size(0) // H for name in names}
     v_width = w["o.weight"].size(1) // H
     rows, seen = [], []
-    for sequence in x:
+    for row, sequence in enumerate(x):
         T = len(sequence)
         source = sequence
         if mla:
             source = rms_norm(sequence @ w["latent.0.weight"].T, w["latent.1.weight"], given["norm_eps"])
+            source = see(row, "latent", source)
+        keys = {}
+        for name in names:
+            k = (source if name == "sem" else sequence) @ w.get(f"k.{name}.weight", w[f"q.{name}.weight"]).T  # or tied
+            if name == "geo" and given.get("rope", True):
+                k = torch.cat([rotate(head, base) for head in k.split(width[name], 1)], 1)
+            keys[name] = see(row, stream[name], k) if name in stream else k         # [(T,) T, C]
+        merged = source @ w["v.weight"].T if mla else see(row, "v", source @ w["v.weight"].T)
         heads = []
         for h in range(H):
             g = h // (H // G)                              # neighbouring heads share a group
@@ -102,35 +119,35 @@ def attention(w, x, given):
                 n, wq = width[name], w[f"q.{name}.weight"]
                 wk = w.get(f"k.{name}.weight", wq)         # absent: tied
                 key_head = 0 if mla and name == "geo" else g
-                wk_head = wk[key_head * n:(key_head + 1) * n]
+                mine = slice(key_head * n, (key_head + 1) * n)
                 q = sequence @ wq[h * n:(h + 1) * n].T                              # [T, n]
-                k = (source if name == "sem" else sequence) @ wk_head.T
                 scale = math.sqrt(sum(width.values()) if mla or given.get("one_temperature") else n)
                 if null:
                     if mla:
-                        null_k = wk_head @ w["null.latent"] if name == "sem" else w["null.k_rope"]
+                        null_k = wk[mine] @ w["null.latent"] if name == "sem" else w["null.k_rope"]
                     else:
-                        null_k = w["null.k" if len(names) == 1 else f"null.k_{name}"][key_head * n:(key_head + 1) * n]
+                        null_k = w[f"null.{stream[name]}"][mine]
                     null_total = null_total + q @ null_k / scale                    # [T]
                 if name == "geo" and given.get("rope", True):
-                    q, k = rotate(q, base), rotate(k, base)
-                total = total + q @ k.T / scale                                     # [T, T]
+                    q = rotate(q, base)
+                total = total + (q[:, None] * keys[name][..., mine]).sum(-1) / scale                # [T, T]
             temperature = torch.exp(w["log_temp"][h]) if "log_temp" in w else 1.0
             scores = (total * temperature).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-            wv = w["v.weight"][g * v_width:(g + 1) * v_width]
-            values = source @ wv.T
+            mine = slice(g * v_width, (g + 1) * v_width)
+            values = merged[..., mine]                     # [(T,) T, v]
             if null:
-                null_v = wv @ w["null.latent"] if mla else w["null.v"][g * v_width:(g + 1) * v_width]
+                null_v = w["v.weight"][mine] @ w["null.latent"] if mla else w["null.v"][mine]
                 scores = torch.cat([(null_total * temperature)[:, None], scores], 1)
-                values = torch.cat([null_v[None], values])
+                values = torch.cat([null_v.expand(*values.shape[:-2], 1, -1), values], -2)
             seen.append(scores[scores.isfinite()].detach())
-            heads.append(softmax_rows(scores) @ values)                             # [T, v]
+            heads.append((softmax_rows(scores)[..., None] * values).sum(-2))        # [T, v]
         rows.append(torch.cat(heads, 1) @ w["o.weight"].T)
     return torch.stack(rows), torch.cat(seen)
 
 
-def gpt(w, idx, given, vocab_size):
-    """Logits [B, T, V] of the pre-norm transformer with a tied, optionally factorised embedding."""
+def gpt(w, idx, given, vocab_size, see=lambda layer, row, stream, values: values):
+    """Logits [B, T, V] of the pre-norm transformer with a tied, optionally factorised embedding. see: as attention()
+    takes it, and the layer."""
     eps = given["norm_eps"]
     x = w["embed.weight"][idx]
     if "embed_up.weight" in w:
@@ -138,7 +155,8 @@ def gpt(w, idx, given, vocab_size):
     for layer in range(given["layers"]):
         prefix = f"blocks.{layer}."
         attn = {name.removeprefix(prefix + "attn."): p for name, p in w.items() if name.startswith(prefix + "attn.")}
-        x = x + attention(attn, rms_norm(x, w[prefix + "attn_norm.weight"], eps), given)[0]
+        h = rms_norm(x, w[prefix + "attn_norm.weight"], eps)
+        x = x + attention(attn, h, given, functools.partial(see, layer))[0]
         h = rms_norm(x, w[prefix + "mlp_norm.weight"], eps)
         up = h @ w[prefix + "mlp.up.weight"].T
         if given.get("mlp", "swiglu") == "swiglu":
@@ -151,6 +169,130 @@ def gpt(w, idx, given, vocab_size):
     if "embed_down.weight" in w:
         x = x @ w["embed_down.weight"].T
     return x @ w["embed.weight"][:vocab_size].T
+
+
+# --- quantisers: gguf's, and those that it lacks from their definitions
+
+QUANTISED = ("q8_0", "q4_0", "q4_sym", "nf4")
+QUANTILES = [torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64))[:-1] for n in (8, 9)]
+LEVELS = {                                                 # of a code, in units of the scale; nf4: of a normal variable
+    "q8_0": np.arange(-127, 128), "q4_0": np.arange(-8, 8), "q4_sym": np.arange(-7, 8),
+    "nf4": np.sort(np.concatenate([-QUANTILES[0].numpy(), [0], QUANTILES[1].numpy()])) / float(QUANTILES[1].max()),
+}
+TOP = {"q8_0": 127, "q4_0": 8, "q4_sym": 7, "nf4": 1}      # largest size of a block's values, in units of the scale
+
+
+def quantised(x, fmt):
+    """What x [..., C] reads as, float32, after a cache of this format, in blocks of 32 channels with float16 scales."""
+    if fmt in ("fp32", "bf16", "fp16"):
+        return x.to(dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[fmt]).float()
+    if not len(x):
+        return x
+    C = x.size(-1)
+    blocks = np.pad(x.detach().float().reshape(-1, C).numpy(), ((0, 0), (0, -C % 32))).reshape(-1, 32)
+    with np.errstate(all="ignore"):
+        d = np.abs(blocks).max(1, keepdims=True) / np.float32(TOP[fmt])
+        bad, zero = ~np.isfinite(d.astype(np.float16)), d.astype(np.float16) == 0   # bad: NaN and infinity, too
+        blocks = np.where(bad | zero, 0, blocks)
+        if fmt in ("q8_0", "q4_0"):
+            kind = gguf.GGMLQuantizationType[fmt.upper()]
+            read = gguf.dequantize(gguf.quantize(blocks, kind), kind)
+        else:
+            units = np.where(zero, 0, blocks * (1 / d))
+            distance = np.abs(units[..., None] - LEVELS[fmt])                       # [N, 32, levels]
+            code = distance.argmin(-1) if fmt == "nf4" else np.trunc(units + np.float32(8.5)).astype(int) - 1
+            read = LEVELS[fmt][code] * d.astype(np.float16).astype(np.float32)
+        read = np.where(bad, np.nan, read)
+    return torch.from_numpy(read.astype(np.float32)).reshape(-1, C + -C % 32)[:, :C].reshape(x.shape)
+
+
+class Seen:
+    """`see` of gpt(): what a model's quantised cache keeps of the keys and values that were put into it.
+
+    put {(layer, stream): [B, T, C]} are compared with the reference's own; query t sees a token that was among the
+    newest `residual` when its chunk of the schedule had been appended as ring() gives it, and all others quantised.
+    """
+
+    def __init__(self, put, formats, residual, schedule):
+        self.put, self.formats, self.residual = put, formats, residual
+        ends = list(itertools.accumulate(schedule))
+        self.ends = torch.tensor([end for end, n in zip(ends, schedule) for _ in range(n)])         # [T], of queries
+
+    def __call__(self, layer, row, stream, values):
+        x, fmt = self.put[layer, stream][row], self.formats[stream]
+        close(x, values, 5e-5, f"what was cached of {stream}")
+        if not self.residual:
+            return quantised(x, fmt).double()
+        new = ring(x, fmt)
+        newest = torch.arange(len(x)) >= self.ends[:, None] - self.residual                         # [query, token]
+        return torch.where(newest[..., None], new, quantised(new, fmt)).double()
+
+
+def ring(x, fmt):
+    """What a token reads as while it is among the newest: fp16, or its own format if that is not quantised."""
+    return quantised(x, fmt if fmt in ("fp32", "bf16") else "fp16")
+
+
+# --- what tests of the model and of its cache share
+
+def model_of(given, seed=0):
+    model = dba.GPT(config(given), VOCAB)
+    return randomize(model, seed).eval()
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(0, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(cache):
+    """All tensors of a KVCache's layers."""
+    streams = [stream for layer in cache.layers for stream in layer.values()]
+    return [x for stream in streams for x in vars(stream).values() if isinstance(x, torch.Tensor)]
+
+
+def poison_free_slots(cache):
+    """NaN, and codes that nothing wrote, wherever a KVCache holds no token."""
+    def poison(tensor, row, free):
+        if tensor is not None:
+            tensor[row, :, free] = torch.nan if tensor.is_floating_point() else 0x5A
+
+    for row, (n, settled) in enumerate(zip(cache.length.tolist(), cache.settled.tolist())):
+        used = {p % cache.window for p in range(settled, n)}
+        for stream in (stream for layer in cache.layers for stream in layer.values()):
+            for tensor in (stream.codes, stream.scales):
+                poison(tensor, row, slice(settled, None))
+            poison(stream.ring, row, [slot for slot in range(stream.ring.size(2)) if slot not in used])
+
+
+def poisoned(cfg, batch, capacity, policy="fp32", *more):
+    """A KVCache whose buffers hold NaN and other values that nothing wrote, as uninitialised memory may."""
+    cache = dba.KVCache(cfg, batch, capacity, policy, *more)
+    for tensor in tensors(cache):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5A)
+    return cache
+
+
+@torch.no_grad()
+def cached_logits(model, idx, schedule, policy="fp32", *more):
+    """Logits of all positions, the tokens being appended in chunks of the lengths of the schedule."""
+    cache = poisoned(model.cfg, len(idx), idx.size(1), policy, *more)
+    return torch.cat([model(chunk, cache=cache) for chunk in idx.split(schedule, 1)], 1)
+
+
+@torch.no_grad()
+def cached_and_expected(model, given, idx, schedule, formats, residual=0, kernel=None):
+    """Logits by a quantised cache, and those of the float64 reference with quantised keys and values."""
+    put, append = {}, dba.KVCache.append
+
+    def spy(self, layer, span, entries):
+        for name, x in entries.items():
+            put[layer, name] = torch.cat([*([put[layer, name]] if (layer, name) in put else []), x.float()], 1)
+        append(self, layer, span, entries)
+
+    with mock.patch.object(dba.KVCache, "append", spy):
+        actual = cached_logits(model, idx, schedule, formats, residual, "cpu", kernel)
+    see = Seen(put, formats, residual, schedule)
+    return actual, gpt(weights(model), idx, given, model.vocab_size, see)
 
 
 class Recorder(TorchDispatchMode):

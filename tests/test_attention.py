@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
 import train_dba as dba
-from reference import MODES, UNGROUPED, close, config, null_and_tie, randomize, settings, weights
+from reference import (MODES, UNGROUPED, VOCAB, cached_logits, close, config, model_of, null_and_tie, poisoned,
+                       randomize, settings, tokens, weights)
 
-VOCAB = 50
 EXACT = 2e-5                                               # queries, rotated keys and cached values are float32
 
 
@@ -169,32 +169,6 @@ def test_null_score_does_not_depend_on_position(mode, cached):
 
 
 # --- Causality, fused kernel
-
-def model_of(given, seed=0):
-    model = dba.GPT(config(given), VOCAB)
-    return randomize(model, seed).eval()
-
-
-def tokens(B, T, seed=0):
-    return torch.randint(0, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def poisoned(cfg, batch, capacity, fmt="fp32"):
-    """A KVCache whose buffers hold NaN, as uninitialised memory may."""
-    cache = dba.KVCache(cfg, batch, capacity, fmt)
-    for stream in [stream for layer in cache.layers for stream in layer.values()]:
-        for tensor in vars(stream).values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.fill_(torch.nan)
-    return cache
-
-
-@torch.no_grad()
-def cached_logits(model, idx, schedule, fmt="fp32"):
-    """Logits of all positions, the tokens being appended in chunks of the lengths of the schedule."""
-    cache = poisoned(model.cfg, len(idx), idx.size(1), fmt)
-    return torch.cat([model(chunk, cache=cache) for chunk in idx.split(schedule, 1)], 1)
-
 
 @pytest.mark.parametrize("mode, null, tie", null_and_tie())
 @torch.no_grad()

@@ -1,0 +1,181 @@
+"""The sampling flags of the KV cache: what the start line says, what is refused, what is generated."""
+
+import math
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from helpers import TRAIN, assert_done, assert_error, call, make_text
+from test_cache import HETERO, cost
+
+import train_dba
+from reference import QUANTISED, randomize
+from train_dba import FORMATS, compare_bytes, make_config
+
+SAMPLE = "--mode sample --ckpt {}/last.pt --device cpu --dtype float32 --max-new-tokens 8 --prompt ab"
+TRAINED = {                                                # flags, channels of the streams; d_model 32, two heads of 16
+    "standard": ("", dict(k=32, v=32)),
+    "bottleneck": ("--attn-dim 36", dict(k=36, v=36)),
+    "gqa": ("--kv-head 1 --null-attn", dict(k=16, v=16)),
+    "decoupled": ("--sem-dim 34 --geo-dim 36 --tie-qk --null-attn", dict(k_sem=34, k_geo=36, v=70)),
+    "mla": ("--kv-lora-rank 40 --rope-dim 6", dict(latent=40, k_rope=6)),
+}
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run per attention mode, of one step, whose weights are then random ones of scores of order 1."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_text(folder)
+    for mode, (flags, _) in TRAINED.items():
+        assert_done(call(f"{TRAIN} --layers {LAYERS} --steps 1 --attn-mode {mode} {flags} --out-dir {mode}", folder))
+        path = folder / mode / "last.pt"
+        ckpt = torch.load(path, weights_only=True)
+        model = randomize(train_dba.load_model(train_dba.load_checkpoint(path)))
+        with torch.no_grad():
+            model.embed.weight *= 0.05                     # what attention adds outweighs the token itself
+        torch.save({**ckpt, "model": model.state_dict()}, path)
+    return folder
+
+
+def sample(folder, mode, flags=""):
+    return call(f"{SAMPLE.format(mode)} {flags}", folder)
+
+
+def bytes_of(formats, streams, layers=LAYERS):
+    return layers * sum(cost(formats[name], C) for name, C in streams.items())
+
+
+def ratios(total, k, v, d_model, heads, layers):
+    """{what: ratio} that is to be printed: beside standard attention and GQA with an eighth of the key heads."""
+    G, name = max(1, heads // 8), k if k == v else f"k {k} v {v}"
+    full, few = dict(k=d_model, v=d_model), dict(k=d_model // heads * G, v=d_model // heads * G)
+    return {"standard in fp16": total / bytes_of(dict(k="fp16", v="fp16"), full, layers),
+            f"standard in {name}": total / bytes_of(dict(k=k, v=v), full, layers),
+            f"gqa with {G} key heads in {name}": total / bytes_of(dict(k=k, v=v), few, layers)}
+
+
+def check_ratios(text, expected):
+    said = {what: float(ratio) for ratio, what in re.findall(r"(\S+) x ([^,;\n]+)", text)}
+    assert said.keys() == expected.keys()
+    for what, ratio in expected.items():
+        assert abs(said[what] / ratio - 1) < 0.006, what   # three digits
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_start_line(trained, mode):
+    streams = TRAINED[mode][1]
+    last, v = list(streams)[-2 if mode == "decoupled" else 0 if mode != "mla" else 1], list(streams)[-1]
+    v = "latent" if mode == "mla" else v
+    for flags, formats, residual in [
+        *((f"--kv-cache {fmt}", dict.fromkeys(streams, fmt), 0) for fmt in FORMATS),
+        ("", dict.fromkeys(streams, "fp16"), 0),
+        (f"--kv-cache q4_0 --kv-cache-{v} q8_0", {**dict.fromkeys(streams, "q4_0"), v: "q8_0"}, 0),
+        (f"--kv-cache nf4 --kv-residual 700 --prompt {'ab' * 600}", dict.fromkeys(streams, "nf4"), 700),
+        *([("--kv-cache hetero --kv-residual 3", HETERO, 3)] if mode == "decoupled" else []),
+    ]:
+        result = sample(trained, mode, f"{flags} --max-new-tokens 3")
+        assert_done(result)
+        total, tokens = bytes_of(formats, streams), 1202 if "--prompt" in flags else 4
+        line = result.stderr.splitlines()[1]
+        assert ", ".join(f"{name} {fmt}" for name, fmt in formats.items()) in line
+        assert f": {total:,} bytes per token," in line
+        ring = min(residual, tokens)
+        settled, slots = 512 * math.ceil((tokens - ring) / 512), 128 * math.ceil(ring / 128)
+        in_ring = {name: "fp16" if fmt in QUANTISED else fmt for name, fmt in formats.items()}
+        owned = settled * total + slots * bytes_of(in_ring, streams)
+        assert f"; {owned:,} bytes allocated for {settled + ring:,} tokens" in line
+        check_ratios(line, ratios(total, formats[last], formats[v], 32, 2, LAYERS))
+
+
+@pytest.mark.parametrize("given, policy, bytes_, k, v", [
+    (dict(exp="paper_decoupled_sem8"), "hetero", 1952, "q8_0", "q4_0"),
+    (dict(exp="paper_decoupled_sem8"), "fp16", 5120, "fp16", "fp16"),
+    (dict(exp="paper_baseline"), "q4_0", 2304, "q4_0", "q4_0"),
+    (dict(exp="paper_gqa"), "q4_0", 288, "q4_0", "q4_0"),
+    (dict(exp="paper_gqa"), "fp16", 1024, "fp16", "fp16"),
+    (dict(exp="paper_mla"), "fp16", 1152, "fp16", "fp16"),
+], ids=str)
+def test_start_line_of_the_papers_models(given, policy, bytes_, k, v):
+    cfg = make_config(data="none", **given)
+    said = compare_bytes(cfg, train_dba.cache_formats(cfg, policy))
+    assert said.startswith(f"{22 * bytes_:,} bytes per token, ")
+    check_ratios(said, ratios(22 * bytes_, k, v, 2048, 32, 22))
+    if policy == "hetero":                                 # 2048 channels: keys 2176 bytes, values 1152
+        assert f"{1952 / (2176 + 1152):.3g} x standard in k q8_0 v q4_0" in said
+        assert f"{1952 / (272 + 144):.3g} x gqa with 4 key heads" in said
+
+
+@pytest.mark.parametrize("d_model", (100, 4))
+def test_start_line_where_heads_do_not_divide_d_model(d_model):
+    """As those of a decoupled model need not; standard attention of that width caches all of it."""
+    cfg = make_config(data="none", attn_mode="decoupled", d_model=d_model, n_head=8, sem_dim=32, geo_dim=64, layers=1)
+    said = compare_bytes(cfg, train_dba.cache_formats(cfg, "fp16"))
+    assert f"{192 / (2 * d_model):.3g} x standard in fp16" in said
+
+
+@pytest.mark.parametrize("mode, flags, words", [
+    *((mode, "--kv-cache hetero", ["--kv-cache hetero", "decoupled"]) for mode in TRAINED if mode != "decoupled"),
+    ("standard", "--kv-cache-k-sem q4_0", ["--kv-cache-k-sem", "standard", "k, v"]),
+    ("standard", "--kv-cache-latent q4_0", ["--kv-cache-latent", "k, v"]),
+    ("decoupled", "--kv-cache-k q4_0", ["--kv-cache-k:", "k_sem, k_geo, v"]),
+    ("mla", "--kv-cache-v q4_0", ["--kv-cache-v:", "latent, k_rope"]),
+    ("gqa", "--kv-residual 4", ["--kv-residual", "quantised"]),
+    ("gqa", "--kv-residual 4 --kv-cache fp32", ["--kv-residual"]),
+    ("gqa", "--kv-residual 4 --kv-cache q4_0 --kv-cache-k fp32 --kv-cache-v bf16", ["--kv-residual"]),
+    ("standard", "--kv-residual -1 --kv-cache q4_0", ["--kv-residual -1"]),
+    ("standard", "--max-new-tokens 99999999999999", ["--max-new-tokens"]),
+], ids=str)
+def test_refused(trained, mode, flags, words):
+    result = sample(trained, mode, flags)
+    assert_error(result, *words)
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", ["--kv-cache q5_0", "--kv-cache-v hetero", "--kv-residual x", "--kernel cuda"])
+def test_unknown_words(trained, flags):
+    assert_error(sample(trained, "standard", flags), flags.split()[0], code=2)
+
+
+@pytest.mark.parametrize("flags", ["", "--kv-residual 3", "--kv-rotate"], ids=str)
+@pytest.mark.parametrize("mode", TRAINED)
+def test_every_format_generates(trained, mode, flags):
+    before = (trained / mode / "last.pt").read_bytes()
+    for fmt in (*QUANTISED, *(["hetero"] if mode == "decoupled" else []), *([] if flags == "--kv-residual 3" else
+                                                                            ["fp32", "bf16", "fp16"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = sample(trained, mode, f"--kv-cache {fmt} {flags}")
+        assert_done(result)
+        assert result.stdout.startswith("ab") and len(result.stdout) > 4
+    assert (trained / mode / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_formats_reach_the_text(trained, mode):
+    """Greedy text: rotation leaves that of fp32, a window longer than the text leaves that of fp16."""
+    long = "--temperature 0 --max-new-tokens 120 --kernel torch --kv-cache"
+    exact = sample(trained, mode, f"{long} fp32").stdout
+    assert len(set(exact)) > 8, "too dull a text to tell"
+    assert sample(trained, mode, f"{long} fp32 --kv-rotate").stdout == exact
+    coarse = sample(trained, mode, f"{long} q4_0").stdout
+    assert coarse != exact
+    assert sample(trained, mode, f"{long} q4_0 --kv-rotate").stdout != coarse
+    fp16 = sample(trained, mode, f"{long} fp16").stdout
+    assert sample(trained, mode, f"{long} q4_0 --kv-residual 500").stdout == fp16
+    assert sample(trained, mode, f"{long} q4_0 --kv-residual 4").stdout not in (fp16, coarse)
+
+
+def test_a_checkpoint_older_than_these_flags(trained, tmp_path):
+    shutil.copytree(trained / "standard", tmp_path / "standard")
+    path = tmp_path / "standard/last.pt"
+    ckpt = torch.load(path, weights_only=True)
+    new = [name for name in ckpt["config"] if name.startswith(("kv_cache", "kv_r", "kernel"))]
+    assert len(new) == 10
+    for name in new:
+        del ckpt["config"][name]
+    torch.save(ckpt, path)
+    assert_done(sample(tmp_path, "standard", "--kv-cache q4_0 --kv-residual 2"))
