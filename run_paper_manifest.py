@@ -6,9 +6,9 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
     python3 run_paper_manifest.py --group wikitext2 --only fair_standard512 fair_decoupled32_64 --seeds 1337
 
 A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates
-(`lrs`, also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is the folder
-<runs>/<group>_<set>_<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run that fails is
-reported at the end, where it left its messages, and makes the exit code 1; the others go on.
+(`lrs`, also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is
+the folder <runs>/<group>_<set>_<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run
+that fails is reported at the end, where it left its messages, and makes the exit code 1; the others go on.
 """
 
 import argparse

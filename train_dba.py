@@ -407,9 +407,8 @@ def quantize(x, fmt):
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
     extreme = extreme if fmt == "q4_0" else extreme.abs()
     d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
-    scale = d.half()
-    x = torch.where(scale.isfinite(), x, 0.0)
-    x = x * torch.where(scale.isfinite() & (scale != 0), 1 / d, 0.0)            # in units of the scale
+    fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
+    x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
     if fmt == "q8_0":
         size = x.abs().floor()
         codes = ((size + (x.abs() - size >= 0.5)) * x.sign()).to(torch.int8)    # halves away from zero
@@ -422,7 +421,7 @@ def quantize(x, fmt):
     if fmt != "q8_0":
         codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
         codes = codes[..., 0] | codes[..., 1] << 4
-    return codes, torch.where(scale.isfinite(), scale, torch.nan)[..., 0]
+    return codes, torch.where(fits, d, torch.nan)[..., 0].half()
 
 
 def dequantize(codes, scales, fmt, C):
@@ -1713,15 +1712,16 @@ def stream_formats(cfg, model_cfg):
 
 def compare_bytes(cfg, formats):
     """Sentence: bytes per token of a cache beside those of standard attention and GQA of the same depth and width."""
-    v, k = formats[cfg.attention.v_stream], formats[cfg.attention.paths[-1].stream]
-    standard = dataclasses.replace(cfg, attn_mode="standard", attn_dim=cfg.d_model, kv_head=None)
-    gqa = dataclasses.replace(standard, attn_mode="gqa", kv_head=max(1, cfg.n_head // 8))
-    mine, same = bytes_per_token(cfg, formats), dict(k=k, v=v)
-    name = k if k == v else f"k {k} v {v}"
-    others = [(f"standard in {policy_name}", bytes_per_token(standard, policy))
-              for policy_name, policy in {"fp16": "fp16", name: same}.items()]
-    others.append((f"gqa with {gqa.kv_head} key heads in {name}", bytes_per_token(gqa, same)))
-    return f"{mine:,} bytes per token, " + ", ".join(f"{mine / n:.3g} x {what}" for what, n in others)
+    k, v = formats[cfg.attention.paths[-1].stream], formats[cfg.attention.v_stream]
+    groups, same = max(1, cfg.n_head // 8), k if k == v else f"k {k} v {v}"
+
+    def times(width, k, v):
+        return f"{mine / (cfg.layers * (stream_bytes(k, width) + stream_bytes(v, width))):.3g} x"
+
+    mine, few = bytes_per_token(cfg, formats), -(-cfg.d_model * groups // cfg.n_head)
+    return (f"{mine:,} bytes per token, {times(cfg.d_model, 'fp16', 'fp16')} standard in fp16, "
+            f"{times(cfg.d_model, k, v)} standard in {same}, {times(few, k, v)} gqa with {groups} key "
+            f"head{'s' * (groups > 1)} in {same}")
 
 
 def resolve_kernel(name, model_cfg, formats, device, tokens):
@@ -1730,12 +1730,11 @@ def resolve_kernel(name, model_cfg, formats, device, tokens):
         return TORCH, "asked for"
     try:
         import kernels
-    except ModuleNotFoundError as e:
-        if name != "auto" or e.name != "kernels":
-            raise UserError(f"--kernel {name}: no module {e.name}") from None
-        return TORCH, "the folder kernels is not beside train_dba.py"
-    try:
         found, why = kernels.choose(name, device, formats, tokens)
+    except ModuleNotFoundError as e:
+        if name != "auto" or not e.name.startswith("kernels"):
+            raise UserError(f"--kernel {name}: no module {e.name}") from None
+        return TORCH, f"no module {e.name} beside train_dba.py"
     except ValueError as e:
         raise UserError(f"--kernel {name}: {e}") from None
     return (Kernel(**found) if found else TORCH), why

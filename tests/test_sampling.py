@@ -55,7 +55,7 @@ def ratios(total, k, v, d_model, heads, layers):
     full, few = dict(k=d_model, v=d_model), dict(k=d_model // heads * G, v=d_model // heads * G)
     return {"standard in fp16": total / bytes_of(dict(k="fp16", v="fp16"), full, layers),
             f"standard in {name}": total / bytes_of(dict(k=k, v=v), full, layers),
-            f"gqa with {G} key heads in {name}": total / bytes_of(dict(k=k, v=v), few, layers)}
+            f"gqa with {G} key head{'s' * (G > 1)} in {name}": total / bytes_of(dict(k=k, v=v), few, layers)}
 
 
 def check_ratios(text, expected):
