@@ -1697,8 +1697,9 @@ def stream_formats(cfg, model_cfg):
     """{stream: format} by --kv-cache and its --kv-cache-<stream> overrides. Raises UserError where a flag doesn't fit
     the checkpoint's attention mode, or would do nothing."""
     streams, formats = model_cfg.attention.streams, cache_formats(model_cfg, cfg.kv_cache)
-    overrides = {name: getattr(cfg, f"kv_cache_{name}") for name in ("k", "k_sem", "k_geo", "v", "latent", "k_rope")}
-    overrides = {name: fmt for name, fmt in overrides.items() if fmt}
+    given = dict(k=cfg.kv_cache_k, k_sem=cfg.kv_cache_k_sem, k_geo=cfg.kv_cache_k_geo, v=cfg.kv_cache_v,
+                 latent=cfg.kv_cache_latent, k_rope=cfg.kv_cache_k_rope)
+    overrides = {name: fmt for name, fmt in given.items() if fmt}
     if formats is None:
         raise UserError(f"--kv-cache hetero is for decoupled attention; this checkpoint caches {', '.join(streams)}")
     if strange := overrides.keys() - streams.keys():
