@@ -414,7 +414,7 @@ def quantize(x, fmt):
         codes = ((size + (x.abs() - size >= 0.5)) * x.sign()).to(torch.int8)    # halves away from zero
     elif fmt == "nf4":
         levels = torch.tensor(NF4, device=x.device)
-        codes = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     else:
         codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
     codes = codes.flatten(1)[:, :C]

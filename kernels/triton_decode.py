@@ -122,7 +122,8 @@ def combine(partial, null_score, null_value, out, T, tiles, H: tl.constexpr, G: 
     """Merge the tiles of one query, partial [B, H, T, tiles, V + 2], for CHANNELS of the channels of out [B, H, T, V].
     The null token, score [B, H, T] and value [G, V] or both None, is the first key seen."""
     row, d = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    top, total, value = LOWEST, 0.0, tl.zeros([CHANNELS], tl.float32)
+    top, total = tl.full((), LOWEST, tl.float32), tl.zeros((), tl.float32)
+    value = tl.zeros([CHANNELS], tl.float32)
     if null_score is not None:
         top, total = tl.load(null_score + row) * LOG2E, 1.0
         value = tl.load(null_value + row // T % H // (H // G) * V + d, d < V)

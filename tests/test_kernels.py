@@ -101,7 +101,7 @@ def test_the_trainer_alone_samples(trained, tmp_path):
     sample, script = "--mode sample --ckpt last.pt --max-new-tokens 3 --device cpu", ["train_dba.py"]
     result = cli(sample, tmp_path, program=script)
     assert_done(result)
-    assert "kernel torch" in result.stderr and "kernels is not beside train_dba.py" in result.stderr
+    assert "kernel torch" in result.stderr and "no module kernels beside train_dba.py" in result.stderr
     assert_error(cli(f"{sample} --kernel triton", tmp_path, program=script), "--kernel triton", "kernels")
 
 

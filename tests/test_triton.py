@@ -82,6 +82,12 @@ def label(x):
     return f"{x.attn_mode} {'/'.join(str(width) for width in widths if width)}"
 
 
+def disassemble(tool, *args):
+    """Output of one of NVIDIA's tools that come with triton."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize("arch, cfg, formats, null, full", MATRIX, ids=label)
 def test_compiled(arch, cfg, formats, null, full, monkeypatch, tmp_path):
     """What a launch compiles: no registers spilled, and codes loaded 8 or 16 bytes at a time."""
@@ -107,11 +113,10 @@ def test_compiled(arch, cfg, formats, null, full, monkeypatch, tmp_path):
     assert len(compiled) == 3 + sum(stream.scales is not None for stream in streams.values())
     for kernel in compiled:
         (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage",
-                                tmp_path / "cubin"], check=True, capture_output=True, text=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers = int(re.search(r"REG:(\d+)", disassemble("cuobjdump", "-res-usage", tmp_path / "cubin"))[1])
         print(kernel.name, registers, "registers")
-        assert stack == 0, f"{kernel.name} spills: {usage}"
+        spilled = re.findall(r"\b(?:STL|LDL)\b.*", disassemble("nvdisasm", "-c", tmp_path / "cubin"))
+        assert not spilled, f"{kernel.name} spills: {spilled[:5]}"              # a called division may have a stack
         assert registers <= 255
         if kernel.name == "quantize_tile":
             assert not re.findall(r"fma\.|div\.(?!rn)", kernel.asm["ptx"]), "rounds otherwise than torch"
