@@ -253,8 +253,10 @@ def test_a_long_prompt_samples_with_the_compiled_kernel(trained, monkeypatch):
     monkeypatch.setattr(kernels, "COMPILED_FROM", 300)
     sample = "--mode sample --ckpt run/last.pt --device cpu --dtype float32 --kv-cache q8_0 --kv-cache-v q4_0 " \
              f"--temperature 0 --max-new-tokens 6 --prompt {'ab' * 150}"
-    results = [call(f"{sample} {flags}", trained) for flags in ("", "--kernel torch")]
-    for result, name in zip(results, ("kernel compiled", "kernel torch")):
-        assert_done(result)
-        assert name in result.stderr
+    ran, results = counted(monkeypatch, cpu_decode, "partial_attention"), []
+    for flags, name, steps in (("", "compiled", 5), ("--kernel torch", "torch", 0)):
+        results.append(call(f"{sample} {flags}", trained))
+        assert_done(results[-1])
+        assert f"kernel {name}" in results[-1].stderr and len(ran) == steps
+        ran.clear()
     assert results[0].stdout == results[1].stdout
