@@ -942,6 +942,8 @@ def rotate_cache(model):
                 rotate(*weight)
         if shape.latent:                                   # without its gain, the norm commutes with a rotation
             project, norm = attn.latent
+            if attn.null and not norm.weight.all():
+                raise UserError("--kv-rotate can't fold a norm's gain of 0 into a null token; leave it out")
             for linear_ in (attn.k["sem"], attn.v):
                 linear_.weight *= norm.weight
                 rotate(linear_.weight.T, 1)
