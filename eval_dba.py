@@ -331,14 +331,16 @@ def decode_times(subject, prompt, formats, args):
 
 
 def latency_row(subject, prompt, name, run, steps, fp16_ms, rate):
-    """Figures of one cache after a prompt of so many tokens."""
+    """Figures of one cache after a prompt of so many tokens. share_of_copy compares the bytes that a step must read per
+    second with `rate`, those of a copy; above 1, some of them stay in the processor's caches."""
     times = [1000 * s for s in run.steps[WARM_UP:]]
     ms, seen = statistics.median(times), prompt + WARM_UP + (steps + 1) / 2     # tokens that the middle step sees
-    read = weight_bytes(subject) + seen * run.cache.nbytes() / run.cache.capacity
+    read = weight_bytes(subject) + seen * bytes_per_token(subject.cfg, name)
     return dict(prompt=prompt, cache=name, kernel=run.cache.kernel.name, kernel_why=run.why, ms_per_token=ms,
                 ms_min=min(times), ms_max=max(times), tokens_per_second=1000 / ms, ratio_to_fp16=ms / fp16_ms,
                 prefill_seconds=statistics.median(run.prefill), bytes_read_per_token=read,
-                first_token_seconds=statistics.median(run.first_token), share_of_copy=read / ms * 1000 / rate)
+                first_token_seconds=statistics.median(run.first_token), share_of_copy=read / ms * 1000 / rate,
+                copy_bytes_per_second=rate)
 
 
 def latency(args):
@@ -347,9 +349,10 @@ def latency(args):
     formats, longest = compared_formats(args, subject), max(args.prompts)
     warn_past_context(subject, longest + WARM_UP + args.steps)
     ids = torch.randint(subject.model.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
-    rate, rows = copy_rate(subject.device), []
+    rows = []
     for prompt in tqdm(args.prompts, unit="prompt", dynamic_ncols=True):
         runs = decode_times(subject, ids[:, :prompt].to(subject.device), formats, args)
+        rate = copy_rate(subject.device)                   # each time, as the machine may be shared
         fp16_ms = 1000 * statistics.median(runs["fp16"].steps[WARM_UP:])
         rows += [latency_row(subject, prompt, name, run, args.steps, fp16_ms, rate) for name, run in runs.items()]
     write_result(args, subject, "latency", [
@@ -357,7 +360,7 @@ def latency(args):
         *((r["prompt"], r["cache"], r["kernel"], f"{r['prefill_seconds']:.3f}", f"{r['first_token_seconds']:.3f}",
            f"{r['ms_per_token']:.3f}", f"{r['tokens_per_second']:.1f}", f"{r['ratio_to_fp16']:.3f}",
            f"{r['share_of_copy']:.3f}") for r in rows)],
-        copy_bytes_per_second=rate, weight_bytes=weight_bytes(subject), warm_up_steps=WARM_UP, rows=rows)
+        weight_bytes=weight_bytes(subject), warm_up_steps=WARM_UP, rows=rows)
 
 
 # -----------------------------------------------------------------------------
@@ -370,7 +373,8 @@ def memory_row(subject, tokens, name, formats, args):
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     kernel, _ = resolve_kernel(args.kernel, subject.cfg, formats, device, tokens)
     with autocast(device, subject.dtype):                  # first without a cache of size, so that weights are cast
-        read_prompt(model, ids[:, :2 * train_dba.PREFILL_CHUNK], new_cache(subject, tokens, formats))
+        warm = ids[:, :2 * train_dba.PREFILL_CHUNK]
+        read_prompt(model, warm, new_cache(subject, warm.size(1), formats))
         before = forget_peak(device)
         cache = new_cache(subject, tokens, formats, args.kv_residual, kernel)
         read_prompt(model, ids[:, 2 * WARM_UP:], cache)
@@ -458,7 +462,10 @@ def sweep_rows(subject, ids, formats, args):
             yield dict(context=context, status=f"not run: needs {need:,} bytes, a margin of {spare:,} among them, of "
                                                f"which {room:,} are free")
         else:
-            row = sweep_row(subject, ids[None, :context + 1].to(subject.device), formats, args)
+            try:
+                row = sweep_row(subject, ids[None, :context + 1].to(subject.device), formats, args)
+            except (UserError, torch.OutOfMemoryError) as e:
+                row = dict(context=context, status=f"failed: {str(e).splitlines()[0]}")
             stopped = context if row["status"].startswith("stopped") else None
             yield row
 
@@ -664,15 +671,14 @@ def policy(args):
     if (args.max_delta_nll is None) == (args.max_kv_bytes_per_token is None):
         raise UserError("give one of --max-delta-nll and --max-kv-bytes-per-token")
     subject = load_subject(args)
-    block, ids_and_more = subject.cfg.block, held_out_tokens(args, subject)
+    ids, _, data_hash = held_out_tokens(args, subject)
+    block, rotated = subject.cfg.block, copy.deepcopy(subject.model)
+    rotate_cache(rotated)
     limits = {name: getattr(args, f"max_{name.removeprefix('max_')}") for name in CHECKS}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    rotated = copy.deepcopy(subject.model)
-    rotate_cache(rotated)
 
     def check(length, last):
-        count = max(1, args.tokens // length)
-        windows = calibration_windows(ids_and_more[0], count, length)
+        windows = calibration_windows(ids, max(1, args.tokens // length), length)
         return lambda policies: measure_policies(subject, rotated, policies, windows, last, args.batch_size)
 
     measure_long = check(args.long_factor * block, block) if args.long else None
@@ -689,9 +695,9 @@ def policy(args):
                  checkpoint_sha256=subject.sha256, formats=dict(chosen.formats), rotate=chosen.rotate,
                  residual=chosen.residual, bytes_per_token=bytes_per_token(subject.cfg, dict(chosen.formats)),
                  bytes_per_token_with_residual=sizes[chosen], thresholds=limits, short=tried[chosen],
-                 long=long.get(chosen), data_sha256=ids_and_more[2],
+                 long=long.get(chosen), data_sha256=data_hash,
                  tried=[dict(formats=dict(p.formats), rotate=p.rotate, residual=p.residual, bytes_per_token=sizes[p],
-                             **finite(tried[p]), long=p in long and finite(long[p]) or None) for p in tried])
+                             **finite(tried[p]), long=finite(long[p]) if p in long else None) for p in tried])
 
 
 # -----------------------------------------------------------------------------

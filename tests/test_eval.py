@@ -116,7 +116,7 @@ def test_latency(runs, tmp_path):
         assert row["ratio_to_fp16"] == row["ms_per_token"] / fp16[row["prompt"]]
         assert row["tokens_per_second"] == pytest.approx(1000 / row["ms_per_token"])
         assert row["share_of_copy"] == pytest.approx(
-            row["bytes_read_per_token"] * row["tokens_per_second"] / found["copy_bytes_per_second"])
+            row["bytes_read_per_token"] * row["tokens_per_second"] / row["copy_bytes_per_second"])
         assert 0 < row["prefill_seconds"] < row["first_token_seconds"]
 
 
