@@ -203,6 +203,18 @@ def test_sweep_stops_where_memory_or_time_would_not_suffice(runs, tmp_path, monk
     assert "--max-seconds" in rows[2]["status"] and "64 tokens" in rows[2]["status"]
 
 
+def test_sweep_keeps_what_it_has_where_memory_runs_out_all_the_same(runs, tmp_path, monkeypatch):
+    def little_memory(cfg, batch, tokens, *how):
+        if tokens > 1000:
+            raise RuntimeError("out of memory\nand a long explanation")
+        return KVCache(cfg, batch, tokens, *how)
+
+    command = f"sweep {EVALUATE} decoupled --steps 1 --contexts 64 2048 --out {tmp_path}/s.json"
+    monkeypatch.setattr(eval_dba, "KVCache", little_memory)
+    rows = result_of(command, runs, tmp_path / "s.json")["rows"]
+    assert [r["status"] for r in rows] == ["ok", "failed: no memory for a KV cache of 2,049 tokens (out of memory)"]
+
+
 def test_available_memory_is_less_than_all_there_is():
     assert 2**20 < eval_dba.available_memory(torch.device("cpu")) < 2**50
 
