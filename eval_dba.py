@@ -345,6 +345,7 @@ def latency_row(subject, prompt, name, run, steps, fp16_ms, rate):
 
 def latency(args):
     """Time of cached decoding, per format of the cache and length of the prompt."""
+    train_dba.keep_freed_memory()                          # as sampling does
     subject = load_subject(args)
     formats, longest = compared_formats(args, subject), max(args.prompts)
     warn_past_context(subject, longest + WARM_UP + args.steps)
@@ -394,6 +395,7 @@ def memory_row(subject, tokens, name, formats, args):
 
 def memory(args):
     """Memory of the cache by formula and as measured, per format and number of tokens."""
+    train_dba.keep_freed_memory()
     subject = load_subject(args)
     formats = compared_formats(args, subject)
     warn_past_context(subject, max(args.tokens))
@@ -472,6 +474,7 @@ def sweep_rows(subject, ids, formats, args):
 
 def sweep(args):
     """How prompts up to very long ones go: time of the prompt and of decoding, loss at its end, or why it failed."""
+    train_dba.keep_freed_memory()
     subject = load_subject(args)
     formats, longest = cache_settings(args, subject), max(args.contexts)
     if args.kv_rotate:
