@@ -395,7 +395,6 @@ def memory_row(subject, tokens, name, formats, args):
 
 def memory(args):
     """Memory of the cache by formula and as measured, per format and number of tokens."""
-    train_dba.keep_freed_memory()
     subject = load_subject(args)
     formats = compared_formats(args, subject)
     warn_past_context(subject, max(args.tokens))
