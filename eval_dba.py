@@ -657,7 +657,7 @@ def policy_table(args, sizes, tried, limits, chosen, long):
         failed += [f"long {name}" for name in failures(long[policy], limits)] if policy in long else []
         if sizes[policy] > (args.max_kv_bytes_per_token or math.inf):
             failed.append("bytes")
-        mark = "<- chosen" if policy == chosen else "frontier" if policy in best else ""
+        mark = "frontier" * (policy in best) + " <- chosen" * (policy == chosen)
         rows.append((f"{sizes[policy]:.1f}", f"{measured['delta_nll']:+.6f}", f"{measured['kl']:.6f}",
                      f"{measured['max_delta_logit']:.3f}", policy, " ".join(failed) or "ok", mark))
     return [("B/token", "ΔNLL", "KL", "max |Δlogit|", "policy", "fails", ""), *rows]
