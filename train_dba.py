@@ -201,8 +201,8 @@ class Config:
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
                                top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0",
-                         choices=(*FORMATS, "hetero"))
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0; auto: "
+                         "as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
     kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
     kv_cache_k_geo: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
@@ -324,6 +324,8 @@ def problems(c, given):
          f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
         (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
     ]
+    overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
+        "kv_rotate", "kv_residual")]
     if c.mode == "sample":
         return wrong + [message for bad, message in checks + [
             (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
@@ -331,6 +333,8 @@ def problems(c, given):
              "--prompt and --prompt-tokens exclude each other; give one"),
             (c.temperature == 0 and (c.top_k or c.top_p),
              "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
+            (c.kv_cache == "auto" and overrides,
+             f"--kv-cache auto says what {' and '.join(overrides)} would; leave one out"),
         ] if bad]
     return wrong + [message for bad, message in checks + [
         (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
@@ -1713,6 +1717,34 @@ def stream_formats(cfg, model_cfg):
     return formats
 
 
+POLICY_FILE = "kv_policy.json"
+
+
+def auto_policy(cfg, model_cfg):
+    """The same Config with the cache that `eval_dba.py policy` found for the checkpoint. Raises UserError unless it was
+    found for this very file."""
+    path, ckpt = Path(cfg.ckpt).with_name(POLICY_FILE), Path(cfg.ckpt)
+    again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
+    if not path.is_file():
+        raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+    try:
+        policy = json.loads(path.read_text())
+        formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
+        whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
+                 and type(rotate) is bool and type(residual) is int and residual >= 0)
+    except BROKEN:
+        whole = False
+    if not whole:
+        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
+    with open(ckpt, "rb") as f:
+        if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
+            raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
+    print(f"--kv-cache auto ({path}): {', '.join(map(' '.join, formats.items()))}, {'' if rotate else 'not '}rotated, "
+          f"residual {residual}", file=sys.stderr)
+    return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual,
+                               **{f"kv_cache_{name}": fmt for name, fmt in formats.items()})
+
+
 def compare_bytes(cfg, formats):
     """Sentence: bytes per token of a cache beside those of standard attention and GQA of the same depth and width."""
     k, v = formats[cfg.attention.paths[-1].stream], formats[cfg.attention.v_stream]
@@ -1749,6 +1781,7 @@ def sample(cfg):
     dtype, why = pick_dtype(cfg.dtype, device)
     ckpt = load_checkpoint(cfg.ckpt, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
     kernel, why_kernel = resolve_kernel(cfg.kernel, model.cfg, formats, device, tokens)

@@ -46,14 +46,15 @@ def cli(args, cwd, **how):
     return finish(start(args, cwd, **how))
 
 
-def call(args, cwd):
-    """The trainer in this process, which is quicker; an exception that would be a traceback is raised."""
+def call(args, cwd, main=train_dba.main):
+    """The trainer, or another main(argv), in this process, which is quicker; an exception that would be a traceback is
+    raised."""
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train_dba.main(shlex.split(args))
+            code = main(shlex.split(args))
     except SystemExit as e:
         code = e.code
     finally:
