@@ -11,10 +11,13 @@ hardware, and prints a short table.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +180,219 @@ def ppl(args):
 
 
 # -----------------------------------------------------------------------------
+# rank
+
+RANK_DEFINITIONS = {
+    "entropy_rank_sigma": "exp(-sum p ln p), p = sigma / sum(sigma), sigma = sqrt(lambda)",
+    "entropy_rank_lambda": "exp(-sum p ln p), p = lambda / sum(lambda)",
+    "participation_ratio": "sum(lambda)^2 / sum(lambda^2)",
+    "stable_rank": "sum(lambda) / max(lambda)",
+    "k90": "fewest eigenvalues that hold 90 % of sum(lambda)",
+    "k95": "fewest eigenvalues that hold 95 % of sum(lambda)",
+    "k99": "fewest eigenvalues that hold 99 % of sum(lambda)",
+    "Q, K": "lambda: eigenvalues of the second moment of a token's queries or keys; queries carry their path's scale "
+            "and the temperature. These ranks depend on the basis: (Q A, K A^-T) gives the same scores",
+    "QK": "sigma: singular values of Sq^(1/2) Sk^(1/2) of one head, Sq and Sk the second moments of its queries and "
+          "keys; lambda = sigma^2. No change of basis alters them",
+    "share": "sum of the first r lambda of QK over all of them: of E[(q.k)^2] over independent queries and keys, what "
+             "the best score of width r per head keeps",
+    "merged": "all heads as one vector, a key that several heads share once",
+    "head": "median over the query heads",
+    "path": "sem, geo; total: both paths of a head as one vector (all there is, where a mode has one path)",
+    "rope": "before, after; none: this path isn't rotated",
+}
+SHARE_WIDTHS = (4, 8, 16, 32)
+TOKENS_PER_CHANNEL = 10                                    # fewer would bend the small eigenvalues
+
+
+def effective_ranks(eigenvalues):
+    """{measure: [...]} of eigenvalues [..., n] >= 0 in descending order, as RANK_DEFINITIONS has them."""
+    p, q = (x / x.sum(-1, keepdim=True) for x in (eigenvalues, eigenvalues.sqrt()))
+    few = {f"k{share}": (p.cumsum(-1) < share / 100 - 1e-9).sum(-1) + 1 for share in (90, 95, 99)}
+    return dict(entropy_rank_sigma=torch.special.entr(q).sum(-1).exp(),
+                entropy_rank_lambda=torch.special.entr(p).sum(-1).exp(),
+                participation_ratio=1 / p.square().sum(-1), stable_rank=1 / p[..., 0], **few)
+
+
+def eigenvalues_of(moment):
+    """Eigenvalues [..., n] of symmetric [..., n, n], descending, without the rounding below zero."""
+    return torch.linalg.eigvalsh(moment).flip(-1).clamp(min=0)
+
+
+def product_spectrum(of_q, of_k):
+    """Singular values [..., n] of Sq^(1/2) Sk^(1/2), descending, for second moments Sq, Sk [..., n, n]."""
+    (a, u), (b, v) = torch.linalg.eigh(of_q), torch.linalg.eigh(of_k)
+    a, b = (x.clamp(min=0).sqrt() for x in (a, b))
+    return torch.linalg.svdvals(a[..., None] * (u.mT @ v) * b[..., None, :])    # less two rotations, which change none
+
+
+@contextlib.contextmanager
+def watch_projections(model, see):
+    """While open, every attention layer calls see(layer, path, (q, k) before RoPE, (q, k) after it) for each of its
+    paths, q [B, H, T, w] scaled, k [B, G, T, w]. The layers themselves keep nothing."""
+    def watched(layer, project):
+        def call(path, *rest):
+            found = project(path, *rest)
+            see(layer, path, project(dataclasses.replace(path, rotate=False), *rest)[:2], found[:2])
+            return found
+        return call
+
+    for layer, block in enumerate(model.blocks):
+        block.attn.project = watched(layer, block.attn.project)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.attn.project                         # what the instance hid: the method of the class
+
+
+class Moments:
+    """Second moments over tokens, in float64, of the queries and keys of every layer.
+
+    A token's vector is that of all heads, path after path: [H·r | H·p] for queries, [G·r | G·p] for keys.
+    sums[layer, side, rotated] = (sum of x xᵀ [C, C], sum of x [C]), side 0: queries, 1: keys.
+    """
+
+    def __init__(self, cfg, device):
+        self.paths, self.sums, self.tokens, self.parts = cfg.attention.paths, {}, 0, []
+        self.device = "cpu" if device.type == "mps" else device                 # where there is float64
+
+    def see(self, layer, path, plain, rotated):
+        self.parts.append((plain, rotated))
+        if path.name != self.paths[-1].name:
+            return
+        for side, after in itertools.product((0, 1), (False, True)):
+            x = torch.cat([part[after][side].transpose(1, 2).flatten(2) for part in self.parts], 2).flatten(0, 1)
+            x = x.to(self.device).double()                                      # [B·T, C]
+            old = self.sums.get((layer, side, after), (0.0, 0.0))
+            self.sums[layer, side, after] = old[0] + x.T @ x, old[1] + x.sum(0)
+        self.tokens += len(x) if layer == 0 else 0
+        self.parts = []
+
+    def matrix(self, layer, side, rotated, centred):
+        """Second moment [C, C] of a layer's queries or keys, about their mean where centred."""
+        product, total = (x / self.tokens for x in self.sums[layer, side, rotated])
+        product = product - torch.outer(total, total) if centred else product
+        if not product.isfinite().all() or product.trace() <= 0:
+            name = ("queries", "keys")[side]
+            raise UserError(f"layer {layer}: the {name} are zero, infinite or NaN: a broken checkpoint")
+        return product
+
+
+def channels(shape, n_head):
+    """{path: (query channels [H, w], key channels [H, w])}: where the vectors of Moments hold what a query head reads.
+    """
+    found, start = {}, [0, 0]
+    for path in shape.paths:
+        found[path.name] = []
+        for side, heads in enumerate((n_head, path.groups)):
+            ids = start[side] + torch.arange(heads * path.width).view(heads, -1)
+            start[side] += ids.numel()
+            found[path.name].append(ids.repeat_interleave(n_head // heads, 0))
+    total = [torch.cat(ids, 1) for ids in zip(*found.values())]
+    return {**found, "total": total} if len(found) > 1 else {"total": total}
+
+
+def six_digits(x):
+    """A tensor as a number or nested lists, six significant digits each."""
+    return [six_digits(row) for row in x] if x.dim() else float(f"{x.item():.6g}")
+
+
+def rank_numbers(eigenvalues):
+    """Effective ranks of eigenvalues [n], or their medians over heads [H, n], as numbers."""
+    ranks = effective_ranks(eigenvalues).items()
+    return {name: six_digits(x.double().quantile(0.5) if x.dim() else x) for name, x in ranks}
+
+
+def layer_ranks(moments, cfg, layer, centred):
+    """Yield a record per path, stage of RoPE and matrix of one layer."""
+    turned = {path.name: path.rotate for path in cfg.attention.paths}
+    turned["total"] = any(turned.values())
+    for name, ids in channels(cfg.attention, cfg.n_head).items():
+        for rope, after in (("before", False), ("after", True)) if turned[name] else (("none", False),):
+            where, heads = dict(layer=layer, path=name, rope=rope), []
+            for side, of in enumerate("QK"):
+                moment, own = moments.matrix(layer, side, after, centred), ids[side].to(moments.device)
+                merged = own.unique()
+                values = eigenvalues_of(moment[merged[:, None], merged])
+                heads.append(moment[own[:, :, None], own[:, None]])             # [H, w, w]
+                yield dict(where, of=f"{of} merged", channels=len(merged), ranks=rank_numbers(values),
+                           spectrum=six_digits(values / values.sum()))
+                yield dict(where, of=f"{of} head", channels=own.size(1),
+                           ranks=rank_numbers(eigenvalues_of(heads[side])))
+            energy = product_spectrum(*heads).square()                          # [H, w]
+            energy = energy / energy.sum(1, keepdim=True)
+            share = {r: energy[:, :r].sum(1) for r in SHARE_WIDTHS}
+            yield dict(where, of="QK head", channels=energy.size(1), ranks=rank_numbers(energy),
+                       share={r: six_digits(x.quantile(0.5)) for r, x in share.items()},
+                       least_share={r: six_digits(x.min()) for r, x in share.items()}, spectra=six_digits(energy))
+
+
+@torch.inference_mode()
+def measure_ranks(subject, model, batches, centred):
+    """Records of all layers of a model, over batches of token ids [B, T]."""
+    moments = Moments(model.cfg, subject.device)
+    with watch_projections(model, moments.see), autocast(subject.device, subject.dtype):
+        for batch in tqdm(batches, unit="batch", dynamic_ncols=True):
+            model.hidden(batch.to(subject.device))
+    return [record for layer in range(model.cfg.layers) for record in layer_ranks(moments, model.cfg, layer, centred)]
+
+
+def initial_model(subject):
+    """The model as it was before its first step: the same settings and seed."""
+    torch.manual_seed(subject.cfg.seed)
+    return GPT(subject.cfg, subject.model.vocab_size).init_weights().to(subject.device).eval()
+
+
+def spread_windows(ids, tokens, block):
+    """Windows [n, block] that don't overlap, spread evenly over ids [N]: at least `tokens` tokens, if there are."""
+    block = min(block, len(ids))
+    count = min(-(-tokens // block), len(ids) // block)
+    starts = torch.linspace(0, len(ids) - block, count, dtype=torch.float64).long()
+    return torch.stack([ids[start:start + block] for start in starts])
+
+
+def rank_table(trained, initial):
+    """(head, *rows): medians over layers, trained / at initialisation."""
+    short = {"entropy_rank_sigma": "entropy sigma", "entropy_rank_lambda": "entropy lambda",
+             "participation_ratio": "participation", "stable_rank": "stable"}
+    rows = [("path", "RoPE", "of", "channels", *(short.get(name, name) for name in trained[0]["ranks"]),
+             *(f"share {r}" for r in SHARE_WIDTHS))]
+    for place in ({key: record[key] for key in ("path", "rope", "of", "channels")} for record in trained
+                  if record["layer"] == 0):
+        layers = [[r for r in records if place.items() <= r.items()] for records in (trained, initial)]
+        cells = [" / ".join(f"{statistics.median(r[numbers][name] for r in same):{form}}" for same in layers)
+                 for numbers, form in (("ranks", ".1f"), ("share", ".3f")) for name in layers[0][0].get(numbers, ())]
+        rows.append((*place.values(), *cells, *[""] * (len(rows[0]) - 4 - len(cells))))
+    return rows
+
+
+def rank(args):
+    """Effective rank of queries and keys per layer, by named definitions, beside that at initialisation."""
+    subject = load_subject(args)
+    block = args.block or subject.cfg.block
+    width = subject.cfg.n_head * sum(path.width for path in subject.cfg.attention.paths)
+    least = TOKENS_PER_CHANNEL * width
+    if (args.tokens or least) < least:
+        raise UserError(f"--tokens {args.tokens}: spectra of {width} channels need at least {least} tokens")
+    ids, _, data_hash = held_out_tokens(args, subject)
+    if len(ids) < least:
+        raise UserError(f"{len(ids)} tokens to measure: spectra of {width} channels need at least {least}")
+    parts = spread_windows(ids, args.tokens or 2 * least, block)                # [n, block]
+    if parts.numel() < least:
+        raise UserError(f"{parts.numel()} tokens in whole windows of {parts.size(1)}: spectra of {width} channels need "
+                        f"at least {least}; shorten --block")
+    batches = parts.split(args.batch_size)
+    trained = measure_ranks(subject, subject.model, batches, args.centred)
+    initial = measure_ranks(subject, initial_model(subject), batches, args.centred)
+    moment = "about the mean" if args.centred else "not centred"
+    print(f"medians over layers, trained / at initialisation; second moments {moment}")
+    write_result(args, subject, "rank", rank_table(trained, initial), definitions=RANK_DEFINITIONS, moment=moment,
+                 tokens=parts.numel(), block=parts.size(1), data_sha256=data_hash, trained=trained,
+                 initial=initial)
+
+
+# -----------------------------------------------------------------------------
 # Main
 
 def flags(parser, data=False, cache=False):
@@ -214,6 +430,14 @@ def make_parser():
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
     p.add_argument("--max-tokens", type=positive(2), help="measure only the first so many tokens")
     p.set_defaults(run=ppl)
+
+    p = commands.add_parser("rank", help=rank.__doc__, allow_abbrev=False)
+    flags(p, data=True)
+    p.add_argument("--tokens", type=positive(), help="tokens to measure over (20 per query channel, if there are)")
+    p.add_argument("--block", type=positive(), help="tokens of a window (the model's context)")
+    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
+    p.add_argument("--centred", action="store_true", help="second moments about the mean, not about zero")
+    p.set_defaults(run=rank)
     return parser
 
 
