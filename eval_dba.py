@@ -11,12 +11,17 @@ hardware, and prints a short table.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import operator
+import os
+import random
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -177,6 +182,351 @@ def ppl(args):
         (name, n, count, f"{loss:.5f}", f"{math.exp(loss):.4f}", "-" if bpb is None else f"{bpb:.4f}")],
         loss=loss, ppl=math.exp(loss), bpb=bpb, tokens=count, block=block, stride=stride, formats=formats,
         bytes_per_token=n, data_sha256=data_hash)
+
+
+# -----------------------------------------------------------------------------
+# probes
+
+PROBES = Path(__file__).with_name("probes.json")           # the literal cases
+WORDS = ("barn bell bird boat bone cave clay coat crow dune dust fern fish flax frog gate goat gold hail hawk iron "
+         "kelp kiln lamb lamp leaf lime lion loom mint moon moss moth nest nail pear pine plum pond rain reed rice "
+         "rope rust salt sand seal ship silk snow soap star swan tide toad vine wind wolf wool yarn").split()
+FILLER = ("The hedge was cut on Monday.", "Two men carried a table upstairs.", "It was too cold to swim.",
+          "Her bicycle leaned on the fence.", "The train left without a sound.", "Dust lay on every shelf.",
+          "Old maps hung in the hall.", "A dog slept under the bench.")
+PROBE_RULES = {
+    "exact": "the first line of the output, white space squeezed, is the target",
+    "content": "the target's words (runs of letters and digits, case ignored) follow each other in the output, with at "
+               "most 2 words before them",
+    "preferred": "margin > 0; margin: log p(target) - log p(distractor) after the prompt, teacher-forced, summed, nats",
+    "loop": "the output, white space squeezed, ends in a unit that stands there at least 3 times in a row, in 16 "
+            "characters or more; its last copy may be cut off",
+    "interval": "Wilson, 95 %",
+    "compare": "exact McNemar test, two-sided, over the cases in which the two results differ",
+}
+PROBE_CHECKS = ("exact", "content", "preferred", "loop")
+
+
+# --- templates: a random generator -> prompt, target, distractor. Target and distractor have as many characters.
+
+def copy_template(form):
+    """Lists to copy, in the form that form(items) gives them: two of words, then one of codes."""
+    def make(rng):
+        first, second = rng.sample(WORDS, 3), rng.sample(WORDS, 3)
+        codes = [rng.choice("BCDFGHJKLMNPQRSTVWXZ") + str(rng.randrange(100, 1000)) for _ in range(3)]
+        shown = [form(items) for items in (first, second, codes)]
+        lines = [f"seen: {text}\ntold: {text}\n" for text in shown[:2]]
+        return f"{''.join(lines)}seen: {shown[2]}\ntold:", shown[2], shown[rng.randrange(2)]
+    return make
+
+
+def repeat_template(rng):
+    words = rng.sample(WORDS, 5)
+    cut = rng.randrange(3)                                 # so many words are given away
+    again, rest = " ".join(["again:", *words[:cut]]), words[cut:]
+    return f"once: {' '.join(words)}\n{again}", " ".join(rest), " ".join(rest[::-1])
+
+
+def spelling_template(rng):
+    words = rng.sample([word for word in WORDS if word[1] != word[2]], 3)
+    spelled = ["-".join(word) for word in words]
+    wrong = "-".join(words[2][i] for i in (0, 2, 1, 3))
+    return f"{words[0]}: {spelled[0]}\n{words[1]}: {spelled[1]}\n{words[2]}:", spelled[2], wrong
+
+
+def near(rng, number):
+    """A number beside `number` that has as many digits."""
+    return rng.choice([n for n in (number - 1, number + 1) if n >= 0 and len(str(n)) == len(str(number))])
+
+
+def arithmetic_template(rng):
+    pairs = [(rng.randrange(2, 50), rng.randrange(2, 50)) for _ in range(3)]
+    a, b = pairs[2]
+    shown = "".join(f"{x} + {y} = {x + y}\n" for x, y in pairs[:2])
+    return f"{shown}{a} + {b} =", a + b, near(rng, a + b)
+
+
+def counting_template(rng):
+    (a, b), word = rng.sample(range(2, 10), 2), rng.choice(WORDS)
+    other = rng.choice([n for n in range(2, 10) if n not in (a, b)])
+    lines = [f"{' '.join([word] * n)}: {n}\n" for n in (a, other)]
+    return f"{''.join(lines)}{' '.join([word] * b)}:", b, a
+
+
+def passkey_template(rng):
+    key, other = (str(n) for n in rng.sample(range(10_000, 100_000), 2))
+    text = " ".join(rng.sample(FILLER, rng.randrange(2, 6)))
+    lines = rng.sample([f"Door code: {key}\n", f"Safe code: {other}\n"], 2)
+    return f"{''.join(lines)}{text}\nDoor code:", key, other
+
+
+def pattern_template(rng):
+    rows = [(rng.randrange(1, 10), step) for step in rng.sample(range(2, 10), 3)]
+    shown = [", ".join(str(start + i * step) for i in range(4)) for start, step in rows]
+    answer = [start + 4 * step for start, step in rows]
+    lines = [f"{text}, next {n}\n" for text, n in zip(shown[:2], answer)]
+    return f"{''.join(lines)}{shown[2]}, next", answer[2], near(rng, answer[2])
+
+
+def identity_template(rng):
+    words = rng.sample(WORDS, 4)
+    lines = [f"same({word}) = {word}\n" for word in words[:3]]
+    return f"{''.join(lines)}same({words[3]}) =", words[3], words[rng.randrange(3)]
+
+
+TEMPLATES = {
+    "copy": copy_template(" ".join),
+    "copy_commas": copy_template(", ".join),
+    "copy_brackets": copy_template(lambda items: " ".join(f"[{item}]" for item in items)),
+    "repeat": repeat_template,
+    "spelling": spelling_template,
+    "arithmetic": arithmetic_template,
+    "counting": counting_template,
+    "passkey": passkey_template,
+    "pattern": pattern_template,
+    "identity": identity_template,
+}
+
+
+def probe_cases(instances, seed):
+    """The literal cases, then `instances` different ones of each template: dicts of set, name, kind, prompt, target and
+    distractor, the latter two with the space that the prompt leaves to them."""
+    try:
+        literal = json.loads(PROBES.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"can't read the cases in {PROBES.name} beside eval_dba.py ({type(e).__name__})") from None
+    cases = [dict(case, set="literal") for case in literal]
+    for kind, template in TEMPLATES.items():
+        rng, made = random.Random(f"{kind} {seed}"), {}
+        while len(made) < instances:
+            prompt, target, distractor = template(rng)
+            made[prompt] = dict(kind=kind, prompt=prompt, target=f" {target}", distractor=f" {distractor}")
+        cases += [dict(case, set="template") for case in made.values()]
+    count = collections.Counter()
+    for case in cases:
+        count[case["set"], case["kind"]] += 1
+        case["name"] = f"{case['kind']} {count[case['set'], case['kind']]}"
+    return cases
+
+
+# --- judging an output
+
+def squeeze(text):
+    return " ".join(text.split())
+
+
+def exact_match(output, target):
+    return squeeze(output.partition("\n")[0]) == squeeze(target)
+
+
+def content_match(output, target):
+    found, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (output, target))
+    return any(found[i:i + len(wanted)] == wanted for i in range(3))
+
+
+def in_loop(output):
+    text = squeeze(output)
+    for unit in range(1, len(text) // 3 + 1):
+        same = 0                                           # characters at the end that are those one unit before
+        while same < len(text) - unit and text[-1 - same] == text[-1 - same - unit]:
+            same += 1
+        if same + unit >= max(3 * unit, 16):
+            return True
+    return False
+
+
+def wilson(hits, n, z=1.959964):
+    """95 % interval of a share, by Wilson's score."""
+    middle, half = hits + z * z / 2, z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
+
+
+def mcnemar(here, there):
+    """Exact two-sided p that so uneven a split of the cases in which two results differ is chance."""
+    tail = sum(math.comb(here + there, i) for i in range(min(here, there) + 1))
+    return min(1.0, 2 * tail / 2**(here + there))
+
+
+# --- running the cases
+
+def equal_lengths(rows, most):
+    """Yield lists of up to `most` indices of rows that are equally long."""
+    same = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        same[len(row)].append(i)
+    for group in same.values():
+        yield from (group[i:i + most] for i in range(0, len(group), most))
+
+
+def greedy_outputs(args, subject, formats, prompts):
+    """The text that follows each prompt (token ids), likeliest token by token through the cache, up to the end of the
+    document. A word tokenizer's end of a document is the end of a line, and is read on."""
+    outputs, end = [None] * len(prompts), None if subject.tokenizer.name == "word" else subject.tokenizer.eot
+    for group in tqdm(list(equal_lengths(prompts, args.batch_size)), desc="outputs", dynamic_ncols=True):
+        batch = torch.tensor([prompts[i] for i in group], device=subject.device)
+        cache = KVCache(subject.cfg, len(group), batch.size(1) + args.max_new_tokens - 1, formats, args.kv_residual,
+                        subject.device)
+        with autocast(subject.device, subject.dtype):
+            new = list(train_dba.generate(subject.model, batch, args.max_new_tokens, cache, temperature=0))
+        for i, ids in zip(group, torch.cat(new, 1).tolist()):
+            ids = ids[:ids.index(end)] if end in ids else ids
+            outputs[i] = subject.tokenizer.decode(ids).decode("utf-8", "replace")
+    return outputs
+
+
+def margins(args, subject, formats, triples):
+    """log p(target) - log p(distractor) in nats, for triples of token ids: the prompt alone, with the target, with the
+    distractor. Counted from the first token in which the three differ, wherever a tokenizer draws its borders."""
+    rows, start = [row for _, *pair in triples for row in pair], []
+    for triple in triples:
+        start += [max(1, len(os.path.commonprefix(triple)))] * 2
+    score = [0.0] * len(rows)
+    for group in tqdm(list(equal_lengths(rows, args.batch_size)), desc="margins", dynamic_ncols=True):
+        batch = torch.tensor([rows[i] for i in group], device=subject.device)
+        for i, nll in zip(group, window_nll(subject, batch, formats, args.kv_residual)):
+            score[i] = -nll[start[i] - 1:].double().sum().item()
+    return [target - distractor for target, distractor in zip(score[::2], score[1::2])]
+
+
+def run_cases(args, subject, formats, cases):
+    """The cases, each with its output, margin, checks, and what may have made it unfair: tokens past the training
+    context, words that the tokenizer doesn't know."""
+    encode, unknown = (lambda text: subject.tokenizer.encode(text).tolist()), None
+    if subject.tokenizer.name == "word":
+        unknown = subject.tokenizer.ids[train_dba.UNK]
+    triples = [[encode(case["prompt"] + more) for more in ("", case["target"], case["distractor"])] for case in cases]
+    outputs = greedy_outputs(args, subject, formats, [triple[0] for triple in triples])
+    results = []
+    for case, triple, output, margin in zip(cases, triples, outputs, margins(args, subject, formats, triples)):
+        if not math.isfinite(margin):
+            raise UserError(f"{case['name']}: the margin is {margin}: a broken checkpoint, or a cache format that "
+                            "can't hold its values")
+        checks = dict(exact=exact_match(output, case["target"]), content=content_match(output, case["target"]),
+                      preferred=margin > 0, loop=in_loop(output))
+        results.append(dict(case, output=output, margin=margin, **checks, prompt_tokens=len(triple[0]),
+                            unknown_words=sum(token == unknown for token in triple[1]),
+                            past_context=max(map(len, triple)) > subject.cfg.block))
+    return results
+
+
+def probe_counts(results):
+    """[{set, kind, n, and per check (hits, low, high); margin: the mean}] per kind, and over all of a set."""
+    found = []
+    for chosen in dict.fromkeys(r["set"] for r in results):
+        cases = [r for r in results if r["set"] == chosen]
+        for kind in (*dict.fromkeys(r["kind"] for r in cases), "all"):
+            of_kind = [r for r in cases if kind in (r["kind"], "all")]
+            hits = {check: sum(r[check] for r in of_kind) for check in PROBE_CHECKS}
+            mean = statistics.mean(r["margin"] for r in of_kind)
+            found.append(dict(set=chosen, kind=kind, n=len(of_kind), margin=mean,
+                              **{check: (k, *wilson(k, len(of_kind))) for check, k in hits.items()}))
+    return found
+
+
+def read_checks(path, cases):
+    """The checks of another eval_probes.json, {check: bool} for each of these cases."""
+    key = operator.itemgetter("set", "name", "prompt", "target", "distractor")
+    try:
+        there = json.loads(Path(path).read_text(encoding="utf-8"))["cases"]
+        checks = {key(r): {check: bool(r[check]) for check in PROBE_CHECKS} for r in there}
+    except (OSError, *train_dba.BROKEN) as e:
+        raise UserError(f"--compare {path} is not a result of probes ({type(e).__name__})") from None
+    if checks.keys() != {key(case) for case in cases}:
+        raise UserError(f"--compare {path} has other cases: give both commands the same --instances and --seed")
+    return [checks[key(case)] for case in cases]
+
+
+def probe_differences(results, others):
+    """[{set, n, and per check (true here only, true there only, p)}] for the literal cases and for the templates."""
+    found = []
+    for chosen in dict.fromkeys(r["set"] for r in results):
+        pairs = [(here, there) for here, there in zip(results, others) if here["set"] == chosen]
+        splits = {check: (sum(here[check] > there[check] for here, there in pairs),
+                          sum(here[check] < there[check] for here, there in pairs)) for check in PROBE_CHECKS}
+        found.append(dict(set=chosen, n=len(pairs),
+                          **{check: (*split, mcnemar(*split)) for check, split in splits.items()}))
+    return found
+
+
+# --- tables
+
+def visible(text, most=48):
+    """One line of printable ASCII: a line's end as \\n, other characters by their numbers, a long text cut."""
+    text = text.encode("unicode_escape").decode().replace("\\\\", "\\")
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def markdown(text):
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", text)
+
+
+def latex(text):
+    """Text in LaTeX, ASCII; no package is needed, no two characters join into another."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+               ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "-": "-{}", "'": "'{}", "`": "`{}",
+               "[": "{[}", "]": "{]}", ",": ",{}", "?": "?{}", "!": "!{}", **{c: "\\" + c for c in "{}$&#_%"}}
+    return "".join(special.get(c, c) for c in text)
+
+
+def markdown_table(head, *rows):
+    line = "| " + " | ".join("---" for _ in head) + " |"
+    text = ["| " + " | ".join(markdown(str(cell)) for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([text[0], line, *text[1:]]) + "\n"
+
+
+def latex_table(head, *rows):
+    text = [" & ".join(latex(str(cell)) for cell in row) + r" \\" for row in (head, *rows)]
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\hline", text[0], r"\hline", *text[1:], r"\hline",
+                      r"\end{tabular}"]) + "\n"
+
+
+def count_table(counts, differences):
+    """(head, *rows) of hits with their intervals in per cent, and of what the comparison found."""
+    rows = [("cases", "kind", "n", *PROBE_CHECKS, "mean margin")]
+    for c in counts:
+        rows.append((c["set"], c["kind"], c["n"], *("{} ({:.0f}-{:.0f} %)".format(
+            c[check][0], *(100 * x for x in c[check][1:])) for check in PROBE_CHECKS), f"{c['margin']:+.2f}"))
+    for d in differences:
+        rows.append((d["set"], "here only, there only, p", d["n"], *("+{} -{} p {:.3g}".format(*d[check])
+                                                                   for check in PROBE_CHECKS), ""))
+    return rows
+
+
+def case_table(results):
+    """(head, *rows): target, output and checks of the literal cases."""
+    rows = [("case", "target", "output", *PROBE_CHECKS, "margin")]
+    for r in (r for r in results if r["set"] == "literal"):
+        rows.append((r["name"], visible(r["target"].strip()), visible(r["output"]),
+                     *("yes" if r[check] else "no" for check in PROBE_CHECKS), f"{r['margin']:+.2f}"))
+    return rows
+
+
+def probes(args):
+    """Behavioural cases: copying, spelling, arithmetic, recall, with exact tests between two checkpoints."""
+    cases = probe_cases(args.instances, args.seed)
+    others = read_checks(args.compare, cases) if args.compare else None
+    subject = load_subject(args)
+    formats = cache_settings(args, subject)
+    name = "probes" + f"_{args.kv_cache}" * (args.kv_cache != "fp16") + "_rotated" * args.kv_rotate
+    name += f"_residual{args.kv_residual}" * (args.kv_residual > 0)
+    out = Path(args.out or subject.folder / f"eval_{name}.json")
+    if out.suffix != ".json":
+        raise UserError(f"--out {out} must end in .json: the tables are written beside it as .md and .tex")
+    if args.kv_rotate:
+        rotate_cache(subject.model)
+    results = run_cases(args, subject, formats, cases)
+    counts = probe_counts(results)
+    differences = probe_differences(results, others) if others else []
+    tables = count_table(counts, differences), case_table(results)
+    for suffix, table in ((".md", markdown_table), (".tex", latex_table)):
+        text = "\n".join(table(*rows) for rows in tables)
+        train_dba.write_whole(out.with_suffix(suffix), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    for key, what in (("unknown_words", "hold words that the tokenizer doesn't know"),
+                      ("past_context", "are longer than the training context")):
+        if n := sum(bool(r[key]) for r in results):
+            print(f"{n} of {len(results)} cases {what}")
+    write_result(args, subject, name, tables[0], rules=PROBE_RULES, formats=formats, counts=counts,
+                 compare=differences, cases=results)
 
 
 # -----------------------------------------------------------------------------
@@ -430,6 +780,15 @@ def make_parser():
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
     p.add_argument("--max-tokens", type=positive(2), help="measure only the first so many tokens")
     p.set_defaults(run=ppl)
+
+    p = commands.add_parser("probes", help=probes.__doc__, allow_abbrev=False)
+    flags(p, cache=True)
+    p.add_argument("--instances", type=positive(), default=50, help="cases made of each template (50)")
+    p.add_argument("--seed", type=positive(0), default=0, help="seed of the templates (0)")
+    p.add_argument("--max-new-tokens", type=positive(), default=96, help="tokens of an output (96)")
+    p.add_argument("--batch-size", type=positive(), default=32, help="cases at once (32)")
+    p.add_argument("--compare", metavar="OTHER.json", help="result of another model, to test the difference")
+    p.set_defaults(run=probes)
 
     p = commands.add_parser("rank", help=rank.__doc__, allow_abbrev=False)
     flags(p, data=True)
