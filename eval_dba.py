@@ -464,7 +464,7 @@ def latex(text):
     """Text in LaTeX, ASCII; no package is needed, no two characters join into another."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
                ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "-": "-{}", "'": "'{}", "`": "`{}",
-               "[": "{[}", "]": "{]}", ",": ",{}", "?": "?{}", "!": "!{}", **{c: "\\" + c for c in "{}$&#_%"}}
+               "[": "{[}", "]": "{]}", "?": "?{}", "!": "!{}", **{c: "\\" + c for c in "{}$&#_%"}}
     return "".join(special.get(c, c) for c in text)
 
 
