@@ -102,7 +102,7 @@ def test_matches(output, exact, content):
     ("blue, blue, blue, blue", True),
     ("blue, blue, blue, bl", True),                        # the last copy is cut off
     ("it goes on: no, no, no, no", False),                 # 15 characters, the space counts
-    ("north of the river. north of the river.", False),    # twice
+    ("north of the river. north of the river. nor", False),  # twice and a bit
     ("north of the river. north of the river. north of the river. ", False),  # its last copy lacks the space
     ("it lies north of the river. north of the river. north of the river. no", True),
     ("to be to be to be to be to be or not", False),       # it ended
@@ -151,7 +151,7 @@ def test_outputs_and_margins_are_the_models(tmp_path, mode):
     """Against greedy steps and log probabilities without a cache; rows of several lengths."""
     args, subject, formats = subject_of(tmp_path, mode, null_attn=True)
     cases = [dict(kind="k", name=str(i), prompt=p, target=t, distractor=d) for i, (p, t, d) in enumerate(
-        [("ab: ab\ncd:", " cd", " ab"), ("xyz =", " 1", " 2"), ("mn: mn\nop:", " op", " mn"), ("q", " rs", " t")])]
+        [("ab: ab\ncd:", " cd", " ab"), ("xyz =", " 1", " 2"), ("mn: mn\nop:", " op", " mn"), ("q", "rs", " t")])]
     results = eval_dba.run_cases(args, subject, formats, cases)
 
     @torch.inference_mode()
