@@ -43,7 +43,7 @@ import matplotlib.pyplot as plt
 GIB = 2**30
 POLICIES = ("fp16", "q8_0", "q4_0", "hetero")
 COLORS = {"fp16": "#000000", "q8_0": "#0072B2", "q4_0": "#56B4E9", "hetero": "#D55E00"}            # Okabe and Ito's
-HATCHES = {"fp16": "", "q8_0": "", "q4_0": "", "hetero": "///"}                                  # tells them apart in print
+HATCHES = {"fp16": "", "q8_0": "", "q4_0": "", "hetero": "///"}
 
 DBA = dict(attn_mode="decoupled")
 SHARED = {                                                 # the baselines, the same flags at every scale
@@ -191,6 +191,13 @@ def fill(cache, tokens):
         cache.advance(span)
 
 
+def warm_up(device):
+    """Fill a small cache in every format, so that what libraries load on first use isn't counted as a cache's."""
+    cfg = make_config(data="-", layers=1, **DBA)
+    for policy in POLICIES:
+        fill(KVCache(cfg, 1, CACHE_BLOCK, policy, device=device), CACHE_BLOCK)
+
+
 def allocate(cfg, tokens, formats, device, kernel=None):
     try:
         return KVCache(cfg, 1, tokens, formats, device=device, kernel=kernel)
@@ -256,13 +263,15 @@ def measure_decode(model, blocks, policy, tokens, limit, device):
 
 def compare(tokens, limit, device):
     """Everything that memory.json holds."""
-    result = dict(tokens=tokens, batch=1, scales={}, measured=dict(env=provenance(device), limit_bytes=limit, scales={}))
+    warm_up(device)
+    all_measured = dict(env=provenance(device), limit_bytes=limit, scales={})
+    result = dict(tokens=tokens, batch=1, scales={}, measured=all_measured)
     for scale, shape in SCALES.items():
         configs = model_configs(scale)
         controls = {name: configs[name] for name in CONTROLS}
         rows = [describe(name, cfg, controls, tokens, REPORTED.get(scale, {})) for name, cfg in configs.items()]
         result["scales"][scale] = dict(**shape, rows=rows)
-        measured = result["measured"]["scales"][scale] = {}
+        measured = all_measured["scales"][scale] = {}
         for name, cfg in configs.items():
             measured[name] = {}
             for policy in policies(cfg):
@@ -277,20 +286,21 @@ def compare(tokens, limit, device):
 
 def draw(result, path):
     """Bars per model and format on a log axis, a panel per scale; a tick where the measured cache is."""
-    fig, axes = plt.subplots(1, len(result["scales"]), figsize=(7.2, 6.0), layout="constrained")
+    fig, axes = plt.subplots(1, len(result["scales"]), figsize=(7.2, 6.0), layout="constrained", sharex=True)
+    rows = [row for panel in result["scales"].values() for row in panel["rows"]]
+    sizes = [gib for row in rows for gib in row["estimate_gib"].values()]
+    low, high = min(sizes) / 2, max(sizes) * 3
     for ax, (scale, panel) in zip(axes, result["scales"].items()):
         measured, y, names = result["measured"]["scales"][scale], 0.0, []
-        low = min(min(row["estimate_gib"].values()) for row in panel["rows"]) / 2
-        high = max(max(row["estimate_gib"].values()) for row in panel["rows"]) * 3
         for row in panel["rows"]:
-            sizes, first = row["estimate_gib"], y
-            for policy, gib in sizes.items():
+            first = y
+            for policy, gib in row["estimate_gib"].items():
                 ax.barh(y, gib - low, left=low, height=0.86, color=COLORS[policy], hatch=HATCHES[policy],
                         edgecolor="white", linewidth=0.3)
                 taken = measured[row["name"]][policy]["peak"]["scaled_taken_bytes"]
                 if taken is not None:
                     ax.plot(taken / GIB, y, "|", color="#E69F00", markersize=5, markeredgewidth=1.4)
-                ax.text(gib * 1.12, y, f"{gib:.3g}", va="center", fontsize=7)
+                ax.text(gib * 1.14, y, f"{gib:.3g}", va="center", fontsize=7)
                 y += 1
             names.append(((first + y - 1) / 2, row["name"].replace(" a head", "/head").replace(", ", ",\n")))
             y += 0.8
@@ -324,9 +334,9 @@ def deviation(result):
 
 
 def latex_rows(panel):
+    """Lines of the table for one scale, a model each."""
     for row in panel["rows"]:
-        best = "hetero" if "hetero" in row["factors"] else "q4_0"
-        f = row["factors"][best]
+        f = row["factors"].get("hetero") or row["factors"]["q4_0"]
         gib = [f"{row['estimate_gib'][p]:.3g}" if p in row["estimate_gib"] else "--" for p in POLICIES]
         reported = ", ".join(f"{gb:g} ({policy})" for policy, gb in row["reported_gb"].items()) or "--"
         cells = [row["name"].replace(" a head", "/head"), f"{row['elements']:,}", *gib, f"{f['architecture']:.3g}",
@@ -335,27 +345,30 @@ def latex_rows(panel):
         yield " & ".join(cells).replace("_", r"\_") + r" \\"
 
 
+CAPTION = r"""\caption{KV cache at %s tokens, one sequence, the scales of quantised blocks included.
+Elements are cached per token and layer. A row's policy is hetero for DBA, else q4\_0. Factors are how many times
+smaller: by architecture alone (standard fp16 over own fp16), by quantisation alone (standard fp16 over standard in the
+policy's formats), end to end (standard fp16 over own) in q4\_0 and in the policy, and against standard, GQA 32Q/4KV and
+MLA 512+64 in the policy's formats, where a factor below 1 means that the row is the larger. Memory that filled caches
+took (one layer each, at most %.3g\,GiB, scaled up): %s.}"""
+
+
 def latex(result):
     """The comparison as a booktabs table."""
     off = deviation(result)
-    off = "not measured here" if off is None else f"within {100 * off:.2g}\\,\\% of the formula"
-    head = ["model", "elements", *POLICIES, "arch.", "quant.", "q4\\_0", "best", "standard", "GQA-4", "MLA", "reported GB"]
+    off = "not measured here" if off is None else rf"within {100 * off:.2g}\,\% of the formula"
     lines = [
         "% written by plot_memory.py; needs booktabs", r"\begin{table*}", r"\centering\footnotesize",
         r"\setlength{\tabcolsep}{3.5pt}",
-        rf"\caption{{KV cache at {result['tokens']:,} tokens, one sequence, scales of the blocks included. Elements are "
-        "cached per token and layer. Factors are how many times smaller: architecture alone (standard fp16 over own "
-        "fp16), quantisation alone (standard fp16 over standard in the row's best formats), end to end (standard fp16 "
-        "over own) in q4\\_0 and in the best policy (hetero for DBA, else q4\\_0), and over standard, GQA 32Q/4KV and "
-        "MLA 512+64 in the same formats as the row's best (below 1: the row is the larger). Memory taken by caches that "
-        f"were filled, one layer each and at most {result['measured']['limit_bytes'] / GIB:.3g}\\,GiB, scaled up: {off}."
-        "}", r"\label{tab:memory}", r"\begin{tabular}{lr rrrr rrrr rrr l}", r"\toprule",
+        CAPTION % (f"{result['tokens']:,}", result["measured"]["limit_bytes"] / GIB, off),
+        r"\label{tab:memory}", r"\begin{tabular}{lr rrrr rrrr rrr l}", r"\toprule",
         r" & & \multicolumn{4}{c}{GiB} & \multicolumn{2}{c}{alone} & \multicolumn{2}{c}{end to end} & "
-        r"\multicolumn{3}{c}{same formats, over} & \\",
+        r"\multicolumn{3}{c}{same formats, against} & \\",
         r"\cmidrule(lr){3-6}\cmidrule(lr){7-8}\cmidrule(lr){9-10}\cmidrule(lr){11-13}",
-        " & ".join(head[:2] + [p.replace("_", r"\_") for p in head[2:6]] + head[6:]) + r" \\"]
+        r"model & elements & fp16 & q8\_0 & q4\_0 & hetero & arch. & quant. & q4\_0 & policy & standard & GQA-4 & MLA "
+        r"& reported GB \\"]
     for scale, panel in result["scales"].items():
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{scale} scale: {panel['layers']} layers, "
+        lines += [r"\midrule", rf"\multicolumn{{14}}{{l}}{{\emph{{{scale} scale: {panel['layers']} layers, "
                   rf"d\_model {panel['d_model']}, {panel['n_head']} heads}}}} \\", *latex_rows(panel)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"]) + "\n"
 
@@ -379,7 +392,7 @@ def make_folder(path):
 def write_comparison(args, device):
     out, length = make_folder(Path(args.out or "assets")), length_name(args.tokens)
     suffix = "" if length == "128k" else f"_{length}"
-    result = compare(args.tokens, round(args.memory * GIB), device)
+    result = compare(args.tokens, round((args.memory or 1 / 16) * GIB), device)
     write_json(out / f"memory{suffix}.json", result)
     write_whole(out / f"table_memory{suffix}.tex", lambda temporary: temporary.write_text(latex(result)))
     write_whole(out / f"fig_memory_{length}.png", lambda temporary: draw(result, temporary))
@@ -414,15 +427,16 @@ def decomposition(cfg, controls, measured, tokens, limit, device):
     return dict(estimate_bytes=bytes_, measured=taken, factors=factors(cfg, controls, tokens))
 
 
-def report(cfg, measured, factors_):
-    """Print what was measured, a line per policy."""
+def report(cfg, measured, found):
+    """Print what was measured, a line per policy. found: the factors."""
+    def number(n):
+        return "unknown" if n is None else f"{n:,}"
+
     for policy, m in measured.items():
-        peak, part = m["peak"], m["layers"] < cfg.layers or m["scale_factor"] != 1
-        extra = peak["decode_extra_bytes"]
-        print(f"{policy}: {m['owned_bytes']:,} bytes owned, {peak['taken_bytes'] or 0:,} taken, decoding "
-              f"{'unknown' if extra is None else f'{extra:,}'} more ({m['kernel']}); {factors_[policy]['end_to_end']:.3g} x "
-              "smaller than standard fp16"
-              + f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g}" * part)
+        part = f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g} for all"
+        print(f"{policy}: {m['owned_bytes']:,} bytes owned, {number(m['peak']['taken_bytes'])} taken, a decode step "
+              f"{number(m['peak']['decode_extra_bytes'])} more ({m['kernel']}); {found[policy]['end_to_end']:.3g} "
+              "times smaller than standard fp16" + part * (m["scale_factor"] != 1))
 
 
 @torch.inference_mode()
@@ -431,11 +445,12 @@ def write_checkpoint(args, device):
     path = Path(args.ckpt)
     path = path / "best.pt" if path.is_dir() else path
     ckpt = load_checkpoint(path, device)
-    model, limit = load_model(ckpt), round(args.memory * GIB)
+    model, limit = load_model(ckpt), round((args.memory or 1) * GIB)
     cfg, blocks = model.cfg, model.blocks
     dtype, why = pick_dtype("auto", device)
+    warm_up(device)
     with autocast(device, dtype):
-        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))        # libraries load
+        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
     measured = {}
     for policy in policies(cfg):
         with autocast(device, dtype):
@@ -443,8 +458,9 @@ def write_checkpoint(args, device):
     parts = decomposition(cfg, control_configs(cfg), measured, args.tokens, limit, device)
     out = make_folder(Path(args.out or path.parent)) / f"mem{length_name(args.tokens)}.json"
     write_json(out, dict(tokens=args.tokens, batch=1, ckpt=relative(str(path)), step=ckpt["step"],
-                         config=dataclasses.asdict(cfg), dtype=f"{dtype} ({why})", estimate_bytes=estimate(cfg, args.tokens),
-                         measured=measured, decomposition=parts, limit_bytes=limit, env=provenance(device)))
+                         config=dataclasses.asdict(cfg), dtype=f"{dtype} ({why})", limit_bytes=limit,
+                         estimate_bytes=estimate(cfg, args.tokens), measured=measured, decomposition=parts,
+                         env=provenance(device)))
     report(cfg, measured, parts["factors"])
     print(f"written to {out}")
 
@@ -458,7 +474,7 @@ def parse_args(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--ckpt", help="run folder (its best.pt) or checkpoint to measure")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the context (131072)")
-    parser.add_argument("--memory", type=float, default=0.5, help="largest cache that is filled, in GiB (0.5)")
+    parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB (1/16; with --ckpt 1)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="folder of the results (assets, or the checkpoint's)")
     return parser.parse_args(argv)
@@ -467,8 +483,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.tokens < 2 or not 0 < args.memory < float("inf"):
-            raise UserError(f"--tokens {args.tokens} must be at least 2 and --memory {args.memory} above 0")
+        if args.tokens < 2:
+            raise UserError(f"--tokens {args.tokens} must be at least 2")
+        if args.memory is not None and not 0 < args.memory < float("inf"):
+            raise UserError(f"--memory {args.memory} must be above 0")
         device = pick_device(args.device)
         (write_checkpoint if args.ckpt else write_comparison)(args, device)
         return 0
