@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
-MOST_LABELS = 22                                           # of an axis of a small panel
+MOST_LABELS = 16                                           # of an axis of a small panel
 PATHS = {"sem": "semantic score", "geo": "geometric score"}
 REGIONS = {"exemplar": ("#0072B2", "-", "o"), "target": ("#D55E00", "--", "s"), "null": ("#000000", ":", "^")}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")            # Okabe and Ito's
@@ -120,7 +120,7 @@ def merge_labels(pieces, most=MOST_LABELS, longest=14):
     size, starts = -(-len(pieces) // most), [0]
     for i, piece in enumerate(pieces):
         length, inside = i - starts[-1], piece[:1] and 0x80 <= piece[0] < 0xC0
-        if length >= size and not inside and (size == 1 or piece[:1].isspace() or length >= 2 * size):
+        if length >= size and not inside and (size == 1 or piece[:1].isspace() or length >= max(2 * size, 8)):
             starts.append(i)
     spans = zip(starts, [*starts[1:], len(pieces)])
     labels = [(a, b, readable(b"".join(pieces[a:b]))) for a, b in spans]
@@ -231,12 +231,17 @@ def columns(subject, layer):
     return [*shown, ("attention", m.probs.cpu().masked_fill(mask, torch.nan), False)]
 
 
+def high(tensors):
+    """What half a per cent of all magnitudes exceed: a scale that outliers don't bleach."""
+    x = torch.cat([x[x.isfinite()].abs() for x in tensors])
+    return x.sort().values[int(0.995 * (len(x) - 1))].item() or 1.0
+
+
 def draw_layer(subjects, layer, heads, path):
     """A row per head; per subject a column for each path's scores, their sum, and attention."""
     shown = [(s, *column) for s in subjects if layer < len(s.maps) for column in columns(s, layer)]
     rows = heads or range(max(s.cfg.n_head for s in subjects))
-    finite = torch.cat([x[x.isfinite()].abs() for *_, x, is_score in shown if is_score])
-    top = finite.sort().values[int(0.995 * (len(finite) - 1))].item() or 1.0    # outliers would bleach the rest
+    tops = {kind: high(x for *_, x, is_score in shown if is_score == kind) for kind in (True, False)}
     size = (2.2 * len(shown) + 0.9, 2.2 * len(rows) + 1.6)
     fig, axes = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False, layout="constrained")
     images = {}
@@ -246,8 +251,8 @@ def draw_layer(subjects, layer, heads, path):
                 ax.axis("off")
                 continue
             T, null = len(subject.ids), x.size(2) - len(subject.ids)
-            how = dict(cmap="PuOr_r", vmin=-top, vmax=top) if is_score else dict(
-                cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, 1))
+            how = dict(cmap="PuOr_r", vmin=-tops[True], vmax=tops[True]) if is_score else dict(
+                cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, tops[False]))
             images[is_score] = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
                                          interpolation="nearest", **how)
             ax.set_facecolor("#dddddd")
@@ -257,22 +262,21 @@ def draw_layer(subjects, layer, heads, path):
             ax.set_title(f"{title}, head {head}", fontsize=8)
             if row == 0 and first:
                 ax.annotate(subject.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
-    fig.colorbar(images[True], ax=axes, location="bottom", shrink=0.35, aspect=40, anchor=(0.1, 1), extend="both",
-                 label="scaled logit")
-    fig.colorbar(images[False], ax=axes, location="bottom", shrink=0.35, aspect=40, anchor=(0.9, 1),
-                 label="attention (colours by square root)")
+    for kind, extend, text in ((True, "both", "scaled logit"), (False, "max", "attention (square root)")):
+        below = [ax for ax, (s, _, _, is_score) in zip(axes[-1], shown) if s is shown[0][0] and is_score == kind]
+        fig.colorbar(images[kind], ax=below, location="bottom", aspect=15 * len(below), extend=extend, label=text)
     fig.suptitle(f"layer {layer}: rows are queries, columns keys", fontsize=10)
     save(fig, path)
 
 
-def annotated(fig, ax, values, title):
-    """A layer x head table [L, H] in colours, its numbers written in."""
-    image = ax.imshow(values.numpy(), cmap="viridis", aspect="auto", vmin=0)
-    middle = values.max().item() / 2
-    for (layer, head), value in ((index, values[index].item()) for index in
-                                 ((i, j) for i in range(len(values)) for j in range(values.size(1)))):
-        ax.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
-                color="white" if value < middle else "black")
+def annotated(fig, ax, values, title, top=None):
+    """A layer x head table [L, H] in colours from 0 to `top`, its numbers written in."""
+    image = ax.imshow(values.numpy(), cmap="viridis", aspect="auto", vmin=0, vmax=top)
+    middle = image.get_clim()[1] / 2
+    for layer, row in enumerate(values.tolist()):
+        for head, value in enumerate(row):
+            ax.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
+                    color="white" if value < middle else "black")
     ax.set(xlabel="head", ylabel="layer", xticks=range(values.size(1)), yticks=range(len(values)))
     ax.set_title(title, fontsize=9)
     fig.colorbar(image, ax=ax)
@@ -284,9 +288,10 @@ def draw_summary(subjects, path):
     height = max(2.6, 0.3 * max(len(s.maps) for s in subjects) + 1.4)
     fig, axes = plt.subplots(len(subjects), width, figsize=(4.6 * width, height * len(subjects)), squeeze=False,
                              layout="constrained")
-    for line, subject in zip(axes, subjects):
-        annotated(fig, line[0], torch.stack([m.entropy().mean(1) for m in subject.maps]).cpu(),
-                  f"{subject.title}\nentropy of attention (nats), mean over queries")
+    entropies = [torch.stack([m.entropy().mean(1) for m in s.maps]).cpu() for s in subjects]      # [L, H] each
+    for line, subject, entropy in zip(axes, subjects, entropies):
+        annotated(fig, line[0], entropy, f"{subject.title}\nentropy of attention (nats), mean over queries",
+                  max(x.max().item() for x in entropies))
         if not subject.maps[0].null:
             for ax in line[1:]:
                 ax.axis("off")
@@ -297,7 +302,7 @@ def draw_summary(subjects, path):
         for layer, mass in enumerate(null.mean(1)):
             line[2].plot(mass, color=LINES[layer % 7], linestyle=("-", "--", "-.", ":")[layer % 4], linewidth=1.2,
                          label=f"layer {layer}")
-        line[2].set(ylim=(0, 1), xlim=(-0.5, len(subject.ids) - 0.5), ylabel="null mass")
+        line[2].set(ylim=(0, None), xlim=(-0.5, len(subject.ids) - 0.5), ylabel="null mass")
         line[2].set_title(f"{subject.title}\nnull mass per query, mean over heads", fontsize=9)
         line[2].legend(fontsize=7, ncols=1 + len(subject.maps) // 6)
         line[2].grid(alpha=0.3)
@@ -313,7 +318,7 @@ def draw_query(subjects, path):
     for (ax,), s in zip(axes, subjects):
         null, seen = s.maps[0].null, s.query + 1
         rows = torch.stack([m.probs[:, s.query, :null + seen].mean(0) for m in s.maps]).cpu()     # [L, N + seen]
-        image = ax.imshow(rows.numpy(), cmap="viridis", aspect="auto", norm=matplotlib.colors.PowerNorm(0.5, 0, 1),
+        image = ax.imshow(rows.numpy(), cmap="viridis", aspect="auto", norm=matplotlib.colors.PowerNorm(0.5, 0),
                           interpolation="nearest", extent=(-0.5 - null, seen - 0.5, len(s.maps) - 0.5, -0.5))
         if s.anchor is not None:
             ax.axvline(s.anchor - 0.5, color="white", linewidth=1.5)
