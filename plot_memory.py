@@ -24,7 +24,6 @@ For other modes, "these formats" of the policy hetero are q8_0 for keys with RoP
 import argparse
 import ctypes
 import dataclasses
-import gc
 import json
 import platform
 import sys
@@ -142,7 +141,6 @@ def resident(name):
 
 def held_bytes(device):
     """Bytes in use now: PyTorch's on a CUDA device, the process's on Linux; None where nobody counts them."""
-    gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu" or sys.platform != "linux":

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 import torch
 
 from train_dba import UserError, load_checkpoint, load_model, pick_device, relative, split_heads, write_whole
@@ -231,40 +232,44 @@ def columns(subject, layer):
     return [*shown, ("attention", m.probs.cpu().masked_fill(mask, torch.nan), False)]
 
 
-def high(tensors):
-    """What half a per cent of all magnitudes exceed: a scale that outliers don't bleach."""
-    x = torch.cat([x[x.isfinite()].abs() for x in tensors])
-    return x.sort().values[int(0.995 * (len(x) - 1))].item() or 1.0
+def colors(x, is_score):
+    """imshow's settings for values x: up to what half a per cent of all magnitudes exceed, so that outliers don't
+    bleach the rest."""
+    x = x[x.isfinite()].abs().sort().values
+    top = x[int(0.995 * (len(x) - 1))].item() or 1.0
+    if is_score:
+        return dict(cmap="PuOr_r", vmin=-top, vmax=top)
+    return dict(cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, top))
 
 
 def draw_layer(subjects, layer, heads, path):
-    """A row per head; per subject a column for each path's scores, their sum, and attention."""
+    """A row per head; per subject a column for each path's scores, their sum, and attention. Every column has its own
+    scale, below it: next to geometric scores, semantic ones can be too small to see."""
     shown = [(s, *column) for s in subjects if layer < len(s.maps) for column in columns(s, layer)]
     rows = heads or range(max(s.cfg.n_head for s in subjects))
-    tops = {kind: high(x for *_, x, is_score in shown if is_score == kind) for kind in (True, False)}
     size = (2.2 * len(shown) + 0.9, 2.2 * len(rows) + 1.6)
     fig, axes = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False, layout="constrained")
-    images = {}
     for row, (head, line) in enumerate(zip(rows, axes)):
         for i, (ax, (subject, title, x, is_score)) in enumerate(zip(line, shown)):
             if head >= subject.cfg.n_head:
                 ax.axis("off")
                 continue
             T, null = len(subject.ids), x.size(2) - len(subject.ids)
-            how = dict(cmap="PuOr_r", vmin=-tops[True], vmax=tops[True]) if is_score else dict(
-                cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, tops[False]))
-            images[is_score] = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
-                                         interpolation="nearest", **how)
+            image = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
+                              interpolation="nearest", **colors(x, is_score))
             ax.set_facecolor("#dddddd")
             labels, first = merge_labels(subject.pieces), i == 0 or shown[i - 1][0] is not subject
+            last = head == [h for h in rows if h < subject.cfg.n_head][-1]
             token_ticks(ax.yaxis, labels) if first else ax.set_yticks([])
-            token_ticks(ax.xaxis, labels, null, 90) if row == len(rows) - 1 else ax.set_xticks([])
+            token_ticks(ax.xaxis, labels, null, 90) if last else ax.set_xticks([])
             ax.set_title(f"{title}, head {head}", fontsize=8)
+            if last:
+                bar = fig.colorbar(image, ax=ax, location="bottom", aspect=15, extend="both" if is_score else "max")
+                bar.set_label("scaled logit" if is_score else "attention (square root)", fontsize=7)
+                bar.ax.tick_params(labelsize=6)
+                bar.locator = matplotlib.ticker.MaxNLocator(4)
             if row == 0 and first:
                 ax.annotate(subject.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
-    for kind, extend, text in ((True, "both", "scaled logit"), (False, "max", "attention (square root)")):
-        below = [ax for ax, (s, _, _, is_score) in zip(axes[-1], shown) if s is shown[0][0] and is_score == kind]
-        fig.colorbar(images[kind], ax=below, location="bottom", aspect=15 * len(below), extend=extend, label=text)
     fig.suptitle(f"layer {layer}: rows are queries, columns keys", fontsize=10)
     save(fig, path)
 

@@ -74,10 +74,10 @@ def test_every_scale_has_every_kind_of_model():
 @pytest.mark.parametrize("mode", MODES)
 def test_measured_is_what_the_formula_says(mode):
     cfg = config(settings(mode))
-    for policy in policies(cfg):
-        for limit in (10**9, cache_bytes(cfg, 1, CACHE_BLOCK, policy)):         # all of it, and 512 tokens of it
-            found = measure_fill(cfg, policy, 3 * CACHE_BLOCK, limit, CPU)
-            assert found["scaled_owned_bytes"] == cache_bytes(cfg, 1, 3 * CACHE_BLOCK, policy)
+    for policy, limit in zip(policies(cfg), (10**9, 1, 10**9, 1)):              # all tokens, or 512 of them
+        found = measure_fill(cfg, policy, 3 * CACHE_BLOCK, limit, CPU)
+        assert found["tokens"] == (CACHE_BLOCK if limit == 1 else 3 * CACHE_BLOCK)
+        assert found["scaled_owned_bytes"] == cache_bytes(cfg, 1, 3 * CACHE_BLOCK, policy)
 
 
 def test_filled_memory_is_taken():
