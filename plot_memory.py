@@ -425,16 +425,15 @@ def decomposition(cfg, controls, measured, tokens, limit, device):
     return dict(estimate_bytes=bytes_, measured=taken, factors=factors(cfg, controls, tokens))
 
 
-def report(cfg, measured, found):
-    """Print what was measured, a line per policy. found: the factors."""
+def report(policy, m, factor):
+    """Print what was measured for one policy, which makes the cache `factor` times smaller than standard fp16."""
     def number(n):
         return "unknown" if n is None else f"{n:,}"
 
-    for policy, m in measured.items():
-        part = f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g} for all"
-        print(f"{policy}: {m['owned_bytes']:,} bytes owned, {number(m['peak']['taken_bytes'])} taken, a decode step "
-              f"{number(m['peak']['decode_extra_bytes'])} more ({m['kernel']}); {found[policy]['end_to_end']:.3g} "
-              "times smaller than standard fp16" + part * (m["scale_factor"] != 1))
+    part = f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g} for all"
+    print(f"{policy}: {m['owned_bytes']:,} bytes owned, {number(m['peak']['taken_bytes'])} taken, a decode step "
+          f"{number(m['peak']['decode_extra_bytes'])} more ({m['kernel']}); {factor:.3g} times smaller than standard "
+          "fp16" + part * (m["scale_factor"] != 1), flush=True)
 
 
 @torch.inference_mode()
@@ -449,17 +448,17 @@ def write_checkpoint(args, device):
     warm_up(device)
     with autocast(device, dtype):
         model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
-    measured = {}
-    for policy in policies(cfg):
+    controls, measured = control_configs(cfg), {}
+    for policy, found in factors(cfg, controls, args.tokens).items():
         with autocast(device, dtype):
             measured[policy] = measure_decode(model, blocks, policy, args.tokens, limit, device)
-    parts = decomposition(cfg, control_configs(cfg), measured, args.tokens, limit, device)
+        report(policy, measured[policy], found["end_to_end"])
+    parts = decomposition(cfg, controls, measured, args.tokens, limit, device)
     out = make_folder(Path(args.out or path.parent)) / f"mem{length_name(args.tokens)}.json"
     write_json(out, dict(tokens=args.tokens, batch=1, ckpt=relative(str(path)), step=ckpt["step"],
                          config=dataclasses.asdict(cfg), dtype=f"{dtype} ({why})", limit_bytes=limit,
                          estimate_bytes=estimate(cfg, args.tokens), measured=measured, decomposition=parts,
                          env=provenance(device)))
-    report(cfg, measured, parts["factors"])
     print(f"written to {out}")
 
 
