@@ -1,0 +1,435 @@
+"""
+What a checkpoint attends to: heat maps per layer and head, entropies, the null token's share, mass over depth.
+
+    python3 vis_heatmap.py --ckpt runs/ckpt_decoupled --prompt "The red fox. The blue fox. The red" --anchor "The red"
+    python3 vis_heatmap.py --ckpt runs/ckpt_standard --compare runs/ckpt_decoupled --prompt-file prompt.txt
+
+In --out (assets/heatmap_<run>), of each --layers a layer_<n>.png with a row per head and a column per map, and
+
+    summary.png   entropy of attention per layer and head (nats, mean over queries), the null token's mass per query
+    query.png     what --query (default: the last token) attends to, layer by layer, mean over heads
+    depth.png     with --anchor: that query's mass on the exemplars (tokens before the anchor's last occurrence), on the
+                  target (from the anchor on) and on the null token, per layer; dots are the regions' share of tokens
+    heatmap.json  the numbers: entropy and null mass of every layer, head and query, masses of every layer and head
+
+Modes with two score paths show the scaled logits of each, semantic and geometric, their sum, and its softmax. Attention
+is computed again from what the attention modules are given; the model itself keeps no attention matrices.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+import torch
+
+from train_dba import UserError, load_checkpoint, load_model, pick_device, relative, split_heads, write_whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
+MOST_LABELS = 16                                           # of an axis of a small panel
+PATHS = {"sem": "semantic score", "geo": "geometric score"}
+REGIONS = {"exemplar": ("#0072B2", "-", "o"), "target": ("#D55E00", "--", "s"), "null": ("#000000", ":", "^")}
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")            # Okabe and Ito's
+
+
+# -----------------------------------------------------------------------------
+# Attention, computed again
+
+@dataclass
+class Maps:
+    """Attention of one layer to one prompt; N is 1 with a null token, which then is the first key, else 0.
+
+    scores {path: [H, T, T]}: scaled logits from every query to every key, future ones too; null_score [H, T] or None;
+    probs [H, T, N + T]: the softmax of their sum over what a query may see; values [H, N + T, v]."""
+    scores: dict
+    null_score: torch.Tensor | None
+    probs: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def null(self):
+        return int(self.null_score is not None)
+
+    def entropy(self):
+        """Entropy of attention [H, T] in nats, over the keys and the null token."""
+        return torch.special.entr(self.probs).sum(-1)
+
+    def null_mass(self):
+        """Attention to the null token [H, T], or None without one."""
+        return self.probs[..., 0] if self.null else None
+
+    def masses(self, query, anchor):
+        """{region: [H]} of one query's attention: tokens before the anchor, from it on, the null token if there is."""
+        row = self.probs[:, query]
+        split = self.null + anchor
+        masses = dict(exemplar=row[:, self.null:split].sum(-1), target=row[:, split:].sum(-1))
+        return {**masses, "null": row[:, 0]} if self.null else masses
+
+
+@torch.no_grad()
+def attention_maps(attn, x):
+    """Maps of an Attention module for its input x [1, T, D], by the module's own projections."""
+    shape, H, T = attn.shape, attn.n_head, x.size(1)
+    pos, latent, scores, null_score = torch.arange(T, device=x.device)[None], attn.latent(x), {}, 0.0
+    for path in shape.paths:
+        q, k, null = attn.project(path, x, latent, pos, absorb=False)
+        k = k[0].float().repeat_interleave(H // path.groups, 0)                                   # [H, T, w]
+        scores[path.name], null_score = q[0] @ k.mT, null_score + null                            # [H, T, T]
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    total = sum(scores.values()).masked_fill(future, -torch.inf)
+    values = split_heads(attn.v(latent), shape.v_groups)[0]                                       # [G, T, v]
+    if attn.null:
+        null_v = attn.null[shape.v_stream]
+        null_v = (attn.v(null_v) if shape.latent else null_v).view(shape.v_groups, 1, -1)
+        total, values = torch.cat([null_score[0, ..., None], total], -1), torch.cat([null_v, values], 1)
+    values = values.float().repeat_interleave(H // shape.v_groups, 0)                             # [H, N + T, v]
+    return Maps(scores, null_score[0] if attn.null else None, total.softmax(-1), values)
+
+
+@torch.no_grad()
+def read_maps(model, ids):
+    """Maps of every layer for token ids [1, T]."""
+    maps = []
+    hooks = [block.attn.register_forward_pre_hook(lambda attn, args: maps.append(attention_maps(attn, args[0])))
+             for block in model.blocks]
+    try:
+        model.hidden(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
+
+
+# -----------------------------------------------------------------------------
+# A prompt's tokens
+
+def readable(piece):
+    """The bytes of a token as a label: blanks and what can't be printed escaped."""
+    text = piece.decode("utf-8", "backslashreplace").replace(" ", "␣")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def merge_labels(pieces, most=MOST_LABELS, longest=14):
+    """[(first token, one past the last, label)] for at most `most` labels of the tokens' bytes. Where there are more
+    tokens they share labels, cut before a blank if there is one nearby, and never within a UTF-8 character."""
+    size, starts = -(-len(pieces) // most), [0]
+    for i, piece in enumerate(pieces):
+        length, inside = i - starts[-1], piece[:1] and 0x80 <= piece[0] < 0xC0
+        if length >= size and not inside and (size == 1 or piece[:1].isspace() or length >= max(2 * size, 8)):
+            starts.append(i)
+    spans = zip(starts, [*starts[1:], len(pieces)])
+    labels = [(a, b, readable(b"".join(pieces[a:b]))) for a, b in spans]
+    return [(a, b, text if len(text) <= longest else text[:longest - 1] + "…") for a, b, text in labels]
+
+
+def find_anchor(pieces, anchor):
+    """The token that holds the start of the anchor's last occurrence in the tokens' text."""
+    at, end = b"".join(pieces).rfind(anchor.encode()), 0
+    if not anchor or at < 0:
+        raise UserError(f"--anchor {anchor!r} is not in the prompt")
+    for i, piece in enumerate(pieces):
+        end += len(piece)
+        if at < end:
+            return i
+
+
+# -----------------------------------------------------------------------------
+# What is drawn
+
+@dataclass
+class Subject:
+    """A checkpoint and its attention to the prompt: pieces are the tokens' bytes, query and anchor are token numbers
+    (anchor None without --anchor)."""
+    name: str
+    cfg: object
+    step: int
+    ids: list
+    pieces: list
+    maps: list
+    query: int
+    anchor: int | None
+
+    @property
+    def title(self):
+        return f"{self.name} ({self.cfg.attn_mode})"
+
+
+def load_subject(path, prompt, anchor, query, device):
+    """Subject of a run folder (its best.pt) or checkpoint. Raises UserError where the prompt doesn't fit."""
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    ckpt = load_checkpoint(path, device)
+    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    try:
+        ids = tokenizer.encode(prompt).tolist()
+    except UnicodeEncodeError:
+        raise UserError("--prompt must be UTF-8 text") from None
+    if not 1 <= len(ids) <= MOST_TOKENS:
+        raise UserError(f"the prompt has {len(ids):,} tokens; a map can show 1 to {MOST_TOKENS:,}")
+    if not -len(ids) <= query < len(ids):
+        raise UserError(f"--query {query} is not one of the prompt's {len(ids)} tokens")
+    if len(ids) > model.cfg.block:
+        print(f"warning: {len(ids)} tokens go past the {model.cfg.block} of the training context of {path}",
+              file=sys.stderr)
+    pieces, query = [tokenizer.decode([i]) for i in ids], query % len(ids)
+    at = None if anchor is None else find_anchor(pieces, anchor)
+    if at is not None and at > query:
+        raise UserError(f"--query {query} is before the anchor, token {at}; nothing of the target is visible to it")
+    maps = read_maps(model, torch.tensor([ids], device=device))
+    if not all(m.probs.isfinite().all() for m in maps):
+        raise UserError(f"{path} gives attention that isn't finite: a broken checkpoint?")
+    return Subject(path.resolve().parent.name, model.cfg, ckpt["step"], ids, pieces, maps, query, at)
+
+
+def rounded(tensor):
+    return [round(x, 6) for x in tensor.tolist()] if tensor.dim() == 1 else [rounded(row) for row in tensor]
+
+
+def numbers(subject, path):
+    """What heatmap.json says of one checkpoint. score_std: standard deviation of a path's visible scores, per head."""
+    layers, seen = [], torch.ones(len(subject.ids), len(subject.ids)).tril().bool()
+    for m in subject.maps:
+        layer = dict(entropy=rounded(m.entropy()), mean_entropy=rounded(m.entropy().mean(1)))
+        layer["score_std"] = {name: rounded(x.cpu()[:, seen].std(1, correction=0)) for name, x in m.scores.items()}
+        layer["null_mass"] = rounded(m.null_mass()) if m.null else None
+        layer["mean_null_mass"] = rounded(m.null_mass().mean(1)) if m.null else None
+        if subject.anchor is not None:
+            masses = m.masses(subject.query, subject.anchor)
+            layer["mass"] = {region: rounded(mass) for region, mass in masses.items()}
+            layer["mean_mass"] = {region: round(mass.mean().item(), 6) for region, mass in masses.items()}
+        layers.append(layer)
+    return dict(ckpt=relative(str(path)), attn_mode=subject.cfg.attn_mode, step=subject.step, token_ids=subject.ids,
+                labels=[readable(piece) for piece in subject.pieces], query=subject.query, anchor_token=subject.anchor,
+                layers=layers)
+
+
+def save(fig, path):
+    write_whole(path, lambda temporary: fig.savefig(temporary, format="png", dpi=150, metadata={"Software": None}))
+    plt.close(fig)
+
+
+def token_ticks(axis, labels, null=0, rotation=0, size=6):
+    """Label an axis with merged tokens, the null token at -1."""
+    ticks = [(-1.0, "null")] * null + [((a + b - 1) / 2, text) for a, b, text in labels]
+    places, texts = zip(*ticks)
+    axis.set_ticks(places, texts, fontsize=size, rotation=rotation, fontfamily="monospace", parse_math=False)
+    axis.set_tick_params(length=2)
+
+
+def columns(subject, layer):
+    """[(title, [H, T, keys], is it a score)] of one layer of a subject; future keys are NaN."""
+    m, T = subject.maps[layer], len(subject.ids)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    scores = {PATHS[name]: x for name, x in m.scores.items()} if len(m.scores) > 1 else {}
+    scores["total score" if scores else "score"] = sum(m.scores.values())
+    shown = [(title, x.cpu().masked_fill(future, torch.nan), True) for title, x in scores.items()]
+    mask = torch.cat([torch.zeros(T, m.null, dtype=torch.bool), future], 1)
+    return [*shown, ("attention", m.probs.cpu().masked_fill(mask, torch.nan), False)]
+
+
+def colors(x, is_score):
+    """imshow's settings for values x: up to what half a per cent of all magnitudes exceed, so that outliers don't
+    bleach the rest."""
+    x = x[x.isfinite()].abs().sort().values
+    top = x[int(0.995 * (len(x) - 1))].item() or 1.0
+    if is_score:
+        return dict(cmap="PuOr_r", vmin=-top, vmax=top)
+    return dict(cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, top))
+
+
+def draw_layer(subjects, layer, heads, path):
+    """A row per head; per subject a column for each path's scores, their sum, and attention. Every column has its own
+    scale, below it: next to geometric scores, semantic ones can be too small to see."""
+    shown = [(s, *column) for s in subjects if layer < len(s.maps) for column in columns(s, layer)]
+    rows = heads or range(max(s.cfg.n_head for s in subjects))
+    size = (2.2 * len(shown) + 0.9, 2.2 * len(rows) + 1.6)
+    fig, axes = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False, layout="constrained")
+    for row, (head, line) in enumerate(zip(rows, axes)):
+        for i, (ax, (subject, title, x, is_score)) in enumerate(zip(line, shown)):
+            if head >= subject.cfg.n_head:
+                ax.axis("off")
+                continue
+            T, null = len(subject.ids), x.size(2) - len(subject.ids)
+            image = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
+                              interpolation="nearest", **colors(x, is_score))
+            ax.set_facecolor("#dddddd")
+            labels, first = merge_labels(subject.pieces), i == 0 or shown[i - 1][0] is not subject
+            last = head == [h for h in rows if h < subject.cfg.n_head][-1]
+            token_ticks(ax.yaxis, labels) if first else ax.set_yticks([])
+            token_ticks(ax.xaxis, labels, null, 90) if last else ax.set_xticks([])
+            ax.set_title(f"{title}, head {head}", fontsize=8)
+            if last:
+                bar = fig.colorbar(image, ax=ax, location="bottom", aspect=15, extend="both" if is_score else "max")
+                bar.set_label("scaled logit" if is_score else "attention (square root)", fontsize=7)
+                bar.ax.tick_params(labelsize=6)
+                bar.locator = matplotlib.ticker.MaxNLocator(4)
+            if row == 0 and first:
+                ax.annotate(subject.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
+    fig.suptitle(f"layer {layer}: rows are queries, columns keys", fontsize=10)
+    save(fig, path)
+
+
+def annotated(fig, ax, values, title, top=None):
+    """A layer x head table [L, H] in colours from 0 to `top`, its numbers written in."""
+    image = ax.imshow(values.numpy(), cmap="viridis", aspect="auto", vmin=0, vmax=top)
+    middle = image.get_clim()[1] / 2
+    for layer, row in enumerate(values.tolist()):
+        for head, value in enumerate(row):
+            ax.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
+                    color="white" if value < middle else "black")
+    ax.set(xlabel="head", ylabel="layer", xticks=range(values.size(1)), yticks=range(len(values)))
+    ax.set_title(title, fontsize=9)
+    fig.colorbar(image, ax=ax)
+
+
+def draw_summary(subjects, path):
+    """Entropy per layer and head, null mass per layer and head, null mass per query and layer (mean over heads)."""
+    width = 3 if any(s.maps[0].null for s in subjects) else 1
+    height = max(2.6, 0.3 * max(len(s.maps) for s in subjects) + 1.4)
+    fig, axes = plt.subplots(len(subjects), width, figsize=(4.6 * width, height * len(subjects)), squeeze=False,
+                             layout="constrained")
+    entropies = [torch.stack([m.entropy().mean(1) for m in s.maps]).cpu() for s in subjects]      # [L, H] each
+    for line, subject, entropy in zip(axes, subjects, entropies):
+        annotated(fig, line[0], entropy, f"{subject.title}\nentropy of attention (nats), mean over queries",
+                  max(x.max().item() for x in entropies))
+        if not subject.maps[0].null:
+            for ax in line[1:]:
+                ax.axis("off")
+                ax.text(0.5, 0.5, "no null token", ha="center", fontsize=9, transform=ax.transAxes)
+            continue
+        null = torch.stack([m.null_mass() for m in subject.maps]).cpu()                           # [L, H, T]
+        annotated(fig, line[1], null.mean(2), f"{subject.title}\nnull mass, mean over queries")
+        for layer, mass in enumerate(null.mean(1)):
+            line[2].plot(mass, color=LINES[layer % 7], linestyle=("-", "--", "-.", ":")[layer % 4], linewidth=1.2,
+                         label=f"layer {layer}")
+        line[2].set(ylim=(0, None), xlim=(-0.5, len(subject.ids) - 0.5), ylabel="null mass")
+        line[2].set_title(f"{subject.title}\nnull mass per query, mean over heads", fontsize=9)
+        line[2].legend(fontsize=7, ncols=1 + len(subject.maps) // 6)
+        line[2].grid(alpha=0.3)
+        token_ticks(line[2].xaxis, merge_labels(subject.pieces), 0, 90)
+    save(fig, path)
+
+
+def draw_query(subjects, path):
+    """What the query attends to, a row per layer, mean over heads; a line at the anchor."""
+    heights = [max(1.2, 0.28 * len(s.maps)) for s in subjects]
+    fig, axes = plt.subplots(len(subjects), 1, figsize=(9, sum(heights) + 1.3 * len(subjects)), squeeze=False,
+                             layout="constrained", gridspec_kw=dict(height_ratios=heights))
+    for (ax,), s in zip(axes, subjects):
+        null, seen = s.maps[0].null, s.query + 1
+        rows = torch.stack([m.probs[:, s.query, :null + seen].mean(0) for m in s.maps]).cpu()     # [L, N + seen]
+        image = ax.imshow(rows.numpy(), cmap="viridis", aspect="auto", norm=matplotlib.colors.PowerNorm(0.5, 0),
+                          interpolation="nearest", extent=(-0.5 - null, seen - 0.5, len(s.maps) - 0.5, -0.5))
+        if s.anchor is not None:
+            ax.axvline(s.anchor - 0.5, color="white", linewidth=1.5)
+        ax.set(ylabel="layer", yticks=range(len(s.maps)))
+        ax.set_title(f"{s.title}: attention of token {s.query} “{readable(s.pieces[s.query])}”, mean over heads",
+                     fontsize=9, parse_math=False)
+        token_ticks(ax.xaxis, merge_labels(s.pieces[:seen], 60, 20), null, 90, 7)
+        fig.colorbar(image, ax=ax, pad=0.01)
+    save(fig, path)
+
+
+def draw_depth(subjects, anchor, path):
+    """Mass of the query's attention per region and layer: mean over heads, smallest to largest head shaded."""
+    fig, axes = plt.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 3.4), squeeze=False, sharey=True,
+                             layout="constrained")
+    for ax, s in zip(axes[0], subjects):
+        masses, x = [m.masses(s.query, s.anchor) for m in s.maps], range(len(s.maps))
+        share = dict(exemplar=s.anchor / (s.query + 1), target=1 - s.anchor / (s.query + 1))
+        for region in masses[0]:
+            color, style, marker = REGIONS[region]
+            heads = torch.stack([mass[region] for mass in masses]).cpu()                          # [L, H]
+            ax.plot(x, heads.mean(1), color=color, linestyle=style, marker=marker, markersize=4,
+                    label=region + (f" ({'before' if region == 'exemplar' else 'from'} “{readable(anchor.encode())}”)"
+                                    if region in share else " token"))
+            ax.fill_between(x, heads.amin(1), heads.amax(1), color=color, alpha=0.13, linewidth=0)
+            if region in share:
+                ax.axhline(share[region], color=color, linestyle=(0, (1, 3)), linewidth=1)
+        ax.set(xlabel="layer", ylim=(0, 1), xticks=x)
+        ax.set_title(f"{s.title}\nattention mass of token {s.query}", fontsize=9)
+        ax.grid(alpha=0.3)
+        for text in ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3,
+                              frameon=False).get_texts():
+            text.set_parse_math(False)
+    axes[0, 0].set_ylabel("mass (mean over heads, range shaded)")
+    save(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+def read_prompt(args):
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise UserError("give one of --prompt and --prompt-file")
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        return Path(args.prompt_file).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt-file {args.prompt_file} can't be read as UTF-8 text ({type(e).__name__})") from None
+
+
+def chosen(name, wanted, count):
+    """--layers or --heads as a list, all if none was given."""
+    if wrong := [i for i in wanted or () if not 0 <= i < count]:
+        raise UserError(f"--{name} {wrong[0]} is not one of 0 to {count - 1}")
+    return wanted or list(range(count))
+
+
+def draw(args):
+    """Everything for one command line."""
+    prompt, device = read_prompt(args), pick_device(args.device)
+    paths = [args.ckpt, args.compare] if args.compare else [args.ckpt]
+    subjects = [load_subject(path, prompt, args.anchor, args.query, device) for path in paths]
+    layers = chosen("layers", args.layers, max(len(s.maps) for s in subjects))
+    heads = chosen("heads", args.heads, max(s.cfg.n_head for s in subjects))
+    out = Path(args.out or "assets/heatmap_" + "_".join(s.name for s in subjects))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {out} ({e.strerror}); give another --out") from None
+    for layer in layers:
+        draw_layer(subjects, layer, heads, out / f"layer_{layer}.png")
+    draw_summary(subjects, out / "summary.png")
+    draw_query(subjects, out / "query.png")
+    if args.anchor is not None:
+        draw_depth(subjects, args.anchor, out / "depth.png")
+    content = dict(prompt=prompt, anchor=args.anchor, models=[numbers(s, path) for s, path in zip(subjects, paths)])
+    write_whole(out / "heatmap.json", lambda temporary: temporary.write_text(json.dumps(content) + "\n"))
+    print(f"written to {out}: {len(layers)} layers, summary.png, query.png, "
+          f"{'depth.png, ' if args.anchor is not None else ''}heatmap.json")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser.add_argument("--ckpt", required=True, help="run folder (its best.pt) or checkpoint")
+    parser.add_argument("--compare", help="another one, drawn beside it")
+    parser.add_argument("--prompt", help="text to attend to")
+    parser.add_argument("--prompt-file", help="file that holds it")
+    parser.add_argument("--anchor", help="where in the prompt the target begins")
+    parser.add_argument("--query", type=int, default=-1, help="token whose attention is followed (-1: the last)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to draw, from 0 (all)")
+    parser.add_argument("--heads", type=int, nargs="+", help="heads to draw, from 0 (all)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help="folder of the results (assets/heatmap_<run>)")
+    args = parser.parse_args(argv)
+    try:
+        draw(args)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
