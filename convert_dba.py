@@ -29,11 +29,11 @@ GGUF_LAYER = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_outpu
 
 def token_bytes(hf):
     """The bytes of each token of a Hugging Face tokenizer, by id: byte-level BPE, or SentencePiece's with <0x..> for
-    bytes. Tokens that stand beside the vocabulary are their text."""
+    bytes. Tokens with a special meaning have none."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     decoder = json.loads(hf.backend_tokenizer.to_str())["decoder"] or {}
     kinds = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
-    added = {i: token.content for i, token in hf.added_tokens_decoder.items()}
+    added = {i: "" if token.special else token.content for i, token in hf.added_tokens_decoder.items()}
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
     def spell(i, token):
@@ -172,7 +172,8 @@ def read_llama(path):
         check_gguf(path)
     else:
         how["use_safetensors"] = True                      # a pickle might run code
-    llama, report = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **how)
+    llama, report = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32,
+                                                          output_loading_info=True, **how)
     lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if lost:
         biases = "; our model can't hold biases" if any(name.endswith(".bias") for name in lost) else ""
@@ -197,4 +198,5 @@ def load_llama(path, device="cpu"):
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as e:
-        raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {str(e).splitlines()[0][:200]})") from None
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None
