@@ -188,6 +188,7 @@ def load_llama(path, device="cpu"):
         import gguf  # noqa: F401
         import accelerate  # noqa: F401
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
     except ModuleNotFoundError as e:
         raise UserError(f"{path} needs {e.name}: pip install -r requirements-eval.txt") from None
@@ -197,6 +198,6 @@ def load_llama(path, device="cpu"):
         return map_weights(llama).to(device), LlamaTokenizer(hf, llama.config.vocab_size)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as e:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None

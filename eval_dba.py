@@ -355,7 +355,10 @@ def task_result(results, name):
 def mcnemar(this, other):
     """(right only in this, right only in the other, exact two-sided p) of two 0/1 lists over the same items."""
     b, c = sum(x > y for x, y in zip(this, other)), sum(x < y for x, y in zip(this, other))
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    term = tail = 1                                        # binomial coefficients of b + c, and their sum
+    for k in range(min(b, c)):
+        term = term * (b + c - k) // (k + 1)
+        tail += term
     return b, c, min(1.0, 2 * tail / 2 ** (b + c))
 
 
