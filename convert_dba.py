@@ -9,6 +9,8 @@ It needs requirements-eval.txt.
 
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -159,27 +161,29 @@ def check_gguf(path):
         raise UserError(f"it has a tensor {min(strange)}, which no Llama has")
 
 
-def read_llama(path):
-    """(LlamaForCausalLM in float32, tokenizer) of transformers, from a .gguf file or a folder."""
+def read_folder(folder, **gguf_file):
+    """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    where, how = path, dict(local_files_only=True)
-    if path.is_file():
-        where, how["gguf_file"] = path.parent, path.name
-    config = AutoConfig.from_pretrained(where, **how)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **gguf_file)
     if config.model_type not in ("llama", "mistral"):
         raise UserError(f"it is a {config.model_type}; only llama and mistral fit our model")
-    if path.is_file():
-        check_gguf(path)
-    else:
-        how["use_safetensors"] = True                      # a pickle might run code
-    llama, report = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32,
-                                                          output_loading_info=True, **how)
-    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-    if lost:
-        biases = "; our model can't hold biases" if any(name.endswith(".bias") for name in lost) else ""
-        raise UserError(f"its tensors are not those that its settings promise ({lost[0]}){biases}")
-    how.pop("use_safetensors", None)
-    return llama, AutoTokenizer.from_pretrained(where, **how)
+    llama, report = AutoModelForCausalLM.from_pretrained(                       # no pickles: they might run code
+        folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
+        use_safetensors=True, **gguf_file)
+    if strange := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
+        biases = "; our model can't hold biases" if any(name.endswith(".bias") for name in strange) else ""
+        raise UserError(f"its tensors are not those that its settings promise ({strange[0]}){biases}")
+    return llama, AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_file)
+
+
+def read_llama(path):
+    """(LlamaForCausalLM in float32, tokenizer) of transformers, from a .gguf file or a Hugging Face folder."""
+    if not path.is_file():
+        return read_folder(path)
+    check_gguf(path)
+    with tempfile.TemporaryDirectory() as folder:          # alone: transformers prefers a tokenizer.json beside it
+        Path(folder, path.name).symlink_to(path.resolve())
+        return read_folder(folder, gguf_file=path.name)
 
 
 def load_llama(path, device="cpu"):
