@@ -294,7 +294,7 @@ def lm_eval_model(subject, batch_size):
 def check_items(path, fields):
     """Raises UserError unless a file has items, one per line, with these fields."""
     number = 0
-    with open(path, encoding="utf-8", newline="\n") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
                 lacking = [field for field in fields if field not in json.loads(line)]
@@ -328,7 +328,7 @@ def load_tasks(names, data, folder):
     the hub's. folder: a temporary one that must outlive the tasks."""
     from lm_eval.tasks import TaskManager
     tasks, missing = {}, {}
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
             write_task(name, data, folder)
             tasks.update(TaskManager(include_path=folder, include_defaults=False).load([name])["tasks"])

@@ -186,6 +186,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
                         ('{"goal": "", "sol1": "", "label": 0}', "piqa_valid.jsonl:2 lacks sol2")):
         piqa.write_text("\n".join([lines[0], line]))
         assert words in error_of(capsys, *ckpt, *where, "piqa")
+    piqa.write_bytes(b'{"goal": "\xff"}')
+    assert "piqa_valid.jsonl:1" in error_of(capsys, *ckpt, *where, "piqa")
     piqa.write_text("")
     assert "empty" in error_of(capsys, *ckpt, *where, "piqa")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
