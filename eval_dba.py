@@ -3,6 +3,7 @@ Measure a checkpoint.
 
     python3 eval_dba.py ppl --ckpt runs/ckpt_decoupled --kv-cache hetero
     python3 eval_dba.py latency --ckpt runs/ckpt_decoupled --prompts 128 1024 8192
+    python3 eval_dba.py tasks --ckpt runs/ckpt_decoupled --tasks piqa boolq --tasks-dir data/eval --limit 200
     python3 eval_dba.py ppl --ckpt SmolLM2.q8_0.gguf --data wiki.test.tokens --kv-cache q4_0
 
 --ckpt is a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a Hugging Face folder. A
@@ -27,6 +28,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1266,6 +1268,239 @@ def rank(args):
 
 
 # -----------------------------------------------------------------------------
+# tasks
+
+# The task's YAML below lm_eval/tasks, the split that is scored, and the fields of an item of the hub's data set.
+TASKS = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "winogrande": ("winogrande/default.yaml", "validation", ("sentence", "option1", "option2", "answer")),
+    "arc_easy": ("arc/arc_easy.yaml", "test", ("question", "choices", "answerKey")),
+    "piqa": ("piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
+    "boolq": ("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
+}
+LOCAL_NAMES = {"validation": "valid", "test": "test"}
+
+
+@torch.inference_mode()
+def score(subject, requests, batch_size):
+    """[(log-probability of a continuation in nats, whether greedy decoding would write it)] of requests (ids of a
+    context, ids of its continuation). What is too long for the model's window is cut from the left."""
+    block, same_input = subject.cfg.block, {}
+    for i, (context, continuation) in enumerate(requests):
+        if not 0 < len(continuation) <= block:
+            raise UserError(f"a continuation has {len(continuation)} tokens; the model's window holds 1 to {block}")
+        same_input.setdefault(tuple((context + continuation)[-block - 1:-1]), []).append(i)
+    inputs, results = sorted(same_input, key=len, reverse=True), {}
+    bar = tqdm(total=len(requests), unit="request", dynamic_ncols=True)
+    for batch in (inputs[i:i + batch_size] for i in range(0, len(inputs), batch_size)):
+        padded = torch.tensor([ids + (0,) * (len(batch[0]) - len(ids)) for ids in batch], device=subject.device)
+        with autocast(subject.device, subject.dtype):
+            hidden = subject.model.hidden(padded)          # [B, T, E]; attention is causal: padding is never seen
+        for h, ids in zip(hidden, batch):
+            tails = {i: torch.tensor(requests[i][1], device=subject.device) for i in same_input[ids]}
+            longest = max(map(len, tails.values()))
+            with autocast(subject.device, subject.dtype):  # logits of the continuation alone
+                log_p = subject.model.logits(h[len(ids) - longest:len(ids)]).log_softmax(-1)      # [longest, V]
+            for i, tail in tails.items():
+                rows = log_p[-len(tail):]
+                results[i] = rows.gather(1, tail[:, None]).sum().item(), bool((rows.argmax(-1) == tail).all())
+            bar.update(len(tails))
+    bar.close()
+    return [results[i] for i in range(len(requests))]
+
+
+def cut_at(text, until):
+    """A text up to the first of some strings, and whether there was one."""
+    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    return (text[:min(places)], True) if places else (text, False)
+
+
+def continue_text(subject, prompts, most, until):
+    """Greedy continuations, as texts, of prompts [B, T] of token ids: up to a string of `until`, the token that ends a
+    text, or `most` tokens."""
+    eot, texts = subject.tokenizer.eot, {}
+    cache = KVCache(subject.cfg, len(prompts), len(prompts[0]) + most - 1, "fp32", device=subject.device)
+    written = [[] for _ in prompts]
+    with autocast(subject.device, subject.dtype):
+        for tokens in train_dba.generate(subject.model, torch.tensor(prompts, device=subject.device), most, cache, 0):
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                if row in texts:
+                    continue
+                written[row] += [token] if token != eot else []
+                text, stopped = cut_at(subject.tokenizer.decode(written[row]).decode(errors="replace"), until)
+                if stopped or token == eot or len(written[row]) == most:
+                    texts[row] = text
+            if len(texts) == len(prompts):
+                break
+    return [texts[row] for row in range(len(prompts))]
+
+
+def lm_eval_model(subject, batch_size):
+    """A Subject as a model of lm-eval."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    tokenizer, block = subject.tokenizer, subject.cfg.block
+    starts = getattr(tokenizer, "prefix", [])              # what a pretrained tokenizer puts before a text
+
+    class Model(TemplateLM):
+        eot_token_id = tokenizer.eot
+        prefix_token_id = getattr(tokenizer, "bos", tokenizer.eot)
+        max_length = block
+
+        def tok_encode(self, string, add_special_tokens=None, **how):
+            ids = tokenizer.encode(string).tolist()
+            return ids if add_special_tokens is False or ids[:1] == starts else starts + ids
+
+        def _loglikelihood_tokens(self, requests, **how):
+            return score(subject, [(context, continuation) for _, context, continuation in requests], batch_size)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, block, 1)] for request in requests]
+            scores = iter(score(subject, [window for text in windows for window in text], batch_size))
+            return [sum(next(scores)[0] for _ in text) for text in windows]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            groups, texts = {}, {}                         # prompts of one length and the same settings go together
+            for i, request in enumerate(requests):
+                how = normalize_gen_kwargs(request.args[1], 256)
+                most, until = how["max_gen_toks"], how.get("until") or []
+                if how["do_sample"] or not 0 < most < block:
+                    raise UserError(f"{request.args[1]}: only greedy texts of 1 to {block - 1} tokens are written")
+                ids = self.tok_encode(request.args[0])[most - block:]
+                until = (until,) if isinstance(until, str) else tuple(until)
+                groups.setdefault((len(ids), most, until), []).append((i, ids))
+            for (_, most, until), group in groups.items():
+                for start in range(0, len(group), batch_size):
+                    rows, prompts = zip(*group[start:start + batch_size])
+                    texts.update(zip(rows, continue_text(subject, prompts, most, until)))
+            return [texts[i] for i in range(len(requests))]
+
+    return Model()
+
+
+def check_items(path, fields):
+    """Raises UserError unless a file has items, one per line, with these fields."""
+    number = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                lacking = [field for field in fields if field not in json.loads(line)]
+            except (ValueError, TypeError) as e:
+                raise UserError(f"{path}:{number} is no JSON object ({e})") from None
+            if lacking:
+                raise UserError(f"{path}:{number} lacks {', '.join(lacking)}")
+    if number == 0:
+        raise UserError(f"{path} is empty")
+
+
+def write_task(name, data, folder):
+    """Write a task's YAML into a folder: lm-eval's own, or with data, a folder, its own on a local file."""
+    from lm_eval import tasks as installed
+    yaml, split, fields = TASKS[name]
+    task = dict(include=str(Path(installed.__file__).parent / yaml), task=name)
+    if data is not None:
+        path = Path(data) / f"{name}_{LOCAL_NAMES[split]}.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {data}")
+        check_items(path, fields)
+        task.update(dict.fromkeys(("training_split", "validation_split", "test_split")), dataset_path="json",
+                    dataset_name=None, dataset_kwargs=dict(data_files={split: str(path.resolve())},
+                                                           cache_dir=str(folder / "cache")))
+        task[f"{split}_split"] = split
+    (folder / f"{name}.yaml").write_text(json.dumps(task))                      # JSON is YAML
+
+
+def load_tasks(names, data, folder):
+    """({name: task of lm-eval}, {name: why it can't be run}) on the files of a folder `data` or, if that is None, on
+    the hub's. folder: a temporary one that must outlive the tasks."""
+    from lm_eval.tasks import TaskManager
+    tasks, missing = {}, {}
+    for name in dict.fromkeys(names):
+        try:
+            write_task(name, data, folder)
+            tasks.update(TaskManager(include_path=folder, include_defaults=False).load([name])["tasks"])
+        except OSError as e:                               # of which are the hub's errors
+            missing[name] = str(e).splitlines()[0][:200]
+            print(f"{name} is not run: {missing[name]}", file=sys.stderr)
+    if not tasks:
+        raise UserError(f"no data for any task: {'; '.join(missing.values())}")
+    return tasks, missing
+
+
+def task_result(results, name):
+    """What is kept of one task in lm-eval's results: scores, and which items were right, in the data's order."""
+    scores, samples = results["results"][name], sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    items = [f"{sample['doc_id']}-{sample['doc_hash'][:16]}" for sample in samples]
+    metrics = [metric for metric in ("acc", "acc_norm") if f"{metric},none" in scores]
+    result = dict(n=len(items), version=results["versions"][name],
+                  data_sha256=hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest())
+    for metric in metrics:
+        result.update({metric: scores[f"{metric},none"], f"{metric}_stderr": scores[f"{metric}_stderr,none"]})
+    return dict(result, items=items, correct={m: [int(sample[m]) for sample in samples] for m in metrics})
+
+
+def discordant(this, other):
+    """(right only in this, right only in the other, McNemar's p) of two 0/1 lists over the same items."""
+    b, c = sum(x > y for x, y in zip(this, other)), sum(x < y for x, y in zip(this, other))
+    return b, c, mcnemar(b, c)
+
+
+def compare_tasks(this, other):
+    """{(task, metric): pairs, accuracy of the other, McNemar's test} over the items that two results share."""
+    rows = {}
+    for name in this.keys() & other.keys():
+        for metric in this[name]["correct"].keys() & other[name]["correct"].keys():
+            mine, its = (dict(zip(result[name]["items"], result[name]["correct"][metric])) for result in (this, other))
+            if common := mine.keys() & its.keys():
+                b, c, p = discordant(*([right[item] for item in common] for right in (mine, its)))
+                rows[name, metric] = dict(pairs=len(common), other=sum(its[item] for item in common) / len(common),
+                                          only_this=b, only_other=c, p=p)
+    if not rows:
+        raise UserError("--compare: the two results have no items in common")
+    return rows
+
+
+def read_tasks(path):
+    """The tasks of a result file that `tasks` wrote."""
+    try:
+        tasks = json.loads(Path(path).read_text())["tasks"]
+        [(task["items"], task["correct"].items()) for task in tasks.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"--compare {path} is no result of tasks ({type(e).__name__}: {e})") from None
+    return tasks
+
+
+def tasks(args):
+    """Zero-shot accuracy on benchmarks by lm-eval, and McNemar's test against another result."""
+    try:
+        import lm_eval
+    except ModuleNotFoundError as e:
+        raise UserError(f"tasks needs lm-eval ({e.name} is missing): pip install -r requirements-eval.txt") from None
+    other = args.compare and read_tasks(args.compare)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded, missing = load_tasks(args.tasks, args.tasks_dir, Path(folder))
+        for task in loaded.values():
+            task.set_config("num_fewshot", 0)
+        subject = load_subject(args)
+        results = lm_eval.evaluate(lm_eval_model(subject, args.batch_size), {"tasks": loaded}, limit=args.limit)
+    done = {name: task_result(results, name) for name in loaded}
+    pairs = compare_tasks(done, other) if other else {}
+    table = [("task", "metric", "items", "accuracy", "stderr")
+             + (("pairs", "other", "only this", "only other", "p") if other else ())]
+    for name, metric in ((name, metric) for name, task in done.items() for metric in task["correct"]):
+        task, pair = done[name], pairs.get((name, metric))
+        row = (name, metric, task["n"], f"{task[metric]:.4f}", f"{task[f'{metric}_stderr']:.4f}")
+        row += (pair["pairs"], f"{pair['other']:.4f}", pair["only_this"], pair["only_other"], f"{pair['p']:.4g}") \
+            if pair else ("-",) * (len(table[0]) - len(row))
+        table.append(row)
+    compared = [dict(task=name, metric=metric, **pair) for (name, metric), pair in sorted(pairs.items())]
+    write_result(args, subject, "tasks", table, tasks=done, not_run=missing, compared=compared, num_fewshot=0,
+                 lm_eval=lm_eval.__version__)
+
+
+# -----------------------------------------------------------------------------
 # Main
 
 def flags(parser, data=False, cache=False):
@@ -1367,6 +1602,16 @@ def make_parser():
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
     p.add_argument("--centred", action="store_true", help="second moments about the mean, not about zero")
     p.set_defaults(run=rank)
+
+    p = commands.add_parser("tasks", help=tasks.__doc__, allow_abbrev=False)
+    flags(p)
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK", help=f"{', '.join(TASKS)}")
+    p.add_argument("--tasks-dir", metavar="DIR", help="local data in the hub's fields: DIR/<task>_valid.jsonl, and "
+                   "arc_easy_test.jsonl (the Hugging Face hub)")
+    p.add_argument("--limit", type=positive(), help="only the first so many items of each task")
+    p.add_argument("--batch-size", type=positive(), default=8, help="texts at once (8)")
+    p.add_argument("--compare", metavar="RESULT", help="another result of this command, to test against item by item")
+    p.set_defaults(run=tasks)
     return parser
 
 
