@@ -121,15 +121,15 @@ compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS
 
 # --- checkpoints that figures and evaluations use, figures, benchmarks
 
-CKPT = $(TRAIN) --data $(DATA)/wikitext2_byte.npy --d-model 256 --layers 4 --n-head 8 --d-ff 768 --block 512 --batch-size 8 \
+SMALL = $(TRAIN) --data $(DATA)/wikitext2_byte.npy --d-model 256 --layers 4 --n-head 8 --d-ff 768 --block 512 --batch-size 8 \
 	--steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 --eval-iters 20 --save-every 200
 
 # A clone has the logs of these runs without the checkpoints: train them again.
 again = $(if $(wildcard $(RUNS)/$(1)/last.pt),,--overwrite)
 
 checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and decoupled, for figures and evaluations
-	$(CKPT) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(call again,ckpt_standard) $(FLAGS)
-	$(CKPT) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk \
+	$(SMALL) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(call again,ckpt_standard) $(FLAGS)
+	$(SMALL) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk \
 	$(call again,ckpt_decoupled) $(FLAGS)
 
 figures: env  ## figures, tables, report.md and the README's sections from the finished runs
@@ -150,16 +150,18 @@ MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(D
 dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
 	$(MANIFEST) --dry-run
 
-replicate_paper: setup  ## all runs of SCALE (cpu: two hours on two cores; gpu; full), figures, tables, ledger of claims
+replicate_paper: setup  ## all runs of SCALE (cpu: an hour and a half on two cores; gpu; full), figures, ledger of claims
 	$(MANIFEST)
 	$(MAKE) checkpoints memory report
 
 memory: env  ## KV memory at 128k tokens, by formula and measured
 	$(PY) plot_memory.py
 
-CKPT_RUN ?= $(RUNS)/ckpt_decoupled
-heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/ckpt_decoupled
-	$(PY) vis_heatmap.py --ckpt $(if $(filter command line,$(origin CKPT)),$(CKPT),$(CKPT_RUN))
+CKPT ?= $(RUNS)/ckpt_decoupled
+PROMPT ?= The red fox met the blue fox . The red
+ANCHOR ?= The red
+heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/ckpt_standard PROMPT="..." ANCHOR="..."
+	$(PY) vis_heatmap.py --ckpt $(CKPT) --prompt "$(PROMPT)" --anchor "$(ANCHOR)"
 
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json
