@@ -150,7 +150,7 @@ MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(D
 dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
 	$(MANIFEST) --dry-run
 
-replicate_paper: setup  ## all runs of SCALE (cpu: an hour and a half on two cores; gpu; full), figures, ledger of claims
+replicate_paper: setup  ## all runs of SCALE (cpu, gpu or full), figures, ledger of claims
 	$(MANIFEST)
 	$(MAKE) checkpoints memory report
 
