@@ -58,10 +58,13 @@ class Subject:
         return self.model.cfg
 
 
-def file_hash(path):
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_hash(*paths):
+    """sha256 of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
 
 
 def load_subject(args):
@@ -72,8 +75,8 @@ def load_subject(args):
     if path.suffix == ".gguf" or (path / "config.json").is_file():
         from convert_dba import load_llama
         model, tokenizer = load_llama(path, device)
-        weights = path if path.is_file() else path / "config.json"
-        return Subject(model, tokenizer, path.parent, None, file_hash(weights), device, dtype)
+        weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
     path = path / "best.pt" if path.is_dir() else path
     ckpt = load_checkpoint(path, device)
     return Subject(load_model(ckpt), ckpt["tokenizer"], path.parent, ckpt["step"], file_hash(path), device, dtype)
@@ -101,17 +104,30 @@ def held_out_tokens(args, subject):
     return torch.from_numpy(ids.astype("int64")), len(text.encode()), file_hash(path)
 
 
-def cache_settings(args, subject):
-    """{stream: format} of --kv-cache. Raises UserError where it doesn't fit the model."""
-    formats = cache_formats(subject.cfg, args.kv_cache)
+def cache_settings(subject, name):
+    """{stream: format} of a --kv-cache. Raises UserError where it doesn't fit the model."""
+    formats = cache_formats(subject.cfg, name)
     if formats is None:
-        raise UserError(f"--kv-cache {args.kv_cache} doesn't fit {subject.cfg.attn_mode} attention")
+        raise UserError(f"--kv-cache {name} doesn't fit {subject.cfg.attn_mode} attention")
     return formats
+
+
+def result_path(args, subject, name):
+    """--out, or eval_<name>.json in the folder that --out names, or beside the checkpoint; the folder is made."""
+    out = Path(args.out or subject.folder)
+    if args.out and out.suffix not in ("", ".json"):
+        raise UserError(f"--out {out} must be a folder or end in .json")
+    out = out if out.suffix == ".json" else out / f"eval_{name}.json"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {out.parent} ({e.strerror}); give another --out") from None
+    return out
 
 
 def write_result(args, subject, name, table, **result):
     """Print a table, (head, rows), and write eval_<name>.json."""
-    out = Path(args.out or subject.folder / f"eval_{name}.json")
+    out = result_path(args, subject, name)
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out")}
     model = dict(step=subject.step, sha256=subject.sha256, config=dataclasses.asdict(subject.cfg))
     whole = dict(settings=settings, model=model, env=provenance(subject.device), **result)
@@ -121,6 +137,41 @@ def write_result(args, subject, name, table, **result):
     for row in table:
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)))
     print(f"written to {out}")
+
+
+# -----------------------------------------------------------------------------
+# Flags that commands share
+
+def positive(least=1):
+    """Type of a flag: a whole number of at least `least`."""
+    def parse(text):
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        return value
+    return parse
+
+
+def number(text):
+    """Type of a flag: a finite number of at least 0."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least 0")
+    return value
+
+
+def flags(parser, data=False):
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--out", help="file.json, or folder of eval_<command>.json (the checkpoint's)")
+    if data:
+        parser.add_argument("--data", help=".npy or text (the checkpoint's validation part)")
+
+
+def cache_flags(parser, several=False):
+    parser.add_argument("--kv-cache", choices=(*FORMATS, "hetero"), **(
+        dict(nargs="+", default=["fp16"]) if several else dict(default="fp16")))
+    parser.add_argument("--kv-residual", type=positive(0), default=0, help="newest tokens that stay fp16 (0)")
+    parser.add_argument("--kv-rotate", action="store_true", help="rotate what is cached without RoPE")
 
 
 # -----------------------------------------------------------------------------
@@ -150,10 +201,38 @@ def window_nll(subject, batch, formats, residual, kernel=None):
     return torch.cat(nll, 1)
 
 
+def mean_nll(args, subject, formats, ids, block, stride):
+    """(mean nll in nats of all but the first of token ids [N], how many that are), through a cache of these formats."""
+    parts, total, count = list(windows(ids, block, stride)), 0.0, 0
+    full = [part for part in parts if len(part[1]) == block + 1]
+    groups = [full[i:i + args.batch_size] for i in range(0, len(full), args.batch_size)]
+    bar = tqdm(total=len(ids) - 1, unit="tok", unit_scale=True, dynamic_ncols=True)
+    for group in groups + [[part] for part in parts if len(part[1]) <= block]:
+        batch = torch.stack([ids for _, ids, _ in group]).to(subject.device)
+        nll = window_nll(subject, batch, formats, args.kv_residual)
+        for row, (_, _, first) in zip(nll.double(), group):
+            total += row[first - 1:].sum().item()
+            count += len(row) - first + 1
+        bar.update(count - bar.n)
+    bar.close()
+    return total / count, count
+
+
+def ppl_flags(p):
+    flags(p, data=True)
+    cache_flags(p, several=True)
+    p.add_argument("--block", type=positive(2), help="tokens of a window (the model's context)")
+    p.add_argument("--stride", type=positive(), help="tokens between windows (half a window)")
+    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
+    p.add_argument("--max-tokens", type=positive(2), help="measure only the first so many tokens")
+
+
 def ppl(args):
     """Held-out loss, perplexity and bits per byte over a whole file, through a cache of any format."""
     subject = load_subject(args)
-    formats = cache_settings(args, subject)
+    caches = {name: cache_settings(subject, name) for name in args.kv_cache}
+    if len(caches) > 1 and str(args.out).endswith(".json"):
+        raise UserError("--out names one file, --kv-cache several caches; name a folder")
     if args.kv_rotate:
         rotate_cache(subject.model)
     block = args.block or subject.cfg.block
@@ -164,31 +243,18 @@ def ppl(args):
     if len(ids) < 2:
         raise UserError(f"{len(ids)} tokens to measure: nothing to predict")
     whole = args.max_tokens is None or args.max_tokens >= len(ids)
-    ids = ids if whole else ids[:args.max_tokens]
-    parts = list(windows(ids, block, stride))
-    total, count = 0.0, 0
-    bar = tqdm(total=len(ids) - 1, unit="tok", unit_scale=True, dynamic_ncols=True)
-    full = [part for part in parts if len(part[1]) == block + 1]
-    groups = [full[i:i + args.batch_size] for i in range(0, len(full), args.batch_size)]
-    for group in groups + [[part] for part in parts if len(part[1]) <= block]:
-        batch = torch.stack([ids for _, ids, _ in group]).to(subject.device)
-        nll = window_nll(subject, batch, formats, args.kv_residual)
-        for row, (_, _, first) in zip(nll.double(), group):
-            total += row[first - 1:].sum().item()
-            count += len(row) - first + 1
-        bar.update(count - bar.n)
-    bar.close()
-    loss = total / count
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss}: a broken checkpoint, or a cache format that can't hold its values")
-    bpb = loss / math.log(2) * count / text_bytes if text_bytes and whole else None
-    name = args.kv_cache + "_rotated" * args.kv_rotate + (f"_residual{args.kv_residual}" if args.kv_residual else "")
-    n = bytes_per_token(subject.cfg, formats)
-    write_result(args, subject, f"ppl_{name}", [
-        ("cache", "B/token", "tokens", "loss", "perplexity", "bits/byte"),
-        (name, n, count, f"{loss:.5f}", f"{math.exp(loss):.4f}", "-" if bpb is None else f"{bpb:.4f}")],
-        loss=loss, ppl=math.exp(loss), bpb=bpb, tokens=count, block=block, stride=stride, formats=formats,
-        bytes_per_token=n, data_sha256=data_hash)
+    for cache, formats in caches.items():
+        loss, count = mean_nll(args, subject, formats, ids if whole else ids[:args.max_tokens], block, stride)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: a broken checkpoint, or a cache format that can't hold its values")
+        bpb = loss / math.log(2) * count / text_bytes if text_bytes and whole else None
+        name = cache + "_rotated" * args.kv_rotate + (f"_residual{args.kv_residual}" if args.kv_residual else "")
+        n = bytes_per_token(subject.cfg, formats)
+        write_result(args, subject, f"ppl_{name}", [
+            ("cache", "B/token", "tokens", "loss", "perplexity", "bits/byte"),
+            (name, n, count, f"{loss:.5f}", f"{math.exp(loss):.4f}", "-" if bpb is None else f"{bpb:.4f}")],
+            loss=loss, ppl=math.exp(loss), bpb=bpb, tokens=count, block=block, stride=stride, formats=formats,
+            bytes_per_token=n, data_sha256=data_hash)
 
 
 # -----------------------------------------------------------------------------
@@ -319,8 +385,8 @@ def decode_times(subject, prompt, formats, args):
     machine's speed meets them all."""
     model, device, runs = subject.model, subject.device, {}
     total = prompt.size(1) + WARM_UP + args.steps
+    kernel, why = resolve_kernel(args.kernel, device, total)
     for name, each in formats.items():
-        kernel, why = resolve_kernel(args.kernel, subject.cfg, each, device, total)
         runs[name] = Run(new_cache(subject, total, each, kernel=kernel), why)
     with autocast(device, subject.dtype):                  # around all, so that weights are cast once
         for run in runs.values():
@@ -348,6 +414,15 @@ def latency_row(subject, prompt, name, run, steps, fp16_ms, rate):
                 prefill_seconds=statistics.median(run.prefill), bytes_read_per_token=read,
                 first_token_seconds=statistics.median(run.first_token), share_of_copy=read / ms * 1000 / rate,
                 copy_bytes_per_second=rate)
+
+
+def latency_flags(p):
+    flags(p)
+    p.add_argument("--prompts", type=positive(), nargs="+", default=[128, 512, 2048, 8192], help="their tokens")
+    p.add_argument("--formats", nargs="+", choices=(*FORMATS, "hetero"), help=f"of the cache ({' '.join(COMPARED)})")
+    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
+    p.add_argument("--steps", type=positive(), default=64, help="decode steps (64)")
+    p.add_argument("--prefills", type=positive(), default=3, help="times that a prompt is read (3)")
 
 
 def latency(args):
@@ -379,7 +454,7 @@ def memory_row(subject, tokens, name, formats, args):
     """Bytes of a cache of so many tokens, and the peak while they are read and while the last of them are decoded."""
     model, device = subject.model, subject.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    kernel, _ = resolve_kernel(args.kernel, subject.cfg, formats, device, tokens)
+    kernel, _ = resolve_kernel(args.kernel, device, tokens)
     with autocast(device, subject.dtype):                  # first without a cache of size, so that weights are cast
         warm = ids[:, :2 * train_dba.PREFILL_CHUNK]
         read_prompt(model, warm, new_cache(subject, warm.size(1), formats))
@@ -398,6 +473,15 @@ def memory_row(subject, tokens, name, formats, args):
                 bytes_per_token=bytes_per_token(subject.cfg, formats), before_bytes=before, fill_peak_bytes=fill,
                 fill_extra_bytes=before and fill - before - owned, decode_peak_bytes=decode,
                 decode_extra_bytes=held and decode - held)
+
+
+def memory_flags(p):
+    flags(p)
+    p.add_argument("--tokens", type=positive(4 * WARM_UP), nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384],
+                   help="lengths of the cache")
+    p.add_argument("--formats", nargs="+", choices=(*FORMATS, "hetero"), help=f"of the cache ({' '.join(COMPARED)})")
+    p.add_argument("--kv-residual", type=positive(0), default=0, help="newest tokens that stay fp16 (0)")
+    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
 
 
 def memory(args):
@@ -436,7 +520,7 @@ def sweep_row(subject, ids, formats, args):
     wrong."""
     model, device, context, seconds = subject.model, subject.device, ids.size(1) - 1, 0.0
     total = context + args.steps
-    kernel, _ = resolve_kernel(args.kernel, subject.cfg, formats, device, total)
+    kernel, _ = resolve_kernel(args.kernel, device, total)
     cache, times = new_cache(subject, total, formats, args.kv_residual, kernel), []
     row = dict(context=context, kernel=kernel.name, cache_bytes=cache.nbytes())
     late = f"stopped: --max-seconds {args.max_seconds} were over"
@@ -478,11 +562,22 @@ def sweep_rows(subject, ids, formats, args):
             yield row
 
 
+def sweep_flags(p):
+    flags(p, data=True)
+    cache_flags(p)
+    p.add_argument("--contexts", type=positive(), nargs="+", help="tokens of the prompts (2048, 4096, ... 131072)",
+                   default=[2**n for n in range(11, 18)])
+    p.add_argument("--chunk", type=positive(), default=1024, help="prompt tokens per forward pass (1024)")
+    p.add_argument("--steps", type=positive(), default=128, help="decode steps (128)")
+    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
+    p.add_argument("--max-seconds", type=number, default=600, help="of a context; longer ones are not run (600)")
+
+
 def sweep(args):
     """How prompts up to very long ones go: time of the prompt and of decoding, loss at its end, or why it failed."""
     train_dba.keep_freed_memory()
     subject = load_subject(args)
-    formats, longest = cache_settings(args, subject), max(args.contexts)
+    formats, longest = cache_settings(subject, args.kv_cache), max(args.contexts)
     if args.kv_rotate:
         rotate_cache(subject.model)
     ids, _, data_hash = held_out_tokens(args, subject)
@@ -673,6 +768,18 @@ def policy_table(args, sizes, tried, limits, chosen, long):
 def finite(measured):
     """Measurements as JSON may hold them."""
     return {name: value if value is None or math.isfinite(value) else None for name, value in measured.items()}
+
+
+def policy_flags(p):
+    flags(p, data=True)
+    p.add_argument("--max-kv-bytes-per-token", type=positive(), help="budget: the least loss in so many bytes")
+    p.add_argument("--max-delta-nll", type=number, help="budget: the fewest bytes for so much loss, nats per token")
+    p.add_argument("--max-kl", type=number, default=0.02, help="largest mean KL of the next token (0.02)")
+    p.add_argument("--max-delta-logit", type=number, help="largest difference of any logit (not limited)")
+    p.add_argument("--tokens", type=positive(), default=16384, help="calibration tokens (16384)")
+    p.add_argument("--long", action="store_true", help="check the choice on longer windows too")
+    p.add_argument("--long-factor", type=positive(2), default=4, help="their length in contexts (4)")
+    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
 
 
 def policy(args):
@@ -1026,17 +1133,25 @@ def case_table(results):
     return rows
 
 
+def probes_flags(p):
+    flags(p)
+    cache_flags(p)
+    p.add_argument("--instances", type=positive(), default=50, help="cases made of each template (50)")
+    p.add_argument("--seed", type=positive(0), default=0, help="seed of the templates (0)")
+    p.add_argument("--max-new-tokens", type=positive(), default=96, help="tokens of an output (96)")
+    p.add_argument("--batch-size", type=positive(), default=32, help="cases at once (32)")
+    p.add_argument("--compare", metavar="OTHER.json", help="result of another model, to test the difference")
+
+
 def probes(args):
     """Behavioural cases: copying, spelling, arithmetic, recall, with exact tests between two checkpoints."""
     cases = probe_cases(args.instances, args.seed)
     others = read_checks(args.compare, cases) if args.compare else None
     subject = load_subject(args)
-    formats = cache_settings(args, subject)
+    formats = cache_settings(subject, args.kv_cache)
     name = "probes" + f"_{args.kv_cache}" * (args.kv_cache != "fp16") + "_rotated" * args.kv_rotate
     name += f"_residual{args.kv_residual}" * (args.kv_residual > 0)
-    out = Path(args.out or subject.folder / f"eval_{name}.json")
-    if out.suffix != ".json":
-        raise UserError(f"--out {out} must end in .json: the tables are written beside it as .md and .tex")
+    out = result_path(args, subject, name)                 # the tables are written beside it as .md and .tex
     if args.kv_rotate:
         rotate_cache(subject.model)
     results = run_cases(args, subject, formats, cases)
@@ -1240,6 +1355,14 @@ def rank_table(trained, initial):
                  for numbers, form in (("ranks", ".1f"), ("share", ".3f")) for name in layers[0][0].get(numbers, ())]
         rows.append((*place.values(), *cells, *[""] * (len(rows[0]) - 4 - len(cells))))
     return rows
+
+
+def rank_flags(p):
+    flags(p, data=True)
+    p.add_argument("--tokens", type=positive(), help="tokens to measure over (20 per query channel, if there are)")
+    p.add_argument("--block", type=positive(), help="tokens of a window (the model's context)")
+    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
+    p.add_argument("--centred", action="store_true", help="second moments about the mean, not about zero")
 
 
 def rank(args):
@@ -1472,6 +1595,16 @@ def read_tasks(path):
     return tasks
 
 
+def tasks_flags(p):
+    flags(p)
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK", help=f"{', '.join(TASKS)}")
+    p.add_argument("--tasks-dir", metavar="DIR", help="local data in the hub's fields: DIR/<task>_valid.jsonl, and "
+                   "arc_easy_test.jsonl (the Hugging Face hub)")
+    p.add_argument("--limit", type=positive(), help="only the first so many items of each task")
+    p.add_argument("--batch-size", type=positive(), default=8, help="texts at once (8)")
+    p.add_argument("--compare", metavar="RESULT", help="another result of this command, to test against item by item")
+
+
 def tasks(args):
     """Zero-shot accuracy on benchmarks by lm-eval, and McNemar's test against another result."""
     try:
@@ -1503,115 +1636,19 @@ def tasks(args):
 # -----------------------------------------------------------------------------
 # Main
 
-def flags(parser, data=False, cache=False):
-    """Flags that commands share."""
-    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--out", help="result file (eval_<command>.json beside the checkpoint)")
-    if data:
-        parser.add_argument("--data", help=".npy or text (the checkpoint's validation part)")
-    if cache:
-        parser.add_argument("--kv-cache", default="fp16", choices=(*FORMATS, "hetero"))
-        parser.add_argument("--kv-residual", type=positive(0), default=0, help="newest tokens that stay fp16 (0)")
-        parser.add_argument("--kv-rotate", action="store_true", help="rotate what is cached without RoPE")
-
-
-def positive(least=1):
-    """Type of a flag: a whole number of at least `least`."""
-    def parse(text):
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
-        return value
-    return parse
-
-
-def number(text):
-    """Type of a flag: a finite number of at least 0."""
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least 0")
-    return value
+COMMANDS = {ppl: ppl_flags, tasks: tasks_flags, probes: probes_flags, latency: latency_flags, memory: memory_flags,
+            sweep: sweep_flags, rank: rank_flags, policy: policy_flags}
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    p = commands.add_parser("ppl", help=ppl.__doc__, allow_abbrev=False)
-    flags(p, data=True, cache=True)
-    p.add_argument("--block", type=positive(2), help="tokens of a window (the model's context)")
-    p.add_argument("--stride", type=positive(), help="tokens between windows (half a window)")
-    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
-    p.add_argument("--max-tokens", type=positive(2), help="measure only the first so many tokens")
-    p.set_defaults(run=ppl)
-
-    p = commands.add_parser("latency", help=latency.__doc__, allow_abbrev=False)
-    flags(p)
-    p.add_argument("--prompts", type=positive(), nargs="+", default=[128, 512, 2048, 8192], help="their tokens")
-    p.add_argument("--formats", nargs="+", choices=(*FORMATS, "hetero"), help=f"of the cache ({' '.join(COMPARED)})")
-    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
-    p.add_argument("--steps", type=positive(), default=64, help="decode steps (64)")
-    p.add_argument("--prefills", type=positive(), default=3, help="times that a prompt is read (3)")
-    p.set_defaults(run=latency)
-
-    p = commands.add_parser("memory", help=memory.__doc__, allow_abbrev=False)
-    flags(p)
-    p.add_argument("--tokens", type=positive(4 * WARM_UP), nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384],
-                   help="lengths of the cache")
-    p.add_argument("--formats", nargs="+", choices=(*FORMATS, "hetero"), help=f"of the cache ({' '.join(COMPARED)})")
-    p.add_argument("--kv-residual", type=positive(0), default=0, help="newest tokens that stay fp16 (0)")
-    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
-    p.set_defaults(run=memory)
-
-    p = commands.add_parser("sweep", help=sweep.__doc__, allow_abbrev=False)
-    flags(p, data=True, cache=True)
-    p.add_argument("--contexts", type=positive(), nargs="+", help="tokens of the prompts (2048, 4096, ... 131072)",
-                   default=[2**n for n in range(11, 18)])
-    p.add_argument("--chunk", type=positive(), default=1024, help="prompt tokens per forward pass (1024)")
-    p.add_argument("--steps", type=positive(), default=128, help="decode steps (128)")
-    p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
-    p.add_argument("--max-seconds", type=number, default=600, help="of a context; longer ones are not run (600)")
-    p.set_defaults(run=sweep)
-
-    p = commands.add_parser("policy", help=policy.__doc__, allow_abbrev=False)
-    flags(p, data=True)
-    p.add_argument("--max-kv-bytes-per-token", type=positive(), help="budget: the least loss in so many bytes")
-    p.add_argument("--max-delta-nll", type=number, help="budget: the fewest bytes for so much loss, nats per token")
-    p.add_argument("--max-kl", type=number, default=0.02, help="largest mean KL of the next token (0.02)")
-    p.add_argument("--max-delta-logit", type=number, help="largest difference of any logit (not limited)")
-    p.add_argument("--tokens", type=positive(), default=16384, help="calibration tokens (16384)")
-    p.add_argument("--long", action="store_true", help="check the choice on longer windows too")
-    p.add_argument("--long-factor", type=positive(2), default=4, help="their length in contexts (4)")
-    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
-    p.set_defaults(run=policy)
-
-    p = commands.add_parser("probes", help=probes.__doc__, allow_abbrev=False)
-    flags(p, cache=True)
-    p.add_argument("--instances", type=positive(), default=50, help="cases made of each template (50)")
-    p.add_argument("--seed", type=positive(0), default=0, help="seed of the templates (0)")
-    p.add_argument("--max-new-tokens", type=positive(), default=96, help="tokens of an output (96)")
-    p.add_argument("--batch-size", type=positive(), default=32, help="cases at once (32)")
-    p.add_argument("--compare", metavar="OTHER.json", help="result of another model, to test the difference")
-    p.set_defaults(run=probes)
-
-    p = commands.add_parser("rank", help=rank.__doc__, allow_abbrev=False)
-    flags(p, data=True)
-    p.add_argument("--tokens", type=positive(), help="tokens to measure over (20 per query channel, if there are)")
-    p.add_argument("--block", type=positive(), help="tokens of a window (the model's context)")
-    p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
-    p.add_argument("--centred", action="store_true", help="second moments about the mean, not about zero")
-    p.set_defaults(run=rank)
-
-    p = commands.add_parser("tasks", help=tasks.__doc__, allow_abbrev=False)
-    flags(p)
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK", help=f"{', '.join(TASKS)}")
-    p.add_argument("--tasks-dir", metavar="DIR", help="local data in the hub's fields: DIR/<task>_valid.jsonl, and "
-                   "arc_easy_test.jsonl (the Hugging Face hub)")
-    p.add_argument("--limit", type=positive(), help="only the first so many items of each task")
-    p.add_argument("--batch-size", type=positive(), default=8, help="texts at once (8)")
-    p.add_argument("--compare", metavar="RESULT", help="another result of this command, to test against item by item")
-    p.set_defaults(run=tasks)
+    for command, add_flags in COMMANDS.items():
+        part = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__,
+                                   allow_abbrev=False)
+        add_flags(part)
+        part.set_defaults(run=command)
     return parser
 
 

@@ -143,9 +143,9 @@ def save(fig, path):
     plt.close(fig)
 
 
-def subplots(count, height=3.6, width=5.2):
-    """A figure of one row of axes, or of several where they are many."""
-    columns = min(count, 3)
+def subplots(count, height=3.6, width=5.2, most=3):
+    """A figure of one row of axes, or of rows of `most` where they are many."""
+    columns = min(count, most)
     rows = -(-count // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
                              layout="constrained")
@@ -155,13 +155,20 @@ def subplots(count, height=3.6, width=5.2):
 
 
 def draw_convergence(runs, series, path):
-    """Validation loss over training tokens: mean over seeds, and band where there are two or more."""
-    drawn = panels(series)
-    fig, axes = subplots(len(drawn))
+    """Validation loss over training tokens: mean over seeds, and band where there are two or more. Series whose
+    parameters match those of standard have panels of their own, with standard."""
+    drawn = []
+    for title, members in panels(series):
+        matched = [one for one in members if one["label"].endswith("matched")]
+        drawn.append((title, [one for one in members if one not in matched]))
+        if matched:
+            standard = [one for one in members if one["mode"] == "standard"]
+            drawn.append((f"{title}, parameters of standard", standard + matched))
+    fig, axes = subplots(len(drawn), width=6.6, most=2)
     curves = {run["run"]: run["curve"] for run in runs}
     for ax, (title, members) in zip(axes, drawn):
         styles = {}
-        for one in members:
+        for one in sorted(members, key=lambda one: -one["last_val_loss"]["mean"]):                # as the curves end
             tokens = [point[0] for point in curves[one["runs"][0]]]
             points = [mean_interval([curves[run][i][1] for run in one["runs"]]) for i in range(len(tokens))]
             x, y = [t / 1e6 for t in tokens], [mean for mean, _ in points]
@@ -170,11 +177,11 @@ def draw_convergence(runs, series, path):
             color = COLORS[one["mode"]]
             ax.plot(x, y, linestyle=style, color=color, linewidth=1.4, marker="o", markersize=2.5, label=one["label"])
             if len(one["runs"]) > 1:
-                ax.fill_between(x, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.12)
+                ax.fill_between(x, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.06)
         ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats/token)")
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=6.5)
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     save(fig, path)
 
 
@@ -237,6 +244,7 @@ def draw_pareto(series, path):
     """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only."""
     drawn = panels(series)
     fig, axes = subplots(len(drawn), height=4.0)
+    shown = set()                                          # cache formats
     for ax, (title, members) in zip(axes, drawn):
         points = []
         measured = any(one["caches"] for one in members)
@@ -244,6 +252,7 @@ def draw_pareto(series, path):
             plain = {"fp16": dict(one["last_val_loss"], bytes_per_token=one["kv_bytes_fp16"])}
             for name, cache in (one["caches"] if measured else plain).items():
                 if name in MARKERS:
+                    shown.add(name)
                     points.append((cache["bytes_per_token"], cache["mean"]))
                     ax.plot(*points[-1], MARKERS[name], color=COLORS[one["mode"]], markersize=5, alpha=0.85,
                             fillstyle="none" if one["label"].endswith("matched") else "full")
@@ -255,9 +264,13 @@ def draw_pareto(series, path):
         ax.grid(alpha=0.3, which="both")
     modes = [mode for mode in COLORS if any(one["mode"] == mode for _, members in drawn for one in members)]
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLORS[mode], label=mode) for mode in modes]
-    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", label=f) for f, m in MARKERS.items()]
+    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", label=f) for f, m in MARKERS.items()
+                if f in shown]
+    if any(one["label"].endswith("matched") for one in series):
+        handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#777777", fillstyle="none",
+                                  label="parameters of standard"))
     handles.append(plt.Line2D([], [], color="#555555", linestyle=":", label="frontier"))
-    axes[0].legend(handles=handles, fontsize=7)
+    fig.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(handles), frameon=False)
     save(fig, path)
 
 

@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, count_params, flag_name, make_config, pick_device,
-                       synchronize)
+from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, cache_formats, count_params, flag_name,
+                       make_config, pick_device, synchronize)
 
 HERE = Path(__file__).parent
+CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post-ppl measures, where they fit the mode
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Run:
         width = sum(path.width for path in shape.paths) + shape.v_width
         attention = 6 * cfg.layers * cfg.n_head * width * cfg.block / 2
         return self.tokens * (6 * count_params(cfg, self.vocab_size)["total"] + attention)
+
+    def post_ppl(self):
+        """Command that measures the loss of the best checkpoint through quantised caches."""
+        caches = [name for name in CACHES if cache_formats(self.cfg, name)]
+        return ["eval_dba.py", "ppl", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32,
+                "--max-tokens", 2**17 + 1, "--kv-cache", *caches]
+
+    def post_mem128k(self):
+        """Command that measures the memory of that checkpoint's KV cache at 128k tokens."""
+        return ["plot_memory.py", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device]
 
     def command(self):
         """Flags of train_dba.py."""
@@ -151,8 +162,8 @@ def progress(run):
 class Runner:
     """Runs on so many jobs at once; each shares the CPU's cores evenly."""
 
-    def __init__(self, jobs, post_mem128k):
-        self.jobs, self.post_mem128k, self.processes, self.stopped = jobs, post_mem128k, set(), False
+    def __init__(self, jobs, post):
+        self.jobs, self.post, self.processes, self.stopped = jobs, post, set(), False
 
     def call(self, command, log):
         """Exit code of a command whose output goes to the end of a log file."""
@@ -171,12 +182,11 @@ class Runner:
             return 130
         log = Path(f"{run.cfg.out_dir}.console")
         log.parent.mkdir(parents=True, exist_ok=True)
-        code = self.call([HERE / "train_dba.py", *run.command()], log)
-        if code == 0 and self.post_mem128k:
-            code = self.call([HERE / "plot_memory.py", "--ckpt", f"{run.cfg.out_dir}/best.pt"], log)
-        if code == 0:
-            log.unlink()
-        return code
+        for script, *flags in [["train_dba.py", *run.command()], *(command(run) for command in self.post)]:
+            if code := self.call([HERE / script, *flags], log):
+                return code
+        log.unlink()
+        return 0
 
     def stop(self):
         """Let every run save and end."""
@@ -185,9 +195,9 @@ class Runner:
             process.terminate()
 
 
-def run_all(runs, jobs, post_mem128k):
-    """Run all; a bar counts tokens. Returns the exit code."""
-    runner, failed = Runner(jobs, post_mem128k), []
+def run_all(runs, jobs, post):
+    """Run all, each followed by the commands that `post` makes of it; a bar counts tokens. Returns the exit code."""
+    runner, failed = Runner(jobs, post), []
     bar = tqdm(total=sum(run.tokens for run in runs), initial=sum(map(progress, runs)), unit="tok", unit_scale=True,
                dynamic_ncols=True, desc=f"{len(runs)} runs")
     with ThreadPoolExecutor(jobs) as pool:
@@ -226,7 +236,10 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
     parser.add_argument("--dry-run", action="store_true", help="print commands, sizes and time, and run nothing")
-    parser.add_argument("--post-mem128k", action="store_true", help="measure each checkpoint's KV memory at 128k")
+    parser.add_argument("--post-mem128k", action="append_const", dest="post", default=[], const=Run.post_mem128k,
+                        help="then measure each checkpoint's KV memory at 128k tokens")
+    parser.add_argument("--post-ppl", action="append_const", dest="post", const=Run.post_ppl,
+                        help="then measure each checkpoint's loss through quantised caches")
     args = parser.parse_args(argv)
     try:
         if args.jobs < 1:
@@ -241,7 +254,7 @@ def main(argv=None):
         if missing := sorted({run.cfg.data for run in runs if not Path(run.cfg.data).is_file()}):
             raise UserError(f"{', '.join(missing)} not there; `make setup` prepares WikiText-2, `make fineweb` "
                             "FineWeb-Edu")
-        return run_all(runs, args.jobs, args.post_mem128k)
+        return run_all(runs, args.jobs, args.post)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -1759,13 +1759,13 @@ def compare_bytes(cfg, formats):
             f"head{'s' * (groups > 1)} in {same}")
 
 
-def resolve_kernel(name, model_cfg, formats, device, tokens):
+def resolve_kernel(name, device, tokens):
     """(Kernel, why) of --kernel for a cache of `tokens` tokens. Raises UserError where it can't serve."""
     if name == "torch":
         return TORCH, "asked for"
     try:
         import kernels
-        found, why = kernels.choose(name, device, formats, tokens)
+        found, why = kernels.choose(name, device, tokens)
     except ModuleNotFoundError as e:
         if name != "auto" or not e.name.startswith("kernels"):
             raise UserError(f"--kernel {name}: no module {e.name}") from None
@@ -1784,7 +1784,7 @@ def sample(cfg):
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
-    kernel, why_kernel = resolve_kernel(cfg.kernel, model.cfg, formats, device, tokens)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device, tokens)
     if cfg.kv_rotate:
         rotate_cache(model)
     try:

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_dba
-from train_dba import GPT, PREFILL_CHUNK, HETERO, KVCache, autocast, make_config, resolve_kernel
+from train_dba import GPT, PREFILL_CHUNK, KVCache, autocast, make_config, resolve_kernel
 
 
 def resident(name):
@@ -45,7 +45,7 @@ def main():
     cfg = make_config(data="-", attn_mode="decoupled", null_attn=True, tie_qk=True)
     model, prompt = GPT(cfg, 256).init_weights().eval(), torch.randint(256, (1, args.tokens))
     total = args.tokens + args.steps + 8
-    kernel, _ = resolve_kernel("auto", cfg, HETERO, device, total)
+    kernel, _ = resolve_kernel("auto", device, total)
     with autocast(device, dtype):                          # once without a cache of size, so that weights are cast
         warm = KVCache(cfg, 1, PREFILL_CHUNK, "hetero", kernel=kernel)
         model.hidden(prompt[:, :PREFILL_CHUNK], warm)

@@ -8,11 +8,11 @@ import shutil
 COMPILED_FROM = 8192                                       # tokens; for fewer, compiling takes longer than it saves
 
 
-def choose(name, device, formats, tokens):
+def choose(name, device, tokens):
     """(settings of train_dba.Kernel or None for its own torch path, why).
 
-    name: auto, triton or metal; device: torch.device; formats: {stream: format}; tokens: what the cache is for. Raises
-    ValueError if the named kernel can't run here.
+    name: auto, triton or metal; device: torch.device; tokens: what the cache is for. Raises ValueError if the named
+    kernel can't run here.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "triton" or name == "auto" and device.type == "cuda":

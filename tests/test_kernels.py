@@ -20,20 +20,18 @@ CPU = torch.device("cpu")
 
 # --- Which kernel
 
-def resolve(name, tokens=100, device=CPU, fmt="q4_0"):
-    cfg = config(settings("standard"))
-    return dba.resolve_kernel(name, cfg, dba.cache_formats(cfg, fmt), device, tokens)
+def resolve(name, tokens=100, device=CPU):
+    return dba.resolve_kernel(name, device, tokens)
 
 
 def test_auto_on_a_cpu_compiles_for_long_caches_only():
-    for fmt in dba.FORMATS:
-        for n in (1, 8191):
-            kernel, why = resolve("auto", n, fmt=fmt)
-            assert kernel is dba.TORCH and "8192" in why
-        for n in (8192, 10**6):
-            kernel, why = resolve("auto", n, fmt=fmt)
-            assert (kernel.attention, kernel.append) == (cpu_decode.attention, dba.append) and "8192" in why
-            assert kernel.name != "torch" and kernel.most_queries == 8
+    for n in (1, 8191):
+        kernel, why = resolve("auto", n)
+        assert kernel is dba.TORCH and "8192" in why
+    for n in (8192, 10**6):
+        kernel, why = resolve("auto", n)
+        assert (kernel.attention, kernel.append) == (cpu_decode.attention, dba.append) and "8192" in why
+        assert kernel.name != "torch" and kernel.most_queries == 8
 
 
 def test_torch_asked_for_is_torch():

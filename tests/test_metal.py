@@ -257,6 +257,6 @@ def test_source_is_what_torch_takes():
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU")
 def test_without_an_apple_gpu():
     with pytest.raises(ValueError, match="needs an Apple GPU, not cpu"):
-        kernels.choose("metal", torch.device("cpu"), {}, 100)
+        kernels.choose("metal", torch.device("cpu"), 100)
     with pytest.raises(RuntimeError, match="MPS is not available"):
         metal_decode.self_test("cpu")

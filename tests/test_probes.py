@@ -143,7 +143,7 @@ def subject_of(folder, mode, tokenizer=None, **flags):
     line = ["probes", "--ckpt", str(folder), "--device", "cpu", "--kv-cache", "fp32", "--max-new-tokens", "7"]
     args = eval_dba.make_parser().parse_args(line)
     subject = eval_dba.load_subject(args)
-    return args, subject, eval_dba.cache_settings(args, subject)
+    return args, subject, eval_dba.cache_settings(subject, args.kv_cache)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,78 @@
+"""
+Benchmarks of a pretrained Llama by lm-eval, through our model and adapter and through lm-eval's own for transformers.
+
+    python3 benchmarks/task_parity.py SmolLM2.gguf --tasks-dir data/eval --limit 200 --out runs/bench/task_parity.json
+
+Both read the same weights in float32 and the same items. Per task: both scores, the items on which they differ, and the
+largest difference of a continuation's log-probability in nats.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import eval_dba
+import train_dba
+from convert_dba import read_llama
+
+
+def log_probabilities(samples):
+    """{item: log-probability of each continuation} of lm-eval's samples of a task."""
+    return {sample["doc_id"]: [answer[0] for answer in sample["filtered_resps"]] for sample in samples}
+
+
+def compare(name, ours, theirs):
+    """One row per metric of a task, from both results of lm-eval."""
+    mine, its = (eval_dba.task_result(results, name) for results in (ours, theirs))
+    a, b = (log_probabilities(results["samples"][name]) for results in (ours, theirs))
+    largest = max(abs(x - y) for item in a for x, y in zip(a[item], b[item], strict=True))
+    for metric in mine["correct"]:
+        differ = sum(x != y for x, y in zip(mine["correct"][metric], its["correct"][metric], strict=True))
+        yield dict(task=name, metric=metric, items=mine["n"], ours=mine[metric], theirs=its[metric],
+                   stderr=mine[f"{metric}_stderr"], items_that_differ=differ, largest_difference=largest,
+                   data_sha256=mine["data_sha256"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ckpt", type=Path, help=".gguf file or Hugging Face folder")
+    parser.add_argument("--tasks", nargs="+", choices=eval_dba.TASKS,
+                        default=["arc_easy", "piqa", "winogrande", "boolq"])
+    parser.add_argument("--tasks-dir", help="local data (the Hugging Face hub)")
+    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    llama, tokenizer = read_llama(args.ckpt)
+    subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32"))
+    models = {"ours": eval_dba.lm_eval_model(subject, args.batch_size),
+              "theirs": HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=args.batch_size)}
+    results, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded, missing = eval_dba.load_tasks(args.tasks, args.tasks_dir, Path(folder))
+        for task in loaded.values():
+            task.set_config("num_fewshot", 0)
+        for name, model in models.items():
+            started = time.perf_counter()
+            results[name] = lm_eval.evaluate(model, {"tasks": loaded}, limit=args.limit, bootstrap_iters=0)
+            seconds[name] = time.perf_counter() - started
+    rows = list(itertools.chain.from_iterable(compare(name, results["ours"], results["theirs"]) for name in loaded))
+    for row in rows:
+        print("{task} {metric}: {ours:.4f} ours, {theirs:.4f} theirs of {items}; {items_that_differ} items differ, "
+              "log-probabilities by at most {largest_difference:.1e}".format(**row))
+    whole = dict(ckpt=args.ckpt.name, sha256=subject.sha256, limit=args.limit, lm_eval=lm_eval.__version__,
+                 seconds=seconds, not_run=missing, rows=rows, env=train_dba.provenance(subject.device))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    train_dba.write_whole(args.out, lambda temporary: temporary.write_text(json.dumps(whole, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
