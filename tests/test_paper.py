@@ -173,7 +173,7 @@ def test_paired_differences_decide():
     ("winogrande", 0.937, "not reproduced"), ("dba-under-gqa", 1952 / 288, "not reproduced"),
     ("dba-under-standard-q4", 1952 / 2304, "reproduced")))
 def test_arithmetic(id, value, verdict):
-    row, = [row for row in claims.ledger(dict(runs=[], benchmarks={})) if row["id"] == id]
+    row, = [row for row in claims.ledger(dict(runs=[], evals={}, benchmarks={})) if row["id"] == id]
     assert row["ours"] == pytest.approx(value, rel=2e-3) and row["verdict"] == verdict
 
 

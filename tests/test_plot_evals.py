@@ -1,0 +1,123 @@
+"""What plot_results.py makes of eval_dba.py's files: numbers, figures, the README's section, the claim on ranks."""
+
+import dataclasses
+import json
+
+import pytest
+
+import claims
+import plot_evals
+import plot_results
+from train_dba import Config, bytes_per_token, make_config
+
+ENV = dict(device="cpu", cpu="A CPU", threads=2, commit="0123456789", dirty=False)
+
+
+def write(folder, name, command, cfg=None, settings=(), **result):
+    folder.mkdir(exist_ok=True)
+    cfg = cfg or make_config(data="-")
+    whole = dict(settings=dict(command=command, dtype="float32", **dict(settings)), env=ENV,
+                 model=dict(config=dataclasses.asdict(cfg)), **result)
+    (folder / f"{name}.json").write_text(json.dumps(whole))
+
+
+def write_ppl(folder, cache, loss, cfg=None):
+    cfg = cfg or make_config(data="-")
+    write(folder, f"eval_ppl_{cache}", "ppl", cfg, loss=loss, ppl=2.0**loss, bpb=None, tokens=100, block=64, stride=32,
+          bytes_per_token=bytes_per_token(cfg, cache))
+
+
+def rank_record(layer, of, value, **more):
+    ranks = {name: value for name in plot_evals.RANKS}
+    return dict(layer=layer, path="total", rope="after", of=of, channels=8, ranks=ranks, **more)
+
+
+def write_rank(folder, queries, keys):
+    """Three layers whose ranks are `queries` and `keys`."""
+    qk = dict(share={8: 0.5}, least_share={8: 0.25}, spectra=[[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]])
+    records = [rank_record(i, of, values[i], **more) for i in range(3) for of, values, more in
+               (("Q merged", queries, {}), ("K merged", keys, {}), ("QK head", queries, qk))]
+    write(folder, "eval_rank", "rank", trained=records, initial=records, moment="not centred", tokens=10, block=5)
+
+
+def write_all(root):
+    """A result of every command."""
+    a = root / "a"
+    write_ppl(a, "fp16", 2.0)
+    write_ppl(a, "q4_0", 2.125)
+    score = dict(n=20, version=1, data_sha256="0", acc=0.5, acc_stderr=0.1, items=["0"], correct=dict(acc=[1]))
+    write(a, "eval_tasks", "tasks", tasks=dict(piqa=score, boolq=score))
+    count = dict(set="literal", kind="all", n=4, margin=0.5, exact=[1, 0.1, 0.6], content=[2, 0.2, 0.7],
+                 preferred=[3, 0.3, 0.8], loop=[0, 0.0, 0.5])
+    difference = dict(set="literal", n=4, **dict.fromkeys(("exact", "content", "preferred", "loop"), [1, 2, 0.25]))
+    write(a, "eval_probes", "probes", counts=[count, dict(count, kind="copy")], compare=[difference])
+    write_rank(a, (2.0, 3.0, 7.0), (1.0, 1.0, 1.0))
+    times = dict(kernel="torch", prefill_seconds=1.0, ratio_to_fp16=1.0, share_of_copy=0.5)
+    write(a, "eval_latency", "latency", rows=[
+        dict(times, prompt=prompt, cache=cache, ms_per_token=2.0, tokens_per_second=500.0)
+        for prompt in (128, 1024) for cache in ("fp16", "q4_0")])
+    write(a, "eval_memory", "memory", rows=[
+        dict(tokens=tokens, cache="fp16", bytes_per_token=1, formula_bytes=2**20, cache_bytes=2**20,
+             fill_extra_bytes=None, decode_extra_bytes=2**19) for tokens in (512, 1024)])
+    write(a, "eval_sweep", "sweep", formats=dict(k="q8_0"), rows=[
+        dict(context=2048, cache_bytes=2**20, prefill_seconds=1.0, ms_per_token=2.0, loss=3.0, status="ok"),
+        dict(context=4096, status="not run: too long")])
+    measured = dict(delta_nll=0.001, kl=0.002, max_delta_logit=0.5, tokens=64)
+    write(a, "kv_policy", "policy", formats=dict(k="q8_0", v="nf4"), rotate=True, residual=32, bytes_per_token=9,
+          bytes_per_token_with_residual=9.5, thresholds={}, short=measured, long=measured, tried=[1, 2, 3],
+          settings=dict(max_delta_nll=0.005, max_kv_bytes_per_token=None, tokens=64, long_factor=4))
+
+
+def test_every_command_has_its_numbers_in_the_section_and_its_figure(tmp_path):
+    write_all(tmp_path)
+    evals = plot_evals.read_evals(tmp_path)
+    assert {file["command"] for file in evals["a"].values()} == set(plot_evals.KEPT)
+    text = plot_evals.evals_section(dict(evals=evals, series=[], benchmarks={}))
+    for cell in ("| +0.1250 |", "50.0 ± 19.6 %", "| 3.0 / 3.0 |", "1 (10-60 %)", "exact +1 -2 (p 0.25)", "2.00 (1.00)",
+                 "not run: too long", "k q8_0, v nf4, rotated, 32 newest fp16",
+                 "| 1,024 | fp16 | 1 | 1.00 | 1.00 | - | 0.50 |", "commit `0123456`"):
+        assert cell in text, cell
+    assert "copy" not in text.split("Probes")[1].split("Cache policies")[0]     # single kinds stay in the file
+    assert plot_evals.draw_evals(evals, tmp_path) == []
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for _, name in plot_evals.FIGURES.values())
+
+
+def test_nothing_measured(tmp_path):
+    assert plot_evals.draw_evals({}, tmp_path) == ["fig_decode", "fig_tasks", "fig_rank"]
+    assert plot_evals.evals_section(dict(evals={}, series=[], benchmarks={})) == "Not measured yet."
+
+
+@pytest.mark.parametrize("cache, bits", (("fp16", 16), ("q8_0", 8.5), ("q4_0", 4.5), ("nf4", 4.5)))
+def test_bits_per_value_count_the_scales(tmp_path, cache, bits):
+    write_ppl(tmp_path / "a", cache, 1.0)
+    assert plot_evals.read_evals(tmp_path)["a"][f"ppl_{cache}"]["found"]["bits_per_value"] == bits
+
+
+def test_differences_between_caches_are_paired_by_seed(tmp_path):
+    """Losses that differ between seeds by far more than between caches: the interval is of the difference."""
+    cfg, losses = make_config(data="-"), (1.0, 2.0, 3.0)
+    for seed, loss in enumerate(losses):
+        write_ppl(tmp_path / f"m_s{seed}", "fp16", loss)
+        write_ppl(tmp_path / f"m_s{seed}", "q4_0", loss + 0.1 + 0.01 * seed)
+    shared = dict(series="m", mode="standard", label="m", data="d", context=8, batch=1, steps=1, lr=1e-3, params=1,
+                  kv_bytes_fp16=bytes_per_token(cfg, "fp16"), layers=1, tokens_per_second=1.0)
+    runs = [dict(shared, run=f"m_s{seed}", seed=seed, last_val_loss=loss, best_val_loss=loss)
+            for seed, loss in enumerate(losses)]
+    one, = plot_results.make_series(runs, plot_evals.read_evals(tmp_path))
+    delta = one["caches"]["q4_0"]["delta"]
+    assert delta["mean"] == pytest.approx(0.11) and delta["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert "+0.1100 ± 0.0248" in plot_evals.evals_section(dict(
+        evals=plot_evals.read_evals(tmp_path), series=[one], benchmarks={}))
+
+
+@pytest.mark.parametrize("queries, verdict", (((0.2, 0.4, 0.5), "reproduced"), ((0.2, 0.6, 0.7), "not reproduced")))
+def test_claim_on_ranks(tmp_path, queries, verdict):
+    """Medians of 8 channels: 0.4 / 8 = 0.05 and 0.6 / 8 = 0.075 against 0.0625."""
+    write_rank(tmp_path / "ckpt_standard", queries, (0.1, 0.1, 0.1))
+    results = dict(runs=[], evals=plot_evals.read_evals(tmp_path), benchmarks={})
+    row, = [row for row in claims.ledger(results) if row["id"] == "effective-rank"]
+    assert row["verdict"] == verdict and row["ours"] == pytest.approx(sorted(queries)[1] / 8)
+
+
+def test_config_of_a_result_is_a_config():
+    assert Config(**dataclasses.asdict(make_config(data="-"))) == make_config(data="-")
