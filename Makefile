@@ -10,6 +10,7 @@ RUNS ?= runs
 WIKITEXT2 ?=
 STEPS ?= 500
 FLAGS ?=
+ASSETS = $(if $(filter runs,$(RUNS)),assets,$(RUNS)/assets)
 
 PY = $(VENV)/bin/python
 TRAIN = $(PY) train_dba.py
@@ -133,7 +134,7 @@ checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and
 	$(call again,ckpt_decoupled) $(FLAGS)
 
 figures: env  ## figures, tables, report.md and the README's sections from the finished runs
-	$(PY) plot_results.py --runs $(RUNS)
+	$(PY) plot_results.py --runs $(RUNS) --out $(ASSETS) $(if $(filter runs,$(RUNS)),,--readme "")
 
 report: figures  ## the ledger of claims: assets/report.md
 
@@ -145,17 +146,18 @@ GROUPS_cpu = cpu_mini
 GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
 JOBS ?= 2
+MANIFEST_FLAGS ?=
 MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(DATA) --runs $(RUNS) --jobs $(JOBS)
 
 dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
 	$(MANIFEST) --dry-run
 
-replicate_paper: setup  ## all runs of SCALE (cpu, gpu or full), figures, ledger of claims
-	$(MANIFEST)
+replicate_paper: setup  ## all runs of SCALE (cpu, gpu or full), their losses through quantised caches, figures, claims
+	$(MANIFEST) --post-ppl $(MANIFEST_FLAGS)
 	$(MAKE) checkpoints memory report
 
 memory: env  ## KV memory at 128k tokens, by formula and measured
-	$(PY) plot_memory.py
+	$(PY) plot_memory.py --out $(ASSETS)
 
 CKPT ?= $(RUNS)/ckpt_decoupled
 PROMPT ?= The red fox met the blue fox . The red
@@ -181,7 +183,7 @@ TASKS_DIR ?=
 ITEMS = --limit 200 $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)")
 TASKS = --tasks arc_easy piqa winogrande boolq $(ITEMS)
 LLAMA ?= $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf
-LLAMA_TEXT ?= $(WIKITEXT2)/wiki.test.tokens
+LLAMA_TEXT ?= $(if $(WIKITEXT2),$(WIKITEXT2)/wiki.test.tokens)
 LLAMA_OUT ?= $(RUNS)/smollm2_135m
 
 $(EVAL_READY): requirements-eval.txt $(READY)
@@ -189,8 +191,8 @@ $(EVAL_READY): requirements-eval.txt $(READY)
 	@touch $@
 
 evaluations: checkpoints $(EVAL_READY)  ## every measurement of eval_dba.py on the two small checkpoints
-	$(EVAL) ppl --ckpt $(RUNS)/ckpt_standard --kv-cache fp16 q8_0 q4_0 nf4
-	$(EVAL) ppl --ckpt $(RUNS)/ckpt_decoupled --kv-cache fp16 q8_0 hetero q4_0 nf4
+	$(EVAL) ppl --ckpt $(RUNS)/ckpt_standard --max-tokens 131073 --kv-cache fp16 q8_0 q4_0 nf4
+	$(EVAL) ppl --ckpt $(RUNS)/ckpt_decoupled --max-tokens 131073 --kv-cache fp16 q8_0 hetero q4_0 nf4
 	$(EVAL) probes --ckpt $(RUNS)/ckpt_standard
 	$(EVAL) probes --ckpt $(RUNS)/ckpt_decoupled --compare $(RUNS)/ckpt_standard/eval_probes.json
 	$(EVAL) tasks --ckpt $(RUNS)/ckpt_standard $(TASKS)
@@ -201,8 +203,9 @@ evaluations: checkpoints $(EVAL_READY)  ## every measurement of eval_dba.py on t
 	$(EVAL) sweep --ckpt $(RUNS)/$$run --kv-cache q8_0 --max-seconds 240 || exit 1; done
 
 llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M): caches, ranks, tasks; against lm-eval's own adapter
-	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --stride 1024 --batch-size 1 --kv-cache fp16 q8_0 q4_0 nf4 \
-	--out $(LLAMA_OUT)
+	@test -f "$(LLAMA_TEXT)" || { echo "error: give WIKITEXT2=<folder of wiki.test.tokens> or LLAMA_TEXT=<text file>"; exit 1; }
+	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --stride 1024 --batch-size 1 --max-tokens 65537 \
+	--kv-cache fp16 q8_0 q4_0 nf4 --out $(LLAMA_OUT)
 	$(EVAL) rank --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --batch-size 1 --out $(LLAMA_OUT)
 	$(EVAL) tasks --ckpt $(LLAMA) $(TASKS) --out $(LLAMA_OUT)
 	$(EVAL) probes --ckpt $(LLAMA) --out $(LLAMA_OUT)

@@ -52,6 +52,11 @@ class Run:
         attention = 6 * cfg.layers * cfg.n_head * width * cfg.block / 2
         return self.tokens * (6 * count_params(cfg, self.vocab_size)["total"] + attention)
 
+    @property
+    def measurable(self):
+        """Whether its best checkpoint is there; of a run that was made elsewhere there may be the log alone."""
+        return (Path(self.cfg.out_dir) / "best.pt").is_file()
+
     def post_ppl(self):
         """Command that measures the loss of the best checkpoint through quantised caches."""
         caches = [name for name in CACHES if cache_formats(self.cfg, name)]
@@ -182,11 +187,13 @@ class Runner:
             return 130
         log = Path(f"{run.cfg.out_dir}.console")
         log.parent.mkdir(parents=True, exist_ok=True)
-        for script, *flags in [["train_dba.py", *run.command()], *(command(run) for command in self.post)]:
-            if code := self.call([HERE / script, *flags], log):
-                return code
-        log.unlink()
-        return 0
+        code = self.call([HERE / "train_dba.py", *run.command()], log)
+        for command in self.post if run.measurable else ():
+            script, *flags = command(run)
+            code = code or self.call([HERE / script, *flags], log)
+        if code == 0:
+            log.unlink()
+        return code
 
     def stop(self):
         """Let every run save and end."""
@@ -220,6 +227,8 @@ def run_all(runs, jobs, post):
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are finished")
+    if lacking := sum(not run.measurable for run in runs if run not in failed):
+        print(f"{lacking} of them are logs without a checkpoint; with another --runs they are made anew")
     return 1 if failed else 0
 
 

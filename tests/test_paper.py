@@ -124,6 +124,21 @@ def test_a_failed_run_does_not_stop_the_others(small):
     assert (small / "runs/g_s_other_s1/train.jsonl").read_bytes() == log        # a finished run is left alone
 
 
+def test_what_follows_a_run(small):
+    """Measurements of its checkpoint, in the formats that its mode has; a run without a checkpoint is left alone."""
+    result = manifest_command(small, "--only s_good s_other --post-ppl --post-mem128k")
+    assert result.returncode == 0, result.stderr
+    measured = {path.relative_to(small / "runs").as_posix() for path in (small / "runs").rglob("*.json")}
+    for name, caches in (("good", ("fp16", "q8_0", "q4_0")), ("other", ("fp16", "q8_0", "q4_0", "hetero"))):
+        found = {path for path in measured if path.startswith(f"g_s_{name}_s1/")}
+        assert found - {f"g_s_{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
+            f"g_s_{name}_s1/mem128k.json", *(f"g_s_{name}_s1/eval_ppl_{cache}.json" for cache in caches)}
+    for path in (small / "runs").rglob("*.pt"):
+        path.unlink()
+    again = manifest_command(small, "--only s_good s_other --post-ppl")
+    assert again.returncode == 0 and "2 of them are logs without a checkpoint" in again.stdout
+
+
 def test_dry_run_needs_no_data(small):
     (small / "text.txt").unlink()
     result = manifest_command(small, "--dry-run")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import eval_dba
 import plot_results
 from train_dba import main, parse_args
 
@@ -84,6 +85,16 @@ def test_makefile_runs_the_same_commands():
     made = [parse_args(shlex.split(line)[2:]) for line in lines if "train_dba.py" in line]
     given = [parse_args(shlex.split(c)[2:]) for c in TRAINING]
     assert {m["out_dir"]: m for m in made} == {g["out_dir"]: g for g in given}
+
+
+def test_evaluation_commands_parse():
+    """Those of the README, and those that make runs."""
+    made = subprocess.run(["make", "-n", "evaluations", "llama"], cwd=ROOT, capture_output=True, text=True, check=True)
+    text = "\n".join([*COMMANDS, made.stdout.replace("\\\n", " ")])
+    argvs = [shlex.split(flags) for flags in re.findall(r"eval_dba\.py ([^&|;\n]+)", text)]
+    assert len({argv[0] for argv in argvs}) == 8
+    for argv in argvs:
+        eval_dba.make_parser().parse_args(argv)
 
 
 def test_every_make_target_named_exists():
