@@ -22,16 +22,15 @@ For other modes, "these formats" of the policy hetero are q8_0 for keys with RoP
 """
 
 import argparse
-import ctypes
 import dataclasses
 import json
-import platform
 import sys
 from pathlib import Path
 
 import matplotlib
 import torch
 
+from eval_dba import forget_peak, peak_since
 from train_dba import (CACHE_BLOCK, HETERO, PREFILL_CHUNK, KVCache, UserError, autocast, bytes_per_token, cache_bytes,
                        cache_formats, cache_slots, load_checkpoint, load_model, make_config, pick_device, pick_dtype,
                        provenance, relative, resolve_kernel, synchronize, write_whole)
@@ -133,38 +132,6 @@ def describe(name, cfg, controls, tokens, reported):
 # -----------------------------------------------------------------------------
 # By measurement
 
-def resident(name):
-    """VmRSS (now) or VmHWM (peak) of this process in bytes."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def held_bytes(device):
-    """Bytes in use now: PyTorch's on a CUDA device, the process's on Linux; None where nobody counts them."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or sys.platform != "linux":
-        return None
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)                   # what was freed isn't in use
-    return resident("VmRSS")
-
-
-def forget_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu" and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device):
-    """Peak bytes since forget_peak(), or None."""
-    synchronize(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resident("VmHWM") if device.type == "cpu" and sys.platform == "linux" else None
-
-
 def minus(a, b):
     return None if a is None or b is None else a - b
 
@@ -218,11 +185,11 @@ def measure_fill(cfg, policy, tokens, limit, device):
     is measured, since all have the same streams."""
     layer = dataclasses.replace(cfg, layers=1)
     _, fitting = what_fits(layer, policy, tokens, limit)
-    before = held_bytes(device)
+    before = forget_peak(device)
     cache = allocate(layer, fitting, policy, device)
     fill(cache, fitting)
     synchronize(device)
-    return size_of(cfg, cache, tokens, fitting, minus(held_bytes(device), before))
+    return size_of(cfg, cache, tokens, fitting, minus(forget_peak(device), before))
 
 
 def measure_decode(model, blocks, policy, tokens, limit, device):
@@ -233,10 +200,10 @@ def measure_decode(model, blocks, policy, tokens, limit, device):
     model.blocks = blocks[:layers]
     kernel, why = resolve_kernel("auto", device, fitting)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    before = held_bytes(device)
+    before = forget_peak(device)
     cache = allocate(dataclasses.replace(cfg, layers=layers), fitting, formats, device, kernel)
     fill(cache, fitting - 1)
-    taken = minus(held_bytes(device), before)
+    taken = minus(forget_peak(device), before)
 
     def step():
         cache.truncate(fitting - 1)
@@ -244,11 +211,11 @@ def measure_decode(model, blocks, policy, tokens, limit, device):
 
     for _ in range(2):                                     # a kernel may compile
         step()
-    ready = held_bytes(device)
-    forget_peak(device)
+    ready = forget_peak(device)
     for _ in range(4):
         finite = step().isfinite().all()
-    peak = peak_bytes(device)
+    synchronize(device)
+    peak = ready and peak_since(device)
     if not finite:
         raise UserError(f"decoding with a {policy} cache gives numbers that aren't finite: a broken checkpoint?")
     result = size_of(cfg, cache, tokens, fitting, taken)
