@@ -38,12 +38,18 @@ def within(value, reported, relative):
     return abs(value - reported) <= relative * abs(reported)
 
 
+def place(results, *series, seeds):
+    """Names of series, how many seeds, and the hardware of their runs."""
+    hardware = sorted({run["hardware"] for run in results["runs"] if run["series"] in series})
+    return f"{' against '.join(f'`{name}`' for name in series)}, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(hardware)}"
+
+
 def first_pair(claim, results, field="last_val_loss"):
-    """(values of the first pair of series that has been run, as two lists in the order of shared seeds; its names)."""
+    """(values of the first pair of series that has been run, as two lists in the order of shared seeds; its place)."""
     for a, b in claim["pairs"]:
         left, right = seeds_of(results, a, field), seeds_of(results, b, field)
         if shared := sorted(left.keys() & right.keys()):
-            return [left[s] for s in shared], [right[s] for s in shared], f"`{a}` against `{b}`, {len(shared)} seed(s)"
+            return [left[s] for s in shared], [right[s] for s in shared], place(results, a, b, seeds=len(shared))
     return None
 
 
@@ -53,7 +59,7 @@ def loss(claim, results):
         return None, None, None, ""
     mean, half = mean_interval(values)
     agrees = abs(mean - claim["reported"]) <= claim["tolerance"]
-    return mean, half, agrees, f"`{claim['series']}`, {len(values)} seed(s)"
+    return mean, half, agrees, place(results, claim["series"], seeds=len(values))
 
 
 def paired(claim, results, agrees):
@@ -62,6 +68,8 @@ def paired(claim, results, agrees):
         return None, None, None, ""
     left, right, where = found
     mean, half = mean_interval([a - b for a, b in zip(left, right)])
+    if half is not None and abs(mean) <= half:
+        where += "; the interval includes zero: undecided at this number of seeds"
     return mean, half, half is not None and agrees(mean, half), where
 
 
@@ -70,9 +78,9 @@ def below(claim, results):
     return paired(claim, results, lambda mean, half: mean + half < 0)
 
 
-def not_above(claim, results):
-    """The difference isn't above zero with its whole interval."""
-    return paired(claim, results, lambda mean, half: mean - half <= 0)
+def not_worse(claim, results):
+    """The difference is at most a margin with its whole interval: a wide interval shows nothing."""
+    return paired(claim, results, lambda mean, half: mean + half <= claim["margin"])
 
 
 def ratio(claim, results, field):
@@ -97,7 +105,7 @@ def overfits(claim, results):
     if not last:
         return None, None, None, ""
     mean, half = mean_interval([last[seed] - best[seed] for seed in last])
-    return mean, half, mean > 0.05, f"`{claim['series']}`, {len(last)} seed(s)"
+    return mean, half, mean > 0.05, place(results, claim["series"], seeds=len(last))
 
 
 def cache_quality(claim, results):
@@ -106,8 +114,9 @@ def cache_quality(claim, results):
     if not rows:
         return None, None, None, ""
     row, = rows
+    cpu = results["benchmarks"]["cache_quality"]["env"]["cpu"]
     return (row["delta_nll"], 1.96 * row["standard_error"], row["delta_nll"] <= claim["tolerance"],
-            f"`{claim['run']}`, {row['tokens']:,} tokens, one seed")
+            f"`{claim['run']}`, {row['tokens']:,} tokens, 1 seed; {cpu}")
 
 
 def effective_rank(claim, results):
@@ -117,8 +126,8 @@ def effective_rank(claim, results):
             share = {row["of"][0]: row["trained"]["entropy_rank_lambda"] / row["channels"] for row in
                      rank["found"]["rows"] if row["of"].endswith("merged") and row["rope"] == "after"}
             value = max(share.values())
-            return (value, None, value <= claim["reported"],
-                    f"`{run}`, medians over layers: queries {share['Q']:.3f}, keys {share['K']:.3f}")
+            return (value, None, value <= claim["reported"], f"`{run}`, medians over layers: queries {share['Q']:.3f}, "
+                    f"keys {share['K']:.3f}; {rank['from']['hardware']}")
     return None, None, None, ""
 
 
@@ -187,7 +196,7 @@ def proportions(claim, results):
 
 
 RULES = {rule.__name__: rule for rule in (
-    loss, below, not_above, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, not_run, cache_gib,
+    loss, below, not_worse, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, not_run, cache_gib,
     cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity_gap, mcnemar_best, proportions)}
 
 

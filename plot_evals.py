@@ -75,16 +75,21 @@ KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": kee
         "sweep": lambda result: dict(formats=result["formats"], rows=result["rows"])}
 
 
+def hardware_name(env):
+    """The device of an env.json; of a CPU its name, with how many threads."""
+    cpu = f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
+    return cpu if env["device"] == "cpu" else env["device"]
+
+
 def read_evals(root):
     """{run folder: {file without eval_: what is kept of it, and its `from`: hardware, commit}}."""
     found = {}
     for path in sorted([*root.glob("*/eval_*.json"), *root.glob("*/kv_policy.json")]):
         result = json.loads(path.read_text())
         env, command = result["env"], result["settings"]["command"]
-        hardware = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads"
         found.setdefault(path.parent.name, {})[path.stem.removeprefix("eval_")] = {
             "command": command, "found": KEPT[command](result),
-            "from": dict(keep(env, "commit", "dirty"), hardware=hardware, dtype=result["settings"]["dtype"])}
+            "from": dict(keep(env, "commit", "dirty"), hardware=hardware_name(env), dtype=result["settings"]["dtype"])}
     return found
 
 

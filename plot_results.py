@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 
 from claims import ledger, mean_interval
 from figures import COLORS, MARKERS, STYLES, latex_table, markdown, save, subplots
-from plot_evals import caches, draw_evals, evals_section, read_evals
+from plot_evals import caches, draw_evals, evals_section, hardware_name, read_evals
 from run_paper_manifest import HERE, list_runs, read_manifest
 
 # runs/bench/<name>.json, by `make bench` and `make cache_quality`
@@ -72,7 +72,7 @@ def read_run(folder):
         val_tokens=evals[-1]["val_tokens"], last_val_loss=evals[-1]["val_loss"],
         best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
-        hardware=env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads",
+        hardware=hardware_name(env),
         peak_bytes=max(line["mem_bytes"] for line in train),
         dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
         curve=[[line["tokens"], line["val_loss"]] for line in evals])

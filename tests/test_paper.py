@@ -152,8 +152,8 @@ def test_dry_run_needs_no_data(small):
 # --- Claims
 
 def fake(series, losses, **more):
-    return [dict(run=f"{series}_s{seed}", series=series, seed=seed, last_val_loss=loss, best_val_loss=loss, **more)
-            for seed, loss in losses.items()]
+    return [dict(run=f"{series}_s{seed}", series=series, seed=seed, last_val_loss=loss, best_val_loss=loss,
+                 hardware="a CPU", **more) for seed, loss in losses.items()]
 
 
 def decide(claim, runs, benchmarks=None):
@@ -177,7 +177,12 @@ def test_paired_differences_decide():
     assert decide(claim, fake("a", mixed) + fake("b", base))[2] == "not reproduced"
     assert decide(claim, fake("a", {1: 1.0}) + fake("b", base))[2] == "not reproduced"      # one seed: no interval
     assert decide(claim, fake("b", base))[2] == "not yet run"
-    assert decide(dict(claim, rule="not_above"), fake("a", mixed) + fake("b", base))[2] == "reproduced"
+    wide, narrow = fake("a", mixed) + fake("b", base), fake("a", better) + fake("b", base)
+    assert decide(dict(claim, rule="not_worse", margin=0.02), wide)[2] == "not reproduced"  # undecided shows nothing
+    assert decide(dict(claim, rule="not_worse", margin=-0.09), narrow)[2] == "reproduced"
+    assert decide(dict(claim, rule="not_worse", margin=-0.11), narrow)[2] == "not reproduced"
+    where = [claims.RULES["below"](claim, dict(runs=runs))[3] for runs in (wide, narrow)]
+    assert "includes zero" in where[0] and "3 seeds; a CPU" in where[0] and "zero" not in where[1]
 
 
 @pytest.mark.parametrize("id, value, verdict", (
