@@ -61,7 +61,7 @@ class Run:
         """Command that measures the loss of the best checkpoint through quantised caches."""
         caches = [name for name in CACHES if cache_formats(self.cfg, name)]
         return ["eval_dba.py", "ppl", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32,
-                "--max-tokens", 2**17 + 1, "--kv-cache", *caches]
+                "--max-tokens", 2**15 + 1, "--kv-cache", *caches]
 
     def post_mem128k(self):
         """Command that measures the memory of that checkpoint's KV cache at 128k tokens."""
