@@ -212,24 +212,33 @@ def frontier(points):
 
 
 def draw_pareto(series, path):
-    """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only."""
+    """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only. The
+    points of the frontier are named."""
     drawn = panels(series)
     fig, axes = subplots(len(drawn), height=4.0)
     shown = set()                                          # cache formats
     for ax, (title, members) in zip(axes, drawn):
-        points = []
+        points = {}                                        # (bytes, loss): name
         measured = any(one["caches"] for one in members)
         for one in members:
             plain = {"fp16": dict(one["last_val_loss"], bytes_per_token=one["kv_bytes_fp16"])}
             for name, cache in (one["caches"] if measured else plain).items():
                 if name in MARKERS:
                     shown.add(name)
-                    points.append((cache["bytes_per_token"], cache["mean"]))
-                    ax.plot(*points[-1], MARKERS[name], color=COLORS[one["mode"]], markersize=5, alpha=0.85,
+                    point = cache["bytes_per_token"], cache["mean"]
+                    points[point] = f"{one['label']}, {name}"
+                    ax.plot(*point, MARKERS[name], color=COLORS[one["mode"]], markersize=5, alpha=0.85,
                             fillstyle="none" if one["label"].endswith("matched") else "full")
         edge = frontier(points)
         ax.step(*zip(*edge), where="post", color="#555555", linewidth=1, linestyle=":")
-        ax.set(xscale="log", xlabel="KV cache (bytes/token, all layers)",
+        for i, point in enumerate(edge, 1):
+            ax.annotate(i, point, (2, -2), textcoords="offset points", fontsize=7, va="top")
+        names = "\n".join(f"{i} {points[point]}" for i, point in enumerate(edge, 1))
+        ax.text(0.98, 0.98, names, transform=ax.transAxes, fontsize=6, ha="right", va="top")
+        ax.margins(y=0.18)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.set(xlabel="KV cache (bytes/token, all layers)",
                ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3, which="both")
