@@ -145,7 +145,7 @@ SCALE ?= $(GPU)
 GROUPS_cpu = cpu_mini
 GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
-JOBS ?= 2
+JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
 MANIFEST_FLAGS ?=
 MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(DATA) --runs $(RUNS) --jobs $(JOBS)
 
@@ -153,8 +153,7 @@ dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
 	$(MANIFEST) --dry-run
 
 replicate_paper: setup  ## all runs of SCALE (cpu, gpu or full), their losses through quantised caches, figures, claims
-	$(MANIFEST) --post-ppl $(MANIFEST_FLAGS)
-	$(MAKE) checkpoints memory report
+	$(MANIFEST) --post-ppl $(MANIFEST_FLAGS); code=$$?; $(MAKE) checkpoints memory report && exit $$code
 
 memory: env  ## KV memory at 128k tokens, by formula and measured
 	$(PY) plot_memory.py --out $(ASSETS)
@@ -195,20 +194,20 @@ evaluations: checkpoints $(EVAL_READY)  ## every measurement of eval_dba.py on t
 	$(EVAL) ppl --ckpt $(RUNS)/ckpt_decoupled --max-tokens 131073 --kv-cache fp16 q8_0 hetero q4_0 nf4
 	$(EVAL) probes --ckpt $(RUNS)/ckpt_standard
 	$(EVAL) probes --ckpt $(RUNS)/ckpt_decoupled --compare $(RUNS)/ckpt_standard/eval_probes.json
-	$(EVAL) tasks --ckpt $(RUNS)/ckpt_standard $(TASKS)
-	$(EVAL) tasks --ckpt $(RUNS)/ckpt_decoupled $(TASKS) --compare $(RUNS)/ckpt_standard/eval_tasks.json
 	for run in ckpt_standard ckpt_decoupled; do $(EVAL) rank --ckpt $(RUNS)/$$run && \
 	$(EVAL) policy --ckpt $(RUNS)/$$run --max-delta-nll 0.005 --long && \
 	$(EVAL) latency --ckpt $(RUNS)/$$run && $(EVAL) memory --ckpt $(RUNS)/$$run && \
 	$(EVAL) sweep --ckpt $(RUNS)/$$run --kv-cache q8_0 --max-seconds 240 || exit 1; done
+	$(EVAL) tasks --ckpt $(RUNS)/ckpt_standard $(TASKS)
+	$(EVAL) tasks --ckpt $(RUNS)/ckpt_decoupled $(TASKS) --compare $(RUNS)/ckpt_standard/eval_tasks.json
 
-llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M): caches, ranks, tasks; against lm-eval's own adapter
+llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M-Instruct): caches, ranks, tasks; against lm-eval's own adapter
 	@test -f "$(LLAMA_TEXT)" || { echo "error: give WIKITEXT2=<folder of wiki.test.tokens> or LLAMA_TEXT=<text file>"; exit 1; }
-	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --stride 1024 --batch-size 1 --max-tokens 65537 \
-	--kv-cache fp16 q8_0 q4_0 nf4 --out $(LLAMA_OUT)
+	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --dtype auto --block 2048 --stride 1024 --batch-size 1 \
+	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4 --out $(LLAMA_OUT)
 	$(EVAL) rank --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --batch-size 1 --out $(LLAMA_OUT)
 	$(EVAL) tasks --ckpt $(LLAMA) $(TASKS) --out $(LLAMA_OUT)
-	$(EVAL) probes --ckpt $(LLAMA) --out $(LLAMA_OUT)
+	$(EVAL) probes --ckpt $(LLAMA) --dtype auto --out $(LLAMA_OUT)
 	$(PY) benchmarks/task_parity.py $(LLAMA) $(ITEMS) --out $(RUNS)/bench/task_parity.json
 
 $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf: | env

@@ -1,9 +1,10 @@
 """
-The ledger of the papers' claims: claims.json says what they report, a rule here computes our value from results.json
-and decides the verdict. No verdict is typed by hand.
+The ledger of claims: claims.json says what the papers report, and which controls a reader would ask for; a rule here
+computes our value from results.json and decides the verdict. No verdict is typed by hand.
 
-A rule returns (value or None, interval half-width or None, agrees: bool or None, where it was measured); agrees is None
-where nothing has been run. Arithmetic rules need no run: they check the report's own numbers.
+A rule returns (value or None, interval half-width or None, agrees, where it was measured). agrees is None where nothing
+has been run, and UNDECIDED where what has been run can't tell. Arithmetic rules need no run: they check the report's
+own numbers.
 """
 
 import json
@@ -17,7 +18,10 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        # the Llama-7B scale of the reports
 LONG = 131_072                                                                  # tokens of "128k"
-ARITHMETIC = ("perplexity_gap", "cache_ratio", "cache_gib", "cache_layer_bytes", "parameters")
+ARITHMETIC = ("perplexity", "perplexity_gap", "share", "mean_difference", "cache_ratio", "cache_gib",
+              "cache_layer_bytes", "parameters")
+UNDECIDED = "undecided"
+VERDICTS = ("reproduced", "not reproduced", "arithmetic error", UNDECIDED, "not yet run")
 
 
 def mean_interval(values):
@@ -29,9 +33,9 @@ def mean_interval(values):
     return mean, (T95[n - 2] if n - 2 < len(T95) else 1.96) * spread
 
 
-def seeds_of(results, series, field="last_val_loss"):
-    """{seed: value} of a field over the runs of a series."""
-    return {run["seed"]: run[field] for run in results["runs"] if run["series"] == series}
+def seeds_of(results, series, field):
+    """{seed: value} of a field over the runs of a series, or of a sweep's runs at the learning rate that did best."""
+    return {run["seed"]: run[field] for run in results["runs"] if series in (run["series"], run["best_of_sweep"])}
 
 
 def within(value, reported, relative):
@@ -40,21 +44,24 @@ def within(value, reported, relative):
 
 def place(results, *series, seeds):
     """Names of series, how many seeds, and the hardware of their runs."""
-    hardware = sorted({run["hardware"] for run in results["runs"] if run["series"] in series})
+    hardware = sorted({run["hardware"] for run in results["runs"] if {run["series"], run["best_of_sweep"]} & {*series}})
     return f"{' against '.join(f'`{name}`' for name in series)}, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(hardware)}"
 
 
-def first_pair(claim, results, field="last_val_loss"):
-    """(values of the first pair of series that has been run, as two lists in the order of shared seeds; its place)."""
+def best_pair(claim, results, field):
+    """(values of a pair of series as two lists, in the order of the seeds that both have; its place), or None. The
+    first pair with several seeds, else the first that has been run."""
+    found = []
     for a, b in claim["pairs"]:
         left, right = seeds_of(results, a, field), seeds_of(results, b, field)
-        if shared := sorted(left.keys() & right.keys()):
-            return [left[s] for s in shared], [right[s] for s in shared], place(results, a, b, seeds=len(shared))
-    return None
+        if shared := sorted(seed for seed in left.keys() & right.keys() if None not in (left[seed], right[seed])):
+            found.append(([left[s] for s in shared], [right[s] for s in shared],
+                          place(results, a, b, seeds=len(shared))))
+    return next((pair for pair in found if len(pair[0]) > 1), found[0] if found else None)
 
 
 def loss(claim, results):
-    values = list(seeds_of(results, claim["series"]).values())
+    values = list(seeds_of(results, claim["series"], claim.get("field", "best_val_loss")).values())
     if not values:
         return None, None, None, ""
     mean, half = mean_interval(values)
@@ -62,29 +69,31 @@ def loss(claim, results):
     return mean, half, agrees, place(results, claim["series"], seeds=len(values))
 
 
-def paired(claim, results, agrees):
-    found = first_pair(claim, results)
+def paired(claim, results, most):
+    """Whether the difference of best losses is at most so much with its whole 95 % interval, or above it with its whole
+    interval; undecided in between, and for one seed."""
+    found = best_pair(claim, results, "best_val_loss")
     if found is None:
         return None, None, None, ""
-    left, right, where = found
-    mean, half = mean_interval([a - b for a, b in zip(left, right)])
-    if half is not None and abs(mean) <= half:
-        where += "; the interval includes zero: undecided at this number of seeds"
-    return mean, half, half is not None and agrees(mean, half), where
+    mean, half = mean_interval([a - b for a, b in zip(*found[:2])])
+    last, _ = mean_interval([a - b for a, b in zip(*best_pair(claim, results, "last_val_loss")[:2])])
+    where = found[2] + (f"; of the last losses {last:+.4f}" if abs(last - mean) > 1e-9 else "")
+    decided = half is not None and not mean - half <= most <= mean + half
+    return mean, half, mean < most if decided else UNDECIDED, where
 
 
 def below(claim, results):
-    """The difference is below zero with its whole interval."""
-    return paired(claim, results, lambda mean, half: mean + half < 0)
+    """The difference is below zero."""
+    return paired(claim, results, 0.0)
 
 
 def not_worse(claim, results):
-    """The difference is at most a margin with its whole interval: a wide interval shows nothing."""
-    return paired(claim, results, lambda mean, half: mean + half <= claim["margin"])
+    """The difference is below a margin."""
+    return paired(claim, results, claim["margin"])
 
 
 def ratio(claim, results, field):
-    found = first_pair(claim, results, field)
+    found = best_pair(claim, results, field)
     if found is None:
         return None, None, None, ""
     left, right, where = found
@@ -120,14 +129,18 @@ def cache_quality(claim, results):
 
 
 def effective_rank(claim, results):
-    """Ranks of all queries and all keys of a layer, as vectors, after RoPE; the larger of the two over its width."""
-    for run in claim["runs"]:
-        if rank := results["evals"].get(run, {}).get("rank"):
-            share = {row["of"][0]: row["trained"]["entropy_rank_lambda"] / row["channels"] for row in
-                     rank["found"]["rows"] if row["of"].endswith("merged") and row["rope"] == "after"}
-            value = max(share.values())
-            return (value, None, value <= claim["reported"], f"`{run}`, medians over layers: queries {share['Q']:.3f}, "
-                    f"keys {share['K']:.3f}; {rank['from']['hardware']}")
+    """Entropy ranks of all queries and of all keys of a layer before RoPE, as vectors, medians over layers; the larger.
+    Only models of the width that the claim is about decide."""
+    names = [name for start in claim["runs"] for name in results["evals"] if name.startswith(start)]
+    for rank, run in ((results["evals"][name].get("rank"), name) for name in names):
+        rows = {row["of"][0]: row for row in rank["found"]["rows"] if row["of"].endswith("merged")
+                and row["rope"] == "before" and row["channels"] == claim["width"]} if rank else {}
+        if rows.keys() == {"Q", "K"}:
+            ranks = {of: row["trained"]["entropy_rank_lambda"] for of, row in rows.items()}
+            low, high = claim["range"]
+            return (max(ranks.values()), None, all(low <= value <= high for value in ranks.values()),
+                    f"`{run}`, medians over layers: queries {ranks['Q']:.1f}, keys {ranks['K']:.1f}; "
+                    f"{rank['from']['hardware']}")
     return None, None, None, ""
 
 
@@ -174,38 +187,47 @@ def parameters(claim, results):
     return value, None, within(value, claim["reported"], claim["tolerance"]), "formula, tested against models"
 
 
+def perplexity(claim, results):
+    value = math.exp(claim["loss"])
+    return value, None, within(value, claim["reported"], 0.002), "the report's own loss"
+
+
 def perplexity_gap(claim, results):
     value = 100 * (math.exp(claim["losses"][0] - claim["losses"][1]) - 1)
     return value, None, within(value, claim["reported"], 0.02), "the report's own losses"
 
 
-def mcnemar_best(claim, results):
-    """The smallest p that these counts allow: every discordant case favours the better model."""
-    p = min(1.0, 2 * 0.5 ** abs(claim["counts"][0] - claim["counts"][1]))
-    return p, None, p < 0.05, "the report's own counts"
+def share(claim, results):
+    value = 100 * claim["numbers"][0] / claim["numbers"][1]
+    return value, None, within(value, claim["reported"], 0.01), "the report's own numbers"
 
 
-def proportions(claim, results):
-    """Two-sided normal test of two proportions over so many items each."""
-    n = claim["items"]
-    a, b = (round(percent / 100 * n) for percent in claim["percent"])
-    pooled = (a + b) / (2 * n)
-    z = abs(a - b) / n / math.sqrt(2 * pooled * (1 - pooled) / n)
-    p = math.erfc(z / math.sqrt(2))
-    return p, None, p < 0.05, f"the report's own counts: {a} and {b} of {n}"
+def mean_difference(claim, results):
+    value = math.fsum(a - b for a, b in claim["scores"]) / len(claim["scores"])
+    return value, None, abs(value - claim["reported"]) < 0.051, "the report's own scores"
+
+
+def best_case(claim, results):
+    """McNemar's p if every case in which the two differ favoured the better: the least that these counts allow. Where
+    even that isn't significant, nothing was shown; where it is, only the cases themselves could tell."""
+    a, b = claim.get("counts") or (round(percent / 100 * claim["items"]) for percent in claim["percent"])
+    p = min(1.0, 2 * 0.5 ** abs(a - b))
+    of = f" of {claim['items']}" if "items" in claim else ""
+    return p, None, UNDECIDED if p < 0.05 else False, f"the report's own counts: {a} and {b}{of}"
 
 
 RULES = {rule.__name__: rule for rule in (
     loss, below, not_worse, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, not_run, cache_gib,
-    cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity_gap, mcnemar_best, proportions)}
+    cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity, perplexity_gap, share,
+    mean_difference, best_case)}
 
 
 def verdict(claim, agrees):
     if agrees is None:
         return "not yet run"
-    if agrees:
-        return "reproduced"
-    return "arithmetic error" if claim["rule"] in ARITHMETIC else "not reproduced"
+    if agrees == UNDECIDED:
+        return UNDECIDED
+    return "reproduced" if agrees else "arithmetic error" if claim["rule"] in ARITHMETIC else "not reproduced"
 
 
 def ledger(results, path=Path(__file__).parent / "claims.json"):

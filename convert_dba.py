@@ -202,6 +202,6 @@ def load_llama(path, device="cpu"):
         return map_weights(llama).to(device), LlamaTokenizer(hf, llama.config.vocab_size)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as e:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, StrictDataclassError) as e:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None

@@ -71,6 +71,12 @@ def load_subject(args):
     """The Subject of --ckpt, --device and --dtype. Raises UserError."""
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
+    if args.out:                                           # before hours of work
+        folder = Path(args.out).parent if args.out.endswith(".json") else Path(args.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {args.out}: can't make the folder {folder} ({e.strerror})") from None
     path = Path(args.ckpt)
     if path.suffix == ".gguf" or (path / "config.json").is_file():
         from convert_dba import load_llama
@@ -113,16 +119,9 @@ def cache_settings(subject, name):
 
 
 def result_path(args, subject, name):
-    """--out, or eval_<name>.json in the folder that --out names, or beside the checkpoint; the folder is made."""
+    """--out, or eval_<name>.json in the folder that --out names, or beside the checkpoint."""
     out = Path(args.out or subject.folder)
-    if args.out and out.suffix not in ("", ".json"):
-        raise UserError(f"--out {out} must be a folder or end in .json")
-    out = out if out.suffix == ".json" else out / f"eval_{name}.json"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"can't make the folder {out.parent} ({e.strerror}); give another --out") from None
-    return out
+    return out if out.suffix == ".json" else out / f"eval_{name}.json"
 
 
 def write_result(args, subject, name, table, **result):
@@ -231,7 +230,7 @@ def ppl(args):
     """Held-out loss, perplexity and bits per byte over a whole file, through a cache of any format."""
     subject = load_subject(args)
     caches = {name: cache_settings(subject, name) for name in args.kv_cache}
-    if len(caches) > 1 and str(args.out).endswith(".json"):
+    if len(caches) > 1 and args.out and args.out.endswith(".json"):
         raise UserError("--out names one file, --kv-cache several caches; name a folder")
     if args.kv_rotate:
         rotate_cache(subject.model)
@@ -359,10 +358,15 @@ def available_memory(device):
         return torch.cuda.mem_get_info(device)[0] + pooled
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if sys.platform == "linux":
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if meminfo.is_file():
+        lines = meminfo.read_text().splitlines()
+        room = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    if (cgroup / "memory.max").is_file():                  # a container's limit
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        room = room if limit == "max" else min(room, int(limit) - int(used))
+    return room
 
 
 # -----------------------------------------------------------------------------
@@ -806,7 +810,8 @@ def policy(args):
         raise UserError(f"none of {len(tried)} policies passes; the nearest to the fp16 cache: {least}, "
                         f"{sizes[least]:g} bytes per token, ΔNLL {tried[least]['delta_nll']:+.6f}, "
                         f"KL {tried[least]['kl']:.6f}")
-    args.out = args.out or subject.folder / train_dba.POLICY_FILE
+    if not (args.out and args.out.endswith(".json")):
+        args.out = Path(args.out or subject.folder) / train_dba.POLICY_FILE
     write_result(args, subject, "policy", policy_table(args, sizes, tried, limits, chosen, long),
                  checkpoint_sha256=subject.sha256, formats=dict(chosen.formats), rotate=chosen.rotate,
                  residual=chosen.residual, bytes_per_token=bytes_per_token(subject.cfg, dict(chosen.formats)),
@@ -1329,7 +1334,8 @@ def measure_ranks(subject, model, batches, centred):
 
 
 def initial_model(subject):
-    """The model as it was before its first step: the same settings and seed."""
+    """The model as it was before its first step, the same settings and seed; of a pretrained Llama, one of its shape
+    that train_dba.py would begin with."""
     torch.manual_seed(subject.cfg.seed)
     return GPT(subject.cfg, subject.model.vocab_size).init_weights().to(subject.device).eval()
 

@@ -6,11 +6,12 @@ plot_results.py calls this. read_evals() keeps of each file what is drawn or tab
 
 import json
 import statistics
+import sys
 
 import matplotlib.pyplot as plt
 
 from figures import MARKERS, PALETTE, markdown, save, subplots
-from train_dba import Config
+from train_dba import BROKEN, Config
 
 RANKS = {"entropy_rank_sigma": "entropy σ", "entropy_rank_lambda": "entropy λ",
          "participation_ratio": "participation", "stable_rank": "stable", "k90": "k90", "k95": "k95", "k99": "k99"}
@@ -85,11 +86,16 @@ def read_evals(root):
     """{run folder: {file without eval_: what is kept of it, and its `from`: hardware, commit}}."""
     found = {}
     for path in sorted([*root.glob("*/eval_*.json"), *root.glob("*/kv_policy.json")]):
-        result = json.loads(path.read_text())
-        env, command = result["env"], result["settings"]["command"]
-        found.setdefault(path.parent.name, {})[path.stem.removeprefix("eval_")] = {
-            "command": command, "found": KEPT[command](result),
-            "from": dict(keep(env, "commit", "dirty"), hardware=hardware_name(env), dtype=result["settings"]["dtype"])}
+        try:
+            result = json.loads(path.read_text())
+            env, command = result["env"], result["settings"]["command"]
+            kept = {"command": command, "found": KEPT[command](result), "from": dict(
+                keep(env, "commit", "dirty"), hardware=hardware_name(env), dtype=result["settings"]["dtype"],
+                context=result["model"]["config"]["block"])}
+        except (OSError, *BROKEN) as e:
+            print(f"{path}: damaged ({type(e).__name__}: {e}), left out", file=sys.stderr)
+        else:
+            found.setdefault(path.parent.name, {})[path.stem.removeprefix("eval_")] = kept
     return found
 
 
@@ -139,8 +145,9 @@ def draw_tasks(evals, path):
     for i, (run, _, tasks) in enumerate(runs):
         for x, name in enumerate(names):
             if name in tasks:
-                ax.bar(x + (i - (len(runs) - 1) / 2) * width, tasks[name]["acc"], 0.9 * width, color=PALETTE[1 + i],
-                       yerr=1.96 * tasks[name]["acc_stderr"], capsize=3, label=run if x == 0 else None)
+                ax.bar(x + (i - (len(runs) - 1) / 2) * width, tasks[name]["acc"], 0.9 * width,
+                       color=PALETTE[(1 + i) % len(PALETTE)], yerr=1.96 * tasks[name]["acc_stderr"], capsize=3,
+                       label=run if x == 0 else None)
     for x, name in enumerate(names):
         ax.plot([x - 0.45, x + 0.45], [CHANCE[name]] * 2, color="#000000", linestyle="--", linewidth=1,
                 label=None if x else "guessing")
@@ -217,7 +224,7 @@ def cache_lines(evals, series):
                             f"{fp16['bytes_per_token'] / found['bytes_per_token']:.2f}") if fp16 else ("-",) * 3)))
     lines = []
     if rows:
-        lines += ["Loss through the cache (`eval_dba.py ppl`), every token read through quantised keys and values; "
+        lines += ["Loss through the cache (`eval_dba.py ppl`), every token read through keys and values in its format; "
                   "ΔNLL in nats per token and ratio of perplexities against fp16. "
                   f"{'; '.join(sorted(windows))}.", "",
                   *markdown(("run", "cache", "bits/value", "B/token", "loss", "perplexity", "ΔNLL", "ratio",
@@ -241,8 +248,9 @@ def task_lines(evals, benchmarks):
             for metric in ("acc", "acc_norm") if metric in task]
     lines = []
     if rows:
-        lines += ["Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives 25 % on arc_easy and "
-                  "50 % on the others:", "", *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
+        guess = ", ".join(f"{100 * CHANCE[name]:.0f} % on {name}" for name in dict.fromkeys(row[1] for row in rows))
+        lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {guess}:", "",
+                  *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
     if parity := benchmarks.get("task_parity"):
         rows = [(r["task"], r["metric"], r["items"], f"{100 * r['ours']:.2f} %", f"{100 * r['theirs']:.2f} %",
                  r["items_that_differ"], f"{r['largest_difference']:.1e}") for r in parity["rows"]]
@@ -281,23 +289,24 @@ def latency_lines(evals):
             rows.append((f"{prompt:,}", fp16["kernel"], f"{fp16['prefill_seconds']:.2f}", *(
                 f"{of_prompt[cache]['ms_per_token']:.2f} ({of_prompt[cache]['ratio_to_fp16']:.2f})" for cache in names),
                 f"{100 * fp16['share_of_copy']:.0f} %"))
-        lines += [f"Cached decoding of `{run}`, batch 1, float32 products, {evals[run][name]['from']['hardware']}: ms "
-                  "per token (times fp16), and the bytes that a step with fp16 must read, per second, as a share of "
-                  "the rate of a plain copy:", "",
+        source = evals[run][name]["from"]
+        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}: ms per token "
+                  "(times fp16), and the bytes that a step with fp16 must read, per second, as a share of the rate of "
+                  "a plain copy:", "",
                   *markdown(("prompt", "kernel", "prefill s", *names, "of copy rate"), rows), ""]
     return lines
 
 
 def sweep_lines(evals):
-    rows = [(f"`{run}`", ", ".join(f"{s} {f}" for s, f in found["formats"].items()), f"{row['context']:,}",
-             f"{row['cache_bytes'] / 2**20:.1f}" if "cache_bytes" in row else "-", *(
-                 format(row[name], how) if name in row else "-"
-                 for name, how in (("prefill_seconds", ".1f"), ("ms_per_token", ".2f"), ("loss", ".3f"))),
-             row["status"]) for run, _, found in of_command(evals, "sweep") for row in found["rows"]]
-    return ["Long prompts (`sweep`; these models were trained at 512 tokens, so the loss past them says how a model "
-            "without long training fails, not how good long context can be):", "",
-            *markdown(("run", "cache", "prompt", "cache MiB", "prefill s", "ms/token", "loss of the last chunk",
-                       "status"), rows), ""] if rows else []
+    rows = [(f"`{run}`", f"{evals[run][name]['from']['context']:,}", ", ".join(sorted(set(found["formats"].values()))),
+             f"{row['context']:,}", f"{row['cache_bytes'] / 2**20:.1f}" if "cache_bytes" in row else "-", *(
+                 format(row[figure], how) if figure in row else "-"
+                 for figure, how in (("prefill_seconds", ".1f"), ("ms_per_token", ".2f"), ("loss", ".3f"))),
+             row["status"]) for run, name, found in of_command(evals, "sweep") for row in found["rows"]]
+    return ["Long prompts (`sweep`). Past the context that a model was trained at, its loss says how a model without "
+            "long training fails, not how good long context can be:", "",
+            *markdown(("run", "trained at", "cache", "prompt", "cache MiB", "prefill s", "ms/token",
+                       "loss of the last chunk", "status"), rows), ""] if rows else []
 
 
 def memory_lines(evals):
@@ -308,7 +317,7 @@ def memory_lines(evals):
             mib = [f"{row[name] / 2**20:.2f}" if row[name] is not None else "-" for name in (
                 "formula_bytes", "cache_bytes", "fill_extra_bytes", "decode_extra_bytes")]
             rows.append((f"`{run}`", f"{longest:,}", row["cache"], f"{row['bytes_per_token']:,}", *mib))
-    return ["Memory in MiB (`memory`; resident set of the process beyond what was held before):", "",
+    return ["Memory in MiB (`memory`); beside the cache: what the process (CUDA: PyTorch) took more than before:", "",
             *markdown(("run", "tokens", "cache", "B/token", "by formula", "owned", "beside it, prompt",
                        "beside it, decode step"), rows), ""] if rows else []
 
@@ -338,7 +347,8 @@ def policy_lines(evals):
                              * (found["residual"] > 0), found["tried"], f"{found['bytes_per_token']:,}", name,
                              f"{measured['tokens']:,}", f"{measured['delta_nll']:+.5f}", f"{measured['kl']:.5f}",
                              f"{measured['max_delta_logit']:.2f}"))
-    return ["Cache policies that `policy` chose:", "", *markdown(
+    return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
+            "those that only the choice was checked on:", "", *markdown(
         ("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit"), rows),
         ""] if rows else []
 

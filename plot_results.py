@@ -18,29 +18,21 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from claims import ledger, mean_interval
+from claims import VERDICTS, ledger, mean_interval
 from figures import COLORS, MARKERS, STYLES, latex_table, markdown, save, subplots
 from plot_evals import caches, draw_evals, evals_section, hardware_name, read_evals
 from run_paper_manifest import HERE, list_runs, read_manifest
+from train_dba import BROKEN, UserError, read_log
 
+SWEPT = re.compile(r"(.*)_lr[\d.e-]+")                    # name of a series of a sweep: row, learning rate
 # runs/bench/<name>.json, by `make bench` and `make cache_quality`
 BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed", "decode_speed", "long_context", "cache_quality",
               "task_parity")
-
-
-def read_jsonl(path):
-    """Lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
-    parsed = []
-    for line in path.read_text().splitlines():
-        try:
-            parsed.append(json.loads(line))
-        except ValueError:
-            break
-    return parsed
 
 
 def label(config):
@@ -57,7 +49,7 @@ def label(config):
 
 def read_run(folder):
     """One finished run as a dict of what is reported of it, or None for a run that isn't finished."""
-    lines = read_jsonl(folder / "train.jsonl")
+    lines = read_log(folder / "train.jsonl")
     if not lines or lines[-1]["type"] != "done":
         return None
     meta, env = lines[0], json.loads((folder / "env.json").read_text())
@@ -73,7 +65,7 @@ def read_run(folder):
         best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
         hardware=hardware_name(env),
-        peak_bytes=max(line["mem_bytes"] for line in train),
+        peak_bytes=max((line["mem_bytes"] for line in train if line["mem_bytes"] is not None), default=None),
         dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
         curve=[[line["tokens"], line["val_loss"]] for line in evals])
 
@@ -82,12 +74,32 @@ def read_runs(root):
     """Finished runs under root in the order of their names; the others are named on standard error."""
     runs = []
     for log in sorted(root.glob("*/train.jsonl")):
-        run = read_run(log.parent)
-        if run is None:
-            print(f"{log.parent}: not finished, left out", file=sys.stderr)
+        try:
+            run = read_run(log.parent)
+            problem = "not finished" if run is None else None
+        except (OSError, UserError, *BROKEN) as e:
+            problem = f"damaged ({type(e).__name__}: {e})"
+        if problem:
+            print(f"{log.parent}: {problem}, left out", file=sys.stderr)
         else:
             runs.append(run)
     return runs
+
+
+def choose_rates(runs, listed):
+    """Note in best_of_sweep, for runs at the learning rate with the least mean of best losses among those that the
+    manifest lists for their row, what the series of the row is called. A row lacking a rate has no best one."""
+    rates, found = {}, {}
+    for names, series in ((rates, listed), (found, [run["series"] for run in runs])):
+        for name in series:
+            if swept := SWEPT.fullmatch(name):
+                names.setdefault(swept[1], set()).add(name)
+    for row, series in found.items():
+        if series >= rates.get(row, {None}):
+            best = min(sorted(series), key=lambda name: statistics.mean(
+                run["best_val_loss"] for run in runs if run["series"] == name))
+            for run in runs:
+                run["best_of_sweep"] = row if run["series"] == best else run["best_of_sweep"]
 
 
 def make_series(runs, evals):
@@ -95,20 +107,26 @@ def make_series(runs, evals):
     through the formats of the cache in which all of them were evaluated, and of the difference from fp16."""
     grouped = {}
     for run in runs:
-        grouped.setdefault(run["series"], []).append(run)
-    shared = ("series", "mode", "label", "data", "context", "batch", "steps", "lr", "params", "kv_bytes_fp16", "layers")
+        for name in filter(None, (run["series"], run["best_of_sweep"])):
+            grouped.setdefault(name, []).append(run)
+    shared = ("mode", "label", "data", "context", "batch", "steps", "lr", "params", "kv_bytes_fp16", "layers")
     made = []
-    for members in grouped.values():
+    for name, members in grouped.items():
         first = members[0]
+        for run in members:
+            if any(run[key] != first[key] for key in ("data", "steps", "batch", "context")) or (
+                    [tokens for tokens, _ in run["curve"]] != [tokens for tokens, _ in first["curve"]]):
+                print(f"{run['run']}: other settings than {first['run']}, left out of the series", file=sys.stderr)
+                members = [one for one in members if one is not run]
         found = [caches(evals, run["run"]) for run in members]
-        through = {name: dict(interval(of_run[name]["loss"] for of_run in found),
-                              delta=interval(of_run[name]["loss"] - of_run["fp16"]["loss"] for of_run in found),
-                              bytes_per_token=found[0][name]["bytes_per_token"])
-                   for name in found[0] if all({name, "fp16"} <= of_run.keys() for of_run in found)}
-        made.append({**{key: first[key] for key in shared}, "runs": [run["run"] for run in members],
-                     "label": first["label"] + " matched" * first["series"].endswith("_matched"),
+        through = {cache: dict(interval(of_run[cache]["loss"] for of_run in found),
+                               delta=interval(of_run[cache]["loss"] - of_run["fp16"]["loss"] for of_run in found),
+                               bytes_per_token=found[0][cache]["bytes_per_token"])
+                   for cache in found[0] if all({cache, "fp16"} <= of_run.keys() for of_run in found)}
+        made.append({"series": name, **{key: first[key] for key in shared}, "runs": [run["run"] for run in members],
+                     "label": first["label"] + " matched" * ("_matched" in name),
                      "seeds": [run["seed"] for run in members], "caches": through,
-                     **{name: interval(run[name] for run in members) for name in ("last_val_loss", "best_val_loss")},
+                     **{loss: interval(run[loss] for run in members) for loss in ("last_val_loss", "best_val_loss")},
                      "tokens_per_second": statistics.median(run["tokens_per_second"] for run in members)})
     return made
 
@@ -118,11 +136,11 @@ def interval(values):
 
 
 def panels(series):
-    """[(title, series)]: those of one data set, context, batch and number of steps; sweeps of the learning rate, which
-    have their own figure, are left out."""
+    """[(title, series)]: those of one data set, context, batch and number of steps. Of sweeps over the learning rate,
+    which have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
     found = {}
     for one in series:
-        if not re.search(r"_lr[\d.e-]+$", one["series"]):
+        if "_lr_" not in one["series"] and not SWEPT.fullmatch(one["series"]):
             title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
             found.setdefault(title, []).append(one)
     return sorted(found.items())
@@ -178,27 +196,27 @@ def draw_final_loss(series, path):
 
 
 def draw_learning_rate(series, path):
-    """Last validation loss over the learning rate, for the series of sweeps. Returns whether there are any."""
-    sweeps = {}
+    """Last validation loss over the learning rate, for the series of sweeps, a panel per data, batch and steps."""
+    drawn = {}
     for one in series:
-        if found := re.search(r"(.*)_lr[\d.e-]+$", one["series"]):
-            sweeps.setdefault(found[1], []).append(one)
-    if not sweeps:
-        return False
-    fig, ax = plt.subplots(figsize=(6.2, 4.2), layout="constrained")
-    styles = {}
-    for name, members in sorted(sweeps.items()):
-        members = sorted(members, key=lambda one: one["lr"])
-        mode = members[0]["mode"]
-        style = STYLES[styles.setdefault(mode, 0) % len(STYLES)]
-        styles[mode] += 1
-        ax.plot([one["lr"] for one in members], [one["last_val_loss"]["mean"] for one in members], linestyle=style,
-                color=COLORS[mode], marker="o", markersize=4, label=members[0]["label"])
-    ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss (nats/token)")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=7)
+        if found := SWEPT.fullmatch(one["series"]):
+            title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
+            drawn.setdefault(title, {}).setdefault(found[1], []).append(one)
+    fig, axes = subplots(len(drawn), height=4.2, width=6.2)
+    for ax, (title, sweeps) in zip(axes, sorted(drawn.items())):
+        styles = {}
+        for name, members in sorted(sweeps.items()):
+            members = sorted(members, key=lambda one: one["lr"])
+            mode = members[0]["mode"]
+            style = STYLES[styles.setdefault(mode, 0) % len(STYLES)]
+            styles[mode] += 1
+            ax.plot([one["lr"] for one in members], [one["last_val_loss"]["mean"] for one in members], linestyle=style,
+                    color=COLORS[mode], marker="o", markersize=4, label=members[0]["label"])
+        ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss (nats/token)")
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize=7)
     save(fig, path)
-    return True
 
 
 def frontier(points):
@@ -270,12 +288,10 @@ def write_tables(series, out):
         (out / f"table_{name}.tex").write_text(text if rows else "% no such run is finished\n")
 
 
-def missing_runs(runs):
-    """{group: (finished, listed)} of the manifest, and the names of listed runs that aren't finished."""
+def missing_runs(runs, manifest):
+    """{group: (finished, listed)} of {group: runs that the manifest lists}, and the names of those not finished."""
     names, counts, missing = {run["run"] for run in runs}, {}, []
-    manifest = read_manifest(HERE / "paper_manifest.json")
-    for group in manifest:
-        listed = [run.name for run in list_runs(manifest, [group], "data", "runs")]
+    for group, listed in manifest.items():
         counts[group] = (len(names & set(listed)), len(listed))
         missing += [name for name in listed if name not in names]
     return counts, missing
@@ -305,17 +321,19 @@ def number(value):
 
 
 def claims_section(rows):
-    """The ledger, in Markdown."""
-    head = ("claim", "source", "reported", "ours", "unit", "verdict", "from")
-    table = []
-    for row in rows:
-        ours = number(row["ours"]) + (f" ± {number(row['interval'])}" if row["interval"] is not None else "")
-        note = f": {row['note']}" if row["note"] and row["verdict"] != "reproduced" else ""
-        table.append((row["statement"], row["source"], number(row["reported"]), ours, row["unit"],
-                      f"**{row['verdict']}**{note}", row["where"] or "-"))
-    counts = {name: sum(row["verdict"] == name for row in rows)
-              for name in ("reproduced", "not reproduced", "arithmetic error", "not yet run")}
-    return "\n".join([", ".join(f"{n} {name}" for name, n in counts.items()) + ".", "", *markdown(head, table)])
+    """The ledger, in Markdown: what the papers claim, then the controls."""
+    lines = []
+    for title, control in (("The papers' claims", False), ("Controls that a reader would ask for", True)):
+        chosen, table = [row for row in rows if (row["source"] == "control") == control], []
+        for row in chosen:
+            ours = number(row["ours"]) + (f" ± {number(row['interval'])}" if row["interval"] is not None else "")
+            note = f": {row['note']}" if row["note"] and row["verdict"] != "reproduced" else ""
+            table.append((row["statement"], row["source"], number(row["reported"]), ours, row["unit"],
+                          f"**{row['verdict']}**{note}", row["where"] or "-"))
+        counts = ", ".join(f"{sum(row['verdict'] == name for row in chosen)} {name}" for name in VERDICTS)
+        head = ("claim", "source", "reported", "ours", "unit", "verdict", "from")
+        lines += [f"{title}: {counts}.", "", *markdown(head, table), ""]
+    return "\n".join(lines).rstrip()
 
 
 def speed_section(benchmarks):
@@ -419,7 +437,10 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     found = {name: args.runs / "bench" / f"{name}.json" for name in BENCHMARKS}
     benchmarks = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    counts, missing = missing_runs(runs)
+    manifest = read_manifest(HERE / "paper_manifest.json")
+    manifest = {group: [run.name for run in list_runs(manifest, [group], "data", "runs")] for group in manifest}
+    counts, missing = missing_runs(runs, manifest)
+    choose_rates(runs, {re.sub(r"_s\d+$", "", name) for names in manifest.values() for name in names})
     evals = read_evals(args.runs)
     results = {"runs": runs, "series": make_series(runs, evals), "evals": evals, "benchmarks": benchmarks,
                "manifest": counts}
@@ -427,11 +448,15 @@ def main(argv=None):
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "report.md").write_text(report(results, missing))
     write_tables(results["series"], args.out)
-    draw_convergence(runs, results["series"], args.out / "fig_convergence.png")
-    draw_final_loss(results["series"], args.out / "fig_final_loss.png")
-    draw_pareto(results["series"], args.out / "fig_pareto_memory_vs_loss.png")
-    if not draw_learning_rate(results["series"], args.out / "fig_learning_rate.png"):
-        print("no sweep of the learning rate: fig_learning_rate is not drawn", file=sys.stderr)
+    series, swept = results["series"], any(SWEPT.fullmatch(one["series"]) for one in results["series"])
+    for name, draw, there in (("convergence", partial(draw_convergence, runs), panels(series)),
+                              ("final_loss", draw_final_loss, panels(series)),
+                              ("pareto_memory_vs_loss", draw_pareto, panels(series)),
+                              ("learning_rate", draw_learning_rate, swept)):
+        if there:
+            draw(series, args.out / f"fig_{name}.png")
+        else:
+            print(f"no runs for fig_{name}: not drawn", file=sys.stderr)
     if missing := draw_evals(evals, args.out):
         print(f"no results of eval_dba.py for {', '.join(missing)}: not drawn", file=sys.stderr)
     for group, (done, listed) in counts.items():

@@ -53,18 +53,27 @@ class Run:
         return self.tokens * (6 * count_params(cfg, self.vocab_size)["total"] + attention)
 
     @property
-    def measurable(self):
-        """Whether its best checkpoint is there; of a run that was made elsewhere there may be the log alone."""
-        return (Path(self.cfg.out_dir) / "best.pt").is_file()
+    def best(self):
+        """Its best checkpoint; of a run that was made elsewhere there may be the log alone."""
+        return Path(self.cfg.out_dir) / "best.pt"
+
+    def is_measured(self, *names):
+        """Whether files of the run folder are newer than the checkpoint that they were made from."""
+        made = [self.best.with_name(name) for name in names]
+        return all(path.is_file() and path.stat().st_mtime >= self.best.stat().st_mtime for path in made)
 
     def post_ppl(self):
-        """Command that measures the loss of the best checkpoint through quantised caches."""
+        """Command that measures the loss of the best checkpoint through quantised caches, or None if it has been."""
         caches = [name for name in CACHES if cache_formats(self.cfg, name)]
+        if self.is_measured(*(f"eval_ppl_{name}.json" for name in caches)):
+            return None
         return ["eval_dba.py", "ppl", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32,
                 "--max-tokens", 2**15 + 1, "--kv-cache", *caches]
 
     def post_mem128k(self):
-        """Command that measures the memory of that checkpoint's KV cache at 128k tokens."""
+        """Command that measures the memory of that checkpoint's KV cache at 128k tokens, or None if it has been."""
+        if self.is_measured("mem128k.json"):
+            return None
         return ["plot_memory.py", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device]
 
     def command(self):
@@ -122,8 +131,9 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
 
 
 def matmul_rate(device, seconds=1.0):
-    """FLOP/s of bfloat16 matrix products of 1024 x 1024 on this device."""
-    a, b = torch.randn(2, 1024, 1024, device=device).bfloat16()
+    """FLOP/s of bfloat16 matrix products of 1024 x 1024 (8192 x 8192 on a GPU) on this device."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
     a @ b
     synchronize(device)
     count, started = 0, time.perf_counter()
@@ -131,7 +141,7 @@ def matmul_rate(device, seconds=1.0):
         a @ b
         synchronize(device)
         count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - started)
+    return count * 2 * size**3 / (time.perf_counter() - started)
 
 
 def hours(seconds):
@@ -188,8 +198,7 @@ class Runner:
         log = Path(f"{run.cfg.out_dir}.console")
         log.parent.mkdir(parents=True, exist_ok=True)
         code = self.call([HERE / "train_dba.py", *run.command()], log)
-        for command in self.post if run.measurable else ():
-            script, *flags = command(run)
+        for script, *flags in filter(None, (command(run) for command in self.post if code == 0 and run.best.is_file())):
             code = code or self.call([HERE / script, *flags], log)
         if code == 0:
             log.unlink()
@@ -227,7 +236,7 @@ def run_all(runs, jobs, post):
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are finished")
-    if lacking := sum(not run.measurable for run in runs if run not in failed):
+    if lacking := sum(not run.best.is_file() for run in runs if run not in failed):
         print(f"{lacking} of them are logs without a checkpoint; with another --runs they are made anew")
     return 1 if failed else 0
 
@@ -260,10 +269,12 @@ def main(argv=None):
         if args.dry_run:
             describe(runs, device)
             return 0
-        if missing := sorted({run.cfg.data for run in runs if not Path(run.cfg.data).is_file()}):
-            raise UserError(f"{', '.join(missing)} not there; `make setup` prepares WikiText-2, `make fineweb` "
-                            "FineWeb-Edu")
-        return run_all(runs, args.jobs, args.post)
+        ready = [run for run in runs if Path(run.cfg.data).is_file()]
+        code = run_all(ready, args.jobs, args.post) if ready else 1
+        if missing := sorted({run.cfg.data for run in runs if run not in ready}):
+            raise UserError(f"{len(runs) - len(ready)} runs lack their data, {', '.join(missing)}: `make setup` "
+                            "prepares WikiText-2, prepare_fineweb.py FineWeb-Edu")
+        return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -51,8 +51,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32", out=None))
     llama, tokenizer = read_llama(args.ckpt)
-    subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32"))
     models = {"ours": eval_dba.lm_eval_model(subject, args.batch_size),
               "theirs": HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=args.batch_size)}
     results, seconds = {}, {}

@@ -27,15 +27,15 @@ def write_ppl(folder, cache, loss, cfg=None):
           bytes_per_token=bytes_per_token(cfg, cache))
 
 
-def rank_record(layer, of, value, **more):
+def rank_record(layer, of, value, rope, channels, **more):
     ranks = {name: value for name in plot_evals.RANKS}
-    return dict(layer=layer, path="total", rope="after", of=of, channels=8, ranks=ranks, **more)
+    return dict(layer=layer, path="total", rope=rope, of=of, channels=channels, ranks=ranks, **more)
 
 
-def write_rank(folder, queries, keys):
+def write_rank(folder, queries, keys, rope="after", channels=8):
     """Three layers whose ranks are `queries` and `keys`."""
     qk = dict(share={8: 0.5}, least_share={8: 0.25}, spectra=[[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]])
-    records = [rank_record(i, of, values[i], **more) for i in range(3) for of, values, more in
+    records = [rank_record(i, of, values[i], rope, channels, **more) for i in range(3) for of, values, more in
                (("Q merged", queries, {}), ("K merged", keys, {}), ("QK head", queries, qk))]
     write(folder, "eval_rank", "rank", trained=records, initial=records, moment="not centred", tokens=10, block=5)
 
@@ -99,8 +99,9 @@ def test_differences_between_caches_are_paired_by_seed(tmp_path):
     for seed, loss in enumerate(losses):
         write_ppl(tmp_path / f"m_s{seed}", "fp16", loss)
         write_ppl(tmp_path / f"m_s{seed}", "q4_0", loss + 0.1 + 0.01 * seed)
-    shared = dict(series="m", mode="standard", label="m", data="d", context=8, batch=1, steps=1, lr=1e-3, params=1,
-                  kv_bytes_fp16=bytes_per_token(cfg, "fp16"), layers=1, tokens_per_second=1.0)
+    shared = dict(series="m", best_of_sweep=None, curve=[], mode="standard", label="m", data="d", context=8, batch=1,
+                  steps=1, lr=1e-3, params=1, kv_bytes_fp16=bytes_per_token(cfg, "fp16"), layers=1,
+                  tokens_per_second=1.0)
     runs = [dict(shared, run=f"m_s{seed}", seed=seed, last_val_loss=loss, best_val_loss=loss)
             for seed, loss in enumerate(losses)]
     one, = plot_results.make_series(runs, plot_evals.read_evals(tmp_path))
@@ -110,13 +111,27 @@ def test_differences_between_caches_are_paired_by_seed(tmp_path):
         evals=plot_evals.read_evals(tmp_path), series=[one], benchmarks={}))
 
 
-@pytest.mark.parametrize("queries, verdict", (((0.2, 0.4, 0.5), "reproduced"), ((0.2, 0.6, 0.7), "not reproduced")))
-def test_claim_on_ranks(tmp_path, queries, verdict):
-    """Medians of 8 channels: 0.4 / 8 = 0.05 and 0.6 / 8 = 0.075 against 0.0625."""
-    write_rank(tmp_path / "ckpt_standard", queries, (0.1, 0.1, 0.1))
+@pytest.mark.parametrize("run, channels, queries, verdict", (
+    ("compare_standard512", 512, (12.0, 31.0, 90.0), "reproduced"),
+    ("compare_standard512", 512, (12.0, 33.0, 33.0), "not reproduced"),
+    ("compare_standard512", 512, (2.0, 10.0, 31.0), "not reproduced"),
+    ("compare_standard512", 256, (12.0, 31.0, 90.0), "not yet run"),            # another width
+    ("ckpt_standard", 512, (12.0, 31.0, 90.0), "not yet run")))
+def test_claim_on_ranks(tmp_path, run, channels, queries, verdict):
+    write_rank(tmp_path / run, queries, (20.0, 20.0, 20.0), "before", channels)
     results = dict(runs=[], evals=plot_evals.read_evals(tmp_path), benchmarks={})
     row, = [row for row in claims.ledger(results) if row["id"] == "effective-rank"]
-    assert row["verdict"] == verdict and row["ours"] == pytest.approx(sorted(queries)[1] / 8)
+    assert row["verdict"] == verdict
+    if verdict != "not yet run":
+        assert row["ours"] == max(20.0, sorted(queries)[1])
+
+
+def test_damaged_files_are_named_and_left_out(tmp_path, capsys):
+    write_ppl(tmp_path / "a", "fp16", 2.0)
+    (tmp_path / "a/eval_tasks.json").write_text('{"settings"')
+    (tmp_path / "a/eval_rank.json").write_text("{}")
+    assert plot_evals.read_evals(tmp_path)["a"].keys() == {"ppl_fp16"}
+    assert capsys.readouterr().err.count("damaged (") == 2
 
 
 def test_config_of_a_result_is_a_config():
