@@ -56,7 +56,8 @@ def read_run(folder):
     config = next(line for line in reversed(lines) if line["type"] in ("meta", "resume_meta"))["config"]
     train, evals = ([line for line in lines if line["type"] == kind] for kind in ("train", "eval"))
     return dict(
-        run=folder.name, series=re.sub(r"_s\d+$", "", folder.name), mode=config["attn_mode"], label=label(config),
+        run=folder.name, series=re.sub(r"_s\d+$", "", folder.name), best_of_sweep=None,
+        mode=config["attn_mode"], label=label(config),
         data=Path(config["data"]).name, sha256=meta["data"]["sha256"], lr=config["lr"], layers=config["layers"],
         context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
         steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
