@@ -9,8 +9,9 @@ fig_memory_128k.png, table_memory.tex and memory.json (memory_<tokens> where --t
 checkpoint's model decodes at that length, attending to every token of a cache that random keys and values fill, while
 the device's peak memory is read: mem128k.json.
 
-A cache of more than --memory GiB is measured with fewer layers, then fewer tokens, and what was measured, and the
-factor to full size, stands beside the figure. Factors ("times smaller") are the bytes of the other cache over its own:
+Of the compared caches one layer is filled, since all are alike, with as many tokens as --memory GiB hold; of a
+checkpoint's as many layers as they hold, then as many tokens. What was measured, and the factor to full size, stands
+beside the figure. Factors ("times smaller") are the bytes of the other cache over its own:
 
     architecture          standard fp16 / own fp16
     quantisation          standard fp16 / standard in these formats
@@ -438,7 +439,7 @@ def parse_args(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--ckpt", help="run folder (its best.pt) or checkpoint to measure")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the context (131072)")
-    parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB (1/16; with --ckpt 1)")
+    parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB: more takes longer (1/16; with --ckpt 1)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="folder of the results (assets, or the checkpoint's)")
     return parser.parse_args(argv)
