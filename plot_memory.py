@@ -439,7 +439,7 @@ def parse_args(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--ckpt", help="run folder (its best.pt) or checkpoint to measure")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the context (131072)")
-    parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB: more takes longer (1/16; with --ckpt 1)")
+    parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB (1/16; with --ckpt 1)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="folder of the results (assets, or the checkpoint's)")
     return parser.parse_args(argv)

@@ -55,6 +55,20 @@ def result_of(args, folder, path):
     return json.loads((Path(folder) / path).read_text())
 
 
+def test_several_caches_are_as_many_files_in_one_folder(runs, tmp_path):
+    command = f"ppl {EVALUATE} decoupled --kv-cache fp16 hetero q4_0 --max-tokens 200"
+    assert_done(evaluate(f"{command} --out {tmp_path}/new.folder", runs))
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new.folder").iterdir()}
+    assert found.keys() == {"eval_ppl_fp16.json", "eval_ppl_hetero.json", "eval_ppl_q4_0.json"}
+    for cache in ("fp16", "hetero", "q4_0"):
+        alone = result_of(f"{command} --kv-cache {cache} --out {tmp_path}/one.json", runs,
+                          tmp_path / "one.json")
+        assert alone["loss"] == found[f"eval_ppl_{cache}.json"]["loss"]
+    assert_error(evaluate(f"{command} --out {tmp_path}/new.json", runs), "--out")
+    (tmp_path / "file").write_text("")
+    assert_error(evaluate(f"{command} --out {tmp_path}/file/out", runs), "--out")
+
+
 def validation(runs):
     """Token ids [N] of the text's last tenth, which the runs didn't train on."""
     ids = torch.tensor(list((runs / "text.txt").read_bytes()) + [256])

@@ -145,6 +145,16 @@ def test_a_file_that_is_no_gguf_is_one_line(tmp_path):
 
 # --- GGUF
 
+@pytest.mark.parametrize("share", (0.1, 0.5, 0.9, 0.999))
+def test_a_truncated_gguf_is_one_line(tmp_path, share):
+    write_gguf(tmp_path / "whole.gguf", save_llama(tmp_path), byte_level())
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "a.gguf").write_bytes(whole[:int(share * len(whole))])
+    with pytest.raises(UserError, match="a.gguf") as e:
+        convert_dba.load_llama(tmp_path / "a.gguf")
+    assert "\n" not in str(e.value)
+
+
 def test_a_gguf_file_is_the_folder(tmp_path):
     llama = save_llama(tmp_path)
     write_gguf(tmp_path / "tiny.gguf", llama, byte_level())

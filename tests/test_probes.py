@@ -249,7 +249,7 @@ def test_compare(finished):
     ("--compare gone.json", ("gone.json",)),
     ("--compare broken.json", ("broken.json",)),
     ("--compare list.json", ("list.json",)),
-    ("--out table.md", (".json",)),
+    ("--out broken.json/result.json", ("--out", "broken.json")),
     ("--kv-cache hetero --ckpt standard", ("hetero",)),
 ])
 def test_mistakes_are_one_line(finished, args, words):
