@@ -42,9 +42,15 @@ def keep_probes(result):
     return dict(compare=result["compare"], counts=[count for count in result["counts"] if count["kind"] == "all"])
 
 
+def left_out(spectra):
+    """Energy of a head's score beyond its first 1, 2, ... singular values: the median over heads of spectra [H][w]."""
+    beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in spectra]
+    return [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
+
+
 def keep_rank(result):
-    """Per path, stage of RoPE and matrix: medians over layers of the ranks, trained and at initialisation; of QK the
-    median spectrum over heads, layer by layer."""
+    """Per path, stage of RoPE and matrix: medians over layers of the ranks, trained and at initialisation; of QK what
+    narrower scores leave out, layer by layer."""
     places = {}
     for stage in ("trained", "initial"):
         for record in result[stage]:
@@ -60,7 +66,7 @@ def keep_rank(result):
             if "share" in records[0]:
                 row[stage]["share"] = {width: statistics.median(r["share"][width] for r in records)
                                        for width in records[0]["share"]}
-                row[stage]["spectra"] = [[statistics.median(column) for column in zip(*r["spectra"])] for r in records]
+                row[stage]["left_out"] = [left_out(r["spectra"]) for r in records]
         rows.append(row)
     return dict(keep(result, "moment", "tokens", "block"), rows=rows)
 
@@ -170,13 +176,12 @@ def draw_rank(evals, path):
               for row in last_stage(found["rows"], "QK head").values()]
     fig, axes = subplots(len(panels), width=4.4)
     for ax, (run, row) in zip(axes, panels):
-        layers = row["trained"]["spectra"]
-        for i, energy in enumerate(layers):
-            tail = [max(1e-6, 1 - sum(energy[:r])) for r in range(1, len(energy))]
-            ax.plot(range(1, len(energy)), tail, color=plt.cm.viridis(i / max(1, len(layers) - 1)), linewidth=1)
-        energy = [statistics.median(column) for column in zip(*row["initial"]["spectra"])]
-        ax.plot(range(1, len(energy)), [max(1e-6, 1 - sum(energy[:r])) for r in range(1, len(energy))], color="black",
-                linestyle="--", linewidth=1.2, label="at initialisation")
+        layers = row["trained"]["left_out"]
+        for i, beyond in enumerate(layers):
+            ax.plot(range(1, len(beyond) + 1), beyond, color=plt.cm.viridis(i / max(1, len(layers) - 1)), linewidth=1)
+        beyond = [statistics.median(column) for column in zip(*row["initial"]["left_out"])]
+        ax.plot(range(1, len(beyond) + 1), beyond, color="black", linestyle="--", linewidth=1.2,
+                label="as train_dba.py initialises it")
         ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score",
                ylabel="energy of the score left out")
         ax.set_title(f"{run}, {PATHS[row['path']]} channels, {len(layers)} layers", fontsize=9)

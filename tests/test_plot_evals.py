@@ -82,6 +82,12 @@ def test_every_command_has_its_numbers_in_the_section_and_its_figure(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for _, name in plot_evals.FIGURES.values())
 
 
+def test_energy_left_out_is_per_head():
+    """Not of a median spectrum, which sums to less than 1."""
+    spectra = [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]]
+    assert plot_evals.left_out(spectra) == pytest.approx([0.3, 0.1])
+
+
 def test_nothing_measured(tmp_path):
     assert plot_evals.draw_evals({}, tmp_path) == ["fig_decode", "fig_tasks", "fig_rank"]
     assert plot_evals.evals_section(dict(evals={}, series=[], benchmarks={})) == "Not measured yet."
