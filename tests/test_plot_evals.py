@@ -119,8 +119,8 @@ def test_differences_between_caches_are_paired_by_seed(tmp_path):
 
 @pytest.mark.parametrize("run, channels, queries, verdict", (
     ("compare_standard512", 512, (12.0, 31.0, 90.0), "reproduced"),
-    ("compare_standard512", 512, (12.0, 33.0, 33.0), "not reproduced"),
-    ("compare_standard512", 512, (2.0, 10.0, 31.0), "not reproduced"),
+    ("compare_standard512", 512, (12.0, 33.0, 33.0), "undecided"),
+    ("compare_standard512", 512, (2.0, 10.0, 31.0), "undecided"),
     ("compare_standard512", 256, (12.0, 31.0, 90.0), "not yet run"),            # another width
     ("ckpt_standard", 512, (12.0, 31.0, 90.0), "not yet run")))
 def test_claim_on_ranks(tmp_path, run, channels, queries, verdict):
