@@ -1410,14 +1410,29 @@ TASKS = {
 LOCAL_NAMES = {"validation": "valid", "test": "test"}
 
 
-@torch.inference_mode()
+def pieces(context, continuation, block):
+    """A request (ids of a context, ids of its continuation) as requests that fit the window: itself, or if its
+    continuation alone is longer, parts of half a window, each with what comes before it as context."""
+    step = block if len(continuation) <= block else max(1, block // 2)
+    return [(context + continuation[:i], continuation[i:i + step]) for i in range(0, len(continuation), step)]
+
+
 def score(subject, requests, batch_size):
     """[(log-probability of a continuation in nats, whether greedy decoding would write it)] of requests (ids of a
     context, ids of its continuation). What is too long for the model's window is cut from the left."""
+    if not all(continuation for _, continuation in requests):
+        raise UserError("a continuation has no tokens")
+    parts = [pieces(context, continuation, subject.cfg.block) for context, continuation in requests]
+    found = iter(score_windows(subject, list(itertools.chain.from_iterable(parts)), batch_size))
+    scores = [list(itertools.islice(found, len(part))) for part in parts]
+    return [(sum(log_p for log_p, _ in part), all(greedy for _, greedy in part)) for part in scores]
+
+
+@torch.inference_mode()
+def score_windows(subject, requests, batch_size):
+    """score() of requests whose continuations fit the window."""
     block, same_input = subject.cfg.block, {}
     for i, (context, continuation) in enumerate(requests):
-        if not 0 < len(continuation) <= block:
-            raise UserError(f"a continuation has {len(continuation)} tokens; the model's window holds 1 to {block}")
         same_input.setdefault(tuple((context + continuation)[-block - 1:-1]), []).append(i)
     inputs, results = sorted(same_input, key=len, reverse=True), {}
     bar = tqdm(total=len(requests), unit="request", dynamic_ncols=True)

@@ -59,7 +59,7 @@ def llama(tmp_path_factory):
 
 
 def subject_of(folder):
-    return eval_dba.load_subject(SimpleNamespace(ckpt=folder / "model", device="cpu", dtype="float32"))
+    return eval_dba.load_subject(SimpleNamespace(ckpt=folder / "model", device="cpu", dtype="float32", out=None))
 
 
 def hflm(model, **how):
@@ -194,9 +194,25 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert "requirements-eval.txt" in error_of(capsys, *ckpt, *where, "piqa")
 
 
-def test_a_continuation_longer_than_the_window_is_refused(llama):
+def test_a_context_is_cut_from_the_left(llama):
     subject = subject_of(llama[1])
-    with pytest.raises(UserError, match="49 tokens"):
-        eval_dba.score(subject, [([1], [2] * 49)], 1)
     (long, _), (short, _) = eval_dba.score(subject, [([5] * 90, [2] * 48), ([5], [2] * 48)], 2)
     assert long == pytest.approx(short, abs=1e-4)
+    with pytest.raises(UserError, match="no tokens"):
+        eval_dba.score(subject, [([1], [])], 1)
+
+
+def test_a_continuation_longer_than_the_window_is_scored_in_parts_of_half_of_it(llama):
+    """Against plain forward passes; the window is 48 tokens."""
+    subject, rng = subject_of(llama[1]), random.Random(1)
+    ids = [rng.randrange(40) for _ in range(110)]
+    (found, greedy), (other, _) = eval_dba.score(subject, [(ids[:7], ids[7:]), (ids[:7], ids[7:55])], 2)
+    expected, like = 0.0, True
+    for start in range(7, 110, 24):
+        end = min(start + 24, 110)
+        with torch.inference_mode():
+            log_p = subject.model(torch.tensor([ids[max(0, end - 49):end - 1]])).log_softmax(-1)[0, start - end:]
+        expected += sum(row[token].item() for row, token in zip(log_p, ids[start:end]))
+        like &= log_p.argmax(-1).tolist() == ids[start:end]
+    assert found == pytest.approx(expected, abs=1e-3) and greedy == like
+    assert other > found
