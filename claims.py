@@ -146,6 +146,17 @@ def effective_rank(claim, results):
     return None, None, None, ""
 
 
+def probe_difference(claim, results):
+    """Cases of the probes' templates that show something in one model only, less those that do in the other only."""
+    found = results["evals"].get(claim["run"], {}).get("probes", {"found": {"compare": ()}})["found"]["compare"]
+    for row in (row for row in found if row["set"] == "template"):
+        here, there, p = row[claim["check"]]
+        agrees = UNDECIDED if p >= 0.05 else (here > there) == claim["more"]
+        return (here - there, None, agrees, f"`{claim['run']}` against {claim['against']}, {row['n']} cases, 1 seed: "
+                f"+{here} -{there}, McNemar's p {p:.2g}")
+    return None, None, None, ""
+
+
 def not_run(claim, results):
     return None, None, None, ""
 
@@ -219,9 +230,9 @@ def best_case(claim, results):
 
 
 RULES = {rule.__name__: rule for rule in (
-    loss, below, not_worse, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, not_run, cache_gib,
-    cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity, perplexity_gap, share,
-    mean_difference, best_case)}
+    loss, below, not_worse, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, probe_difference,
+    not_run, cache_gib, cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity, perplexity_gap,
+    share, mean_difference, best_case)}
 
 
 def verdict(claim, agrees):

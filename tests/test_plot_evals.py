@@ -132,6 +132,16 @@ def test_claim_on_ranks(tmp_path, run, channels, queries, verdict):
         assert row["ours"] == max(20.0, sorted(queries)[1])
 
 
+@pytest.mark.parametrize("split, verdict", (([1, 9, 0.02], "reproduced"), ([9, 1, 0.02], "not reproduced"),
+                                            ([1, 9, 0.06], "undecided")))
+def test_claim_on_loops(tmp_path, split, verdict):
+    row = dict(set="template", n=50, loop=split, preferred=[0, 0, 1.0])
+    write(tmp_path / "ckpt_decoupled", "eval_probes", "probes", counts=[], compare=[dict(row, set="literal"), row])
+    results = dict(runs=[], evals=plot_evals.read_evals(tmp_path), benchmarks={})
+    row, = [row for row in claims.ledger(results) if row["id"] == "loops-here"]
+    assert row["verdict"] == verdict and row["ours"] == split[0] - split[1]
+
+
 def test_damaged_files_are_named_and_left_out(tmp_path, capsys):
     write_ppl(tmp_path / "a", "fp16", 2.0)
     (tmp_path / "a/eval_tasks.json").write_text('{"settings"')
