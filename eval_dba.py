@@ -755,6 +755,20 @@ def choose_policy(args, sizes, tried, limits, measure_long):
     return None, long
 
 
+def kernel_times(subject, policy, tokens):
+    """{--kernel: median ms of a decode step at the end of so many tokens} for a policy's formats, or {} where `auto`
+    is the torch path at that length."""
+    if resolve_kernel("auto", subject.device, tokens)[0] == train_dba.TORCH:
+        return {}
+    times, steps = {}, 16
+    prompt = torch.zeros(1, tokens - WARM_UP - steps, dtype=torch.long, device=subject.device)
+    for name in ("auto", "torch"):
+        how = argparse.Namespace(kernel=name, steps=steps, prefills=1)
+        run = decode_times(subject, prompt, {name: dict(policy.formats)}, how)[name]
+        times[name] = 1000 * statistics.median(run.steps[WARM_UP:])
+    return times
+
+
 def policy_table(args, sizes, tried, limits, chosen, long):
     """(head, rows) of all that was tried, fewest bytes first."""
     best, rows = frontier(sizes, tried), []
@@ -783,6 +797,7 @@ def policy_flags(p):
     p.add_argument("--tokens", type=positive(), default=16384, help="calibration tokens (16384)")
     p.add_argument("--long", action="store_true", help="check the choice on longer windows too")
     p.add_argument("--long-factor", type=positive(2), default=4, help="their length in contexts (4)")
+    p.add_argument("--kernel-tokens", type=positive(64), default=8192, help="length at which kernels are timed (8192)")
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
 
 
@@ -812,9 +827,11 @@ def policy(args):
                         f"KL {tried[least]['kl']:.6f}")
     if not (args.out and args.out.endswith(".json")):
         args.out = Path(args.out or subject.folder) / train_dba.POLICY_FILE
+    times = kernel_times(subject, chosen, args.kernel_tokens)
     write_result(args, subject, "policy", policy_table(args, sizes, tried, limits, chosen, long),
                  checkpoint_sha256=subject.sha256, formats=dict(chosen.formats), rotate=chosen.rotate,
-                 residual=chosen.residual, bytes_per_token=bytes_per_token(subject.cfg, dict(chosen.formats)),
+                 residual=chosen.residual, kernel=min(times, key=times.get, default="auto"), kernel_ms=times,
+                 bytes_per_token=bytes_per_token(subject.cfg, dict(chosen.formats)),
                  bytes_per_token_with_residual=sizes[chosen], thresholds=limits, short=tried[chosen],
                  long=long.get(chosen), data_sha256=data_hash,
                  tried=[dict(formats=dict(p.formats), rotate=p.rotate, residual=p.residual, bytes_per_token=sizes[p],

@@ -73,7 +73,7 @@ def keep_rank(result):
 
 def keep_policy(result):
     return dict(keep(result, "formats", "rotate", "residual", "bytes_per_token", "bytes_per_token_with_residual",
-                     "thresholds", "short", "long"), tried=len(result["tried"]), settings=keep(
+                     "thresholds", "short", "long", "kernel", "kernel_ms"), tried=len(result["tried"]), settings=keep(
                          result["settings"], "max_delta_nll", "max_kv_bytes_per_token", "tokens", "long_factor"))
 
 
@@ -351,11 +351,13 @@ def policy_lines(evals):
                              + ", rotated" * found["rotate"] + f", {found['residual']} newest fp16"
                              * (found["residual"] > 0), found["tried"], f"{found['bytes_per_token']:,}", name,
                              f"{measured['tokens']:,}", f"{measured['delta_nll']:+.5f}", f"{measured['kl']:.5f}",
-                             f"{measured['max_delta_logit']:.2f}"))
+                             f"{measured['max_delta_logit']:.2f}", found["kernel"] + "".join(
+                                 f", {kernel} {ms:.1f} ms" for kernel, ms in found["kernel_ms"].items())))
     return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
-            "those that only the choice was checked on:", "", *markdown(
-        ("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit"), rows),
-        ""] if rows else []
+            "those that only the choice was checked on. `kernel`: the faster, with the times of a decode step late in a "
+            "long cache:", "", *markdown(
+        ("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit",
+         "kernel"), rows), ""] if rows else []
 
 
 def evals_section(results):

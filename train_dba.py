@@ -1730,8 +1730,9 @@ def auto_policy(cfg, model_cfg):
     try:
         policy = json.loads(path.read_text())
         formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
+        kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
         whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and residual >= 0)
+                 and type(rotate) is bool and type(residual) is int and residual >= 0 and type(kernel) is str)
     except BROKEN:
         whole = False
     if not whole:
@@ -1740,8 +1741,8 @@ def auto_policy(cfg, model_cfg):
         if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
             raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
     print(f"--kv-cache auto ({path}): {', '.join(map(' '.join, formats.items()))}, {'' if rotate else 'not '}rotated, "
-          f"residual {residual}", file=sys.stderr)
-    return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual,
+          f"residual {residual}, kernel {kernel}", file=sys.stderr)
+    return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual, kernel=kernel,
                                **{f"kv_cache_{name}": fmt for name, fmt in formats.items()})
 
 

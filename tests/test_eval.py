@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,7 +237,7 @@ def test_available_memory_is_less_than_all_there_is():
 
 # --- policy
 
-POLICY = "--tokens 512 --batch-size 3"
+POLICY = "--tokens 512 --batch-size 3 --kernel-tokens 100"
 
 
 def sizes_and_figures(row):
@@ -371,6 +373,26 @@ def test_auto_is_what_the_policy_says(found_policy):
         assert word in first
 
 
+def test_the_faster_kernel_is_the_policys(found_policy, monkeypatch):
+    folder, policy = found_policy
+    (folder / "decoupled/kv_policy.json").write_text(json.dumps(dict(policy, kernel="torch")))
+    result = call(f"{SAMPLE} --ckpt decoupled/best.pt --kv-cache auto", folder)
+    assert_done(result)
+    assert "kernel torch (asked for)" in result.stderr
+
+    def slow(q, *rest):
+        time.sleep(0.02)
+        return train_dba.decode_attention(q, *rest)
+
+    for auto, faster in ((slow, "torch"), (train_dba.decode_attention, "")):
+        kernels = dict(auto=train_dba.Kernel("other" if faster else "torch", auto), torch=train_dba.TORCH)
+        monkeypatch.setattr(eval_dba, "resolve_kernel", lambda name, *rest: (kernels[name], ""))
+        subject = eval_dba.load_subject(SimpleNamespace(ckpt=folder / "decoupled", device="cpu", dtype="float32",
+                                                        out=None))
+        times = eval_dba.kernel_times(subject, eval_dba.Policy(tuple(policy["formats"].items())), 100)
+        assert min(times, key=times.get, default="") == faster and len(times) == 2 * bool(faster)
+
+
 def test_auto_with_the_policy_that_was_searched(folder):
     assert_done(evaluate(f"policy {EVALUATE} mla/best.pt {POLICY} --max-delta-nll 0.5 --max-kl 9", folder))
     assert_done(call(f"{SAMPLE} --ckpt mla/best.pt --kv-cache auto", folder))
@@ -378,7 +400,7 @@ def test_auto_with_the_policy_that_was_searched(folder):
 
 @pytest.mark.parametrize("change", (dict(formats=dict(k="q8_0", v="q8_0")), dict(formats="q8_0"), dict(rotate=None),
                                     dict(formats=dict(k_sem="q9", k_geo="q8_0", v="q4_0")), dict(residual=-1),
-                                    dict(residual="4")))
+                                    dict(residual="4"), dict(kernel=3)))
 def test_auto_refuses_a_damaged_policy(found_policy, change):
     folder, policy = found_policy
     (folder / "decoupled/kv_policy.json").write_text(json.dumps({**policy, **change}))

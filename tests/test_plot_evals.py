@@ -65,6 +65,7 @@ def write_all(root):
     measured = dict(delta_nll=0.001, kl=0.002, max_delta_logit=0.5, tokens=64)
     write(a, "kv_policy", "policy", formats=dict(k="q8_0", v="nf4"), rotate=True, residual=32, bytes_per_token=9,
           bytes_per_token_with_residual=9.5, thresholds={}, short=measured, long=measured, tried=[1, 2, 3],
+          kernel="torch", kernel_ms=dict(auto=2.0, torch=1.5),
           settings=dict(max_delta_nll=0.005, max_kv_bytes_per_token=None, tokens=64, long_factor=4))
 
 
@@ -74,7 +75,7 @@ def test_every_command_has_its_numbers_in_the_section_and_its_figure(tmp_path):
     assert {file["command"] for file in evals["a"].values()} == set(plot_evals.KEPT)
     text = plot_evals.evals_section(dict(evals=evals, series=[], benchmarks={}))
     for cell in ("| +0.1250 |", "50.0 ± 19.6 %", "| 3.0 / 3.0 |", "1 (10-60 %)", "exact +1 -2 (p 0.25)", "2.00 (1.00)",
-                 "not run: too long", "k q8_0, v nf4, rotated, 32 newest fp16",
+                 "not run: too long", "k q8_0, v nf4, rotated, 32 newest fp16", "torch, auto 2.0 ms, torch 1.5 ms",
                  "| 1,024 | fp16 | 1 | 1.00 | 1.00 | - | 0.50 |", "commit `0123456`"):
         assert cell in text, cell
     assert "copy" not in text.split("Probes")[1].split("Cache policies")[0]     # single kinds stay in the file
