@@ -354,7 +354,7 @@ def policy_lines(evals):
                              f"{measured['max_delta_logit']:.2f}", found["kernel"] + "".join(
                                  f", {kernel} {ms:.1f} ms" for kernel, ms in found["kernel_ms"].items())))
     return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
-            "those that only the choice was checked on. `kernel`: the faster, with the times of a decode step late in a "
+            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a "
             "long cache:", "", *markdown(
         ("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit",
          "kernel"), rows), ""] if rows else []
