@@ -213,7 +213,7 @@ llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M-Instruct): ca
 	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4 --out $(LLAMA_OUT)
 	$(EVAL) rank --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --batch-size 1 --out $(LLAMA_OUT)
 	$(EVAL) tasks --ckpt $(LLAMA) $(TASKS) --out $(LLAMA_OUT)
-	$(EVAL) probes --ckpt $(LLAMA) --dtype auto --max-new-tokens 32 --out $(LLAMA_OUT)
+	$(EVAL) probes --ckpt $(LLAMA) --dtype auto --instances 5 --max-new-tokens 32 --out $(LLAMA_OUT)
 	$(PY) benchmarks/task_parity.py $(LLAMA) $(ITEMS) --out $(RUNS)/bench/task_parity.json
 
 $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf: | env
