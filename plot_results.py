@@ -461,7 +461,7 @@ def main(argv=None):
     if missing := draw_evals(evals, args.out):
         print(f"no results of eval_dba.py for {', '.join(missing)}: not drawn", file=sys.stderr)
     for group, (done, listed) in counts.items():
-        if done < listed:
+        if args.readme and done < listed:
             print(f"{group}: {listed - done} of {listed} runs of the manifest are missing", file=sys.stderr)
     if args.readme:
         readme = Path(args.readme)
