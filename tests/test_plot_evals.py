@@ -37,6 +37,8 @@ def write_rank(folder, queries, keys, rope="after", channels=8):
     qk = dict(share={8: 0.5}, least_share={8: 0.25}, spectra=[[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]])
     records = [rank_record(i, of, values[i], rope, channels, **more) for i in range(3) for of, values, more in
                (("Q merged", queries, {}), ("K merged", keys, {}), ("QK head", queries, qk))]
+    if rope == "before":                                   # what RoPE makes of them is far from it
+        records += [dict(record, rope="after", ranks=dict.fromkeys(plot_evals.RANKS, 99.0)) for record in records]
     write(folder, "eval_rank", "rank", trained=records, initial=records, moment="not centred", tokens=10, block=5)
 
 
