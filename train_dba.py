@@ -63,6 +63,9 @@ class UserError(Exception):
     """A mistake that the user can mend: main() prints it as one line and exits with 1."""
 
 
+# =============================================================================
+# Part I: training
+
 # -----------------------------------------------------------------------------
 # Config: every flag is declared once, as a field; argparse is generated from the fields.
 
@@ -246,412 +249,6 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 def flag_name(field_name):
     return "--" + field_name.replace("_", "-")
-
-
-def relative(path):
-    """A path as logs may show it: from the working directory, not from the root of this machine."""
-    return os.path.relpath(path) if path and os.path.isabs(path) else path
-
-
-def derived(c):
-    """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    fallback = dict(embed_dim=c["d_model"], min_lr=c["lr"],
-                    out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
-                    warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
-    if c["attn_mode"] == "decoupled":
-        fallback.update(sem_dim=32, geo_dim=64, attn_dim=(c["sem_dim"] or 32) + (c["geo_dim"] or 64))
-    elif c["attn_mode"] != "bottleneck":
-        fallback.update(attn_dim=c["d_model"])
-    if c["attn_mode"] == "mla":
-        head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
-        fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
-    c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
-
-
-def out_of_range(settings):
-    """Sentences about the values in a dict of all fields that their flags don't allow."""
-    for f in dataclasses.fields(Config):
-        value, name, choices, limits = settings[f.name], flag_name(f.name), f.metadata["choices"], f.metadata["limits"]
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} {value} must be a finite number"
-        for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
-                                    ("below", operator.lt, "below"), ("top", operator.le, "at most")):
-            if limits[limit] is not None and not holds(value, limits[limit]):
-                yield f"{name} {value} must be {words} {limits[limit]}"
-        if choices and value not in choices:
-            yield f"{name} {value} must be one of {', '.join(choices)}"
-
-
-def width_problems(c):
-    """What is wrong with the attention widths, taken together."""
-    H, G = c.n_head, c.kv_head or c.n_head
-    if c.attn_dim is None:
-        yield f"--attn-mode {c.attn_mode} needs --attn-dim"
-        return
-    if c.attn_mode == "gqa" and not c.kv_head:
-        yield "--attn-mode gqa needs --kv-head"
-    if c.attn_mode == "standard" and c.attn_dim != c.d_model:
-        yield f"--attn-mode standard attends at full width, not --attn-dim {c.attn_dim}; use bottleneck, or --d-model"
-    widths = ("d_model",) if c.attn_mode == "standard" else ("attn_dim", "sem_dim", "geo_dim")
-    uneven = [f"{flag_name(name)} {getattr(c, name)}" for name in widths if (getattr(c, name) or 0) % H]
-    if uneven:
-        yield f"--n-head {H} must divide {' and '.join(uneven)}"
-    elif c.rope and (p := c.attention.paths[-1].width) % 2:
-        yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
-    if H % G:
-        yield f"--kv-head {G} must divide --n-head {H}"
-    if c.tie_qk and G != H:
-        yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
-
-
-UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
-
-
-def problems(c, given):
-    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
-    wrong = []
-    for f in dataclasses.fields(c):
-        name, modes = flag_name(f.name), f.metadata["modes"]
-        if modes and c.attn_mode not in modes and given.get(f.name) not in (None, False):
-            wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
-        if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
-            wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
-    checks = [
-        (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
-         f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
-        (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
-    ]
-    overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
-        "kv_rotate", "kv_residual")]
-    if c.mode == "sample":
-        return wrong + [message for bad, message in checks + [
-            (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
-            (c.prompt is not None and c.prompt_tokens is not None,
-             "--prompt and --prompt-tokens exclude each other; give one"),
-            (c.temperature == 0 and (c.top_k or c.top_p),
-             "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
-            (c.kv_cache == "auto" and overrides,
-             f"--kv-cache auto says what {' and '.join(overrides)} would; leave one out"),
-        ] if bad]
-    return wrong + [message for bad, message in checks + [
-        (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
-        (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
-        (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
-        (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
-        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
-        (c.micro_batch and c.batch_size % c.micro_batch,
-         f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
-    ] if bad] + list(width_problems(c))
-
-
-def make_config(**given):
-    """Config from explicit settings; --exp and --size, then derived defaults, fill in the rest. Raises UserError."""
-    exp = given.get("exp")
-    preset = dict(EXP_DEFAULTS) if exp in EXPS else {}
-    preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
-    if exp in EXPS:
-        preset.update(EXPS[exp](given.get("n_head") or preset.get("n_head", 1)))
-    settings = {**DEFAULTS, **preset, **given}
-    wrong = list(out_of_range(settings))
-    if not wrong:
-        cfg = Config(**derived(settings))
-        wrong = problems(cfg, given)
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return cfg
-
-
-def parse_args(argv=None):
-    """Command line -> dict of the flags that were given."""
-    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
-    hints = get_type_hints(Config)
-    groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
-    for f in dataclasses.fields(Config):
-        m = f.metadata
-        kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
-        default = "" if f.default is None or kind is bool else f" ({f.default})"
-        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
-    return vars(parser.parse_args(argv))
-
-
-# -----------------------------------------------------------------------------
-# Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
-
-FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
-EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1}                # what a block's largest value becomes
-
-
-def stream_bytes(fmt, C):
-    """Bytes that one token of a stream of C channels costs."""
-    bits, scale = FORMATS[fmt]
-    return -(-C * bits // 8) + scale * -(-C // 32)
-
-
-def quantize(x, fmt):
-    """x [N, C] -> codes [N, C] int8 (q8_0) or [N, ceil(C / 2)] uint8 (4 bits, the even channel in the low half of a
-    byte), scales [N, ceil(C / 32)] float16.
-
-    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale. A block
-    that holds an infinity or a NaN, or needs a scale above float16's largest, has a NaN scale and reads as NaN
-    throughout; one whose scale rounds to zero reads as zeros.
-    """
-    C = x.size(1)
-    x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
-    extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    extreme = extreme if fmt == "q4_0" else extreme.abs()
-    d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
-    fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
-    x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
-    if fmt == "q8_0":
-        size = x.abs().floor()
-        codes = ((size + (x.abs() - size >= 0.5)) * x.sign()).to(torch.int8)    # halves away from zero
-    elif fmt == "nf4":
-        levels = torch.tensor(NF4, device=x.device)
-        codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    else:
-        codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
-    codes = codes.flatten(1)[:, :C]
-    if fmt != "q8_0":
-        codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
-        codes = codes[..., 0] | codes[..., 1] << 4
-    return codes, torch.where(fits, d, torch.nan)[..., 0].half()
-
-
-def dequantize(codes, scales, fmt, C):
-    """float32 values [B, C, S] of channel-major codes [B, C or ceil(C / 2), S] and scales [B, ceil(C / 32), S]."""
-    if fmt in FLOAT_FORMATS:
-        return codes.float()
-    if fmt != "q8_0":
-        shift = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)[:, None]
-        codes = (codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :C]          # [B, C, S]
-    x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
-    if fmt in ("q4_0", "q4_sym"):
-        x -= 8
-    for block, scale in zip(x.split(32, 1), scales.float().split(1, 1)):
-        block *= scale
-    return x
-
-
-# -----------------------------------------------------------------------------
-# KV cache
-
-CACHE_BLOCK, RING_BLOCK = 512, 128                         # token slots are allocated in multiples of these
-DECODE_CHUNK = 2**21                                       # elements of the cache, or of scores, in float32 at once
-
-
-def cache_formats(cfg, policy):
-    """{stream: format} of a cache policy: one format for all streams, hetero (None unless attention is decoupled), or
-    already such a dict."""
-    streams = cfg.attention.streams
-    if policy == "hetero":
-        return HETERO if HETERO.keys() == streams.keys() else None
-    return policy if isinstance(policy, dict) else dict.fromkeys(streams, policy)
-
-
-def bytes_per_token(cfg, policy):
-    """Bytes of KV cache per token over all layers, or None where the policy doesn't apply."""
-    formats = cache_formats(cfg, policy)
-    return formats and cfg.layers * sum(stream_bytes(formats[name], C) for name, C in cfg.attention.streams.items())
-
-
-def kv_bytes_per_token(cfg):
-    """{policy: bytes of KV cache per token over all layers, or None where the policy doesn't apply}."""
-    return {policy: bytes_per_token(cfg, policy) for policy in (*FORMATS, "hetero")}
-
-
-def ring_format(fmt):
-    """Format of a stream's newest tokens, those of --kv-residual."""
-    return fmt if fmt in FLOAT_FORMATS else "fp16"
-
-
-def cache_slots(tokens, residual):
-    """Slots that are allocated for so many tokens: settled ones, and those of the ring of the newest."""
-    ring = min(residual, tokens)
-    return -(-(tokens - ring) // CACHE_BLOCK) * CACHE_BLOCK, -(-ring // RING_BLOCK) * RING_BLOCK
-
-
-def cache_bytes(cfg, batch, tokens, policy, residual=0):
-    """Bytes that a KVCache of these arguments owns."""
-    settled, ring = cache_slots(tokens, residual)
-    policies = cache_formats(cfg, policy), {name: ring_format(fmt) for name, fmt in cache_formats(cfg, policy).items()}
-    return batch * (settled * bytes_per_token(cfg, policies[0]) + ring * bytes_per_token(cfg, policies[1]))
-
-
-class CacheStream:
-    """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
-    [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
-    [B, C, slots] holds the newest tokens as floats."""
-
-    def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
-        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
-        rows = -(-channels * bits // 8) if scale_bytes else channels
-        self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
-        self.scales = None
-        if scale_bytes:
-            self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
-        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
-
-    def read(self, part, start, stop):
-        """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
-        if part == "ring":
-            return self.ring[..., start:stop].float()
-        scales = None if self.scales is None else self.scales[..., start:stop]
-        return dequantize(self.codes[..., start:stop], scales, self.fmt, self.channels)
-
-    def nbytes(self):
-        return sum(x.nbytes for x in (self.codes, self.scales, self.ring) if x is not None)
-
-
-def append(stream, rows, pos, x):
-    """Settle x [N, C], the tokens at positions pos [N] of the sequences rows [N]."""
-    if stream.scales is None:
-        stream.codes[rows, :, pos] = x.to(stream.codes.dtype)
-    else:
-        stream.codes[rows, :, pos], stream.scales[rows, :, pos] = quantize(x, stream.fmt)
-
-
-@dataclass(frozen=True)
-class Span:
-    """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
-
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
-    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
-    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
-    """
-    pos: torch.Tensor
-    settled: torch.Tensor
-    end: int
-    window: int
-    leaving: tuple
-    settling: tuple
-    staying: tuple
-
-    def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
-        position of an empty slot is beyond all queries."""
-        settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
-        for part, slots in (("settled", self.end), ("ring", self.window)):
-            for start in range(0, slots, most):
-                stop = min(start + most, slots)
-                slot = torch.arange(start, stop, device=self.pos.device)
-                yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
-                                          settled + (slot - settled) % self.window)
-
-
-class KVCache:
-    """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
-    appended in place; the newest `residual` tokens stay floats. length [B], on the CPU, counts the tokens that all
-    layers hold; a forward pass adds its own at its end. kernel: what reads and writes the settled tokens."""
-
-    def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
-        formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
-        self.shape, self.device, self.kernel = cfg.attention, device, kernel or TORCH
-        self.window = min(residual, tokens)
-        self.capacity = settled + self.window
-        self.layers = [{name: CacheStream(batch, C, settled, ring, formats[name], device)
-                        for name, C in self.shape.streams.items()} for _ in range(cfg.layers)]
-        self.length, self.settled = torch.zeros(2, batch, dtype=torch.long)
-
-    def begin(self, T):
-        """Span of the next T tokens of every sequence. Raises ValueError past what is allocated."""
-        length, end = self.length, self.length + T
-        if end.max() > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end.max()}")
-        settled = torch.maximum(self.settled, end - self.window)
-        pos, old = length[:, None] + torch.arange(T), self.settled[:, None] + torch.arange(T)     # [B, T]
-        rows, t = (old < torch.minimum(settled, length)[:, None]).nonzero(as_tuple=True)
-        new = pos < settled[:, None]
-        leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
-            (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
-                    staying)
-
-    def append(self, layer, span, entries):
-        """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
-        so that a settled value doesn't depend on when it settled."""
-        for name, x in entries.items():
-            stream = self.layers[layer][name]
-            if self.window:
-                x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
-                self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
-            rows, t = span.settling
-            self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
-            rows, t = span.staying
-            stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
-
-    def attend(self, layer, span, q, null):
-        """decode_attention() over one layer, by the kernel unless there are too many queries for it."""
-        G = 1 if self.shape.latent else self.shape.v_groups
-        few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
-        return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
-
-    def advance(self, span):
-        """Count the tokens of a span, which all layers hold by now."""
-        self.length = self.length + span.pos.size(1)
-        self.settled = torch.maximum(self.settled, self.length - self.window)
-
-    def truncate(self, n):
-        """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
-        self.length = torch.minimum(self.length, torch.as_tensor(n).cpu())
-        self.settled = torch.minimum(self.settled, self.length)
-
-    def nbytes(self):
-        """Bytes that the cache's tensors own."""
-        return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
-
-
-def decode_attention(q, streams, shape, span, null=None):
-    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
-
-    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
-    [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
-    """
-    B, H, T, _ = q.shape
-    G = 1 if shape.latent else shape.v_groups
-    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
-    if null is None:
-        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
-    else:                                                                       # the null token is the first key seen
-        score, value = null
-        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
-        out = value.float()[None, :, None]                                      # [1, G, 1, v]
-    with torch.autocast(q[0].device.type, enabled=False):
-        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
-            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
-            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
-            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
-            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
-            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
-    return (out / total).reshape(B, H, T, -1)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Back-end of the cache. attention and append: as decode_attention() and append() above; most_queries: how many
-    queries that share a key it takes at once."""
-    name: str
-    attention: Callable
-    append: Callable = append
-    most_queries: float = math.inf
-
-
-TORCH = Kernel("torch", decode_attention)
 
 
 # -----------------------------------------------------------------------------
@@ -1294,6 +891,11 @@ MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_ever
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 
 
+def relative(path):
+    """A path as logs may show it: from the working directory, not from the root of this machine."""
+    return os.path.relpath(path) if path and os.path.isabs(path) else path
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1650,6 +1252,282 @@ def train(cfg, given, argv):
     return stop_with
 
 
+# =============================================================================
+# Part II: decoding, which training never needs
+
+# -----------------------------------------------------------------------------
+# Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
+
+FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
+EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1}                # what a block's largest value becomes
+
+
+def stream_bytes(fmt, C):
+    """Bytes that one token of a stream of C channels costs."""
+    bits, scale = FORMATS[fmt]
+    return -(-C * bits // 8) + scale * -(-C // 32)
+
+
+def quantize(x, fmt):
+    """x [N, C] -> codes [N, C] int8 (q8_0) or [N, ceil(C / 2)] uint8 (4 bits, the even channel in the low half of a
+    byte), scales [N, ceil(C / 32)] float16.
+
+    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale. A block
+    that holds an infinity or a NaN, or needs a scale above float16's largest, has a NaN scale and reads as NaN
+    throughout; one whose scale rounds to zero reads as zeros.
+    """
+    C = x.size(1)
+    x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
+    extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
+    extreme = extreme if fmt == "q4_0" else extreme.abs()
+    d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
+    fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
+    x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
+    if fmt == "q8_0":
+        size = x.abs().floor()
+        codes = ((size + (x.abs() - size >= 0.5)) * x.sign()).to(torch.int8)    # halves away from zero
+    elif fmt == "nf4":
+        levels = torch.tensor(NF4, device=x.device)
+        codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    else:
+        codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
+    codes = codes.flatten(1)[:, :C]
+    if fmt != "q8_0":
+        codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
+        codes = codes[..., 0] | codes[..., 1] << 4
+    return codes, torch.where(fits, d, torch.nan)[..., 0].half()
+
+
+def dequantize(codes, scales, fmt, C):
+    """float32 values [B, C, S] of channel-major codes [B, C or ceil(C / 2), S] and scales [B, ceil(C / 32), S]."""
+    if fmt in FLOAT_FORMATS:
+        return codes.float()
+    if fmt != "q8_0":
+        shift = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)[:, None]
+        codes = (codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :C]          # [B, C, S]
+    x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
+    if fmt in ("q4_0", "q4_sym"):
+        x -= 8
+    for block, scale in zip(x.split(32, 1), scales.float().split(1, 1)):
+        block *= scale
+    return x
+
+
+# -----------------------------------------------------------------------------
+# KV cache
+
+CACHE_BLOCK, RING_BLOCK = 512, 128                         # token slots are allocated in multiples of these
+DECODE_CHUNK = 2**21                                       # elements of the cache, or of scores, in float32 at once
+
+
+def cache_formats(cfg, policy):
+    """{stream: format} of a cache policy: one format for all streams, hetero (None unless attention is decoupled), or
+    already such a dict."""
+    streams = cfg.attention.streams
+    if policy == "hetero":
+        return HETERO if HETERO.keys() == streams.keys() else None
+    return policy if isinstance(policy, dict) else dict.fromkeys(streams, policy)
+
+
+def bytes_per_token(cfg, policy):
+    """Bytes of KV cache per token over all layers, or None where the policy doesn't apply."""
+    formats = cache_formats(cfg, policy)
+    return formats and cfg.layers * sum(stream_bytes(formats[name], C) for name, C in cfg.attention.streams.items())
+
+
+def kv_bytes_per_token(cfg):
+    """{policy: bytes of KV cache per token over all layers, or None where the policy doesn't apply}."""
+    return {policy: bytes_per_token(cfg, policy) for policy in (*FORMATS, "hetero")}
+
+
+def ring_format(fmt):
+    """Format of a stream's newest tokens, those of --kv-residual."""
+    return fmt if fmt in FLOAT_FORMATS else "fp16"
+
+
+def cache_slots(tokens, residual):
+    """Slots that are allocated for so many tokens: settled ones, and those of the ring of the newest."""
+    ring = min(residual, tokens)
+    return -(-(tokens - ring) // CACHE_BLOCK) * CACHE_BLOCK, -(-ring // RING_BLOCK) * RING_BLOCK
+
+
+def cache_bytes(cfg, batch, tokens, policy, residual=0):
+    """Bytes that a KVCache of these arguments owns."""
+    settled, ring = cache_slots(tokens, residual)
+    policies = cache_formats(cfg, policy), {name: ring_format(fmt) for name, fmt in cache_formats(cfg, policy).items()}
+    return batch * (settled * bytes_per_token(cfg, policies[0]) + ring * bytes_per_token(cfg, policies[1]))
+
+
+class CacheStream:
+    """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
+    [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
+    [B, C, slots] holds the newest tokens as floats."""
+
+    def __init__(self, batch, channels, settled, ring, fmt, device):
+        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
+        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
+        rows = -(-channels * bits // 8) if scale_bytes else channels
+        self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
+        self.scales = None
+        if scale_bytes:
+            self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
+        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
+
+    def read(self, part, start, stop):
+        """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
+        if part == "ring":
+            return self.ring[..., start:stop].float()
+        scales = None if self.scales is None else self.scales[..., start:stop]
+        return dequantize(self.codes[..., start:stop], scales, self.fmt, self.channels)
+
+    def nbytes(self):
+        return sum(x.nbytes for x in (self.codes, self.scales, self.ring) if x is not None)
+
+
+def append(stream, rows, pos, x):
+    """Settle x [N, C], the tokens at positions pos [N] of the sequences rows [N]."""
+    if stream.scales is None:
+        stream.codes[rows, :, pos] = x.to(stream.codes.dtype)
+    else:
+        stream.codes[rows, :, pos], stream.scales[rows, :, pos] = quantize(x, stream.fmt)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
+
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
+    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
+    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+    """
+    pos: torch.Tensor
+    settled: torch.Tensor
+    end: int
+    window: int
+    leaving: tuple
+    settling: tuple
+    staying: tuple
+
+    def chunks(self, most):
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
+        position of an empty slot is beyond all queries."""
+        settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
+        for part, slots in (("settled", self.end), ("ring", self.window)):
+            for start in range(0, slots, most):
+                stop = min(start + most, slots)
+                slot = torch.arange(start, stop, device=self.pos.device)
+                yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
+                                          settled + (slot - settled) % self.window)
+
+
+class KVCache:
+    """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
+    appended in place; the newest `residual` tokens stay floats. length [B], on the CPU, counts the tokens that all
+    layers hold; a forward pass adds its own at its end. kernel: what reads and writes the settled tokens."""
+
+    def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
+        formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
+        self.shape, self.device, self.kernel = cfg.attention, device, kernel or TORCH
+        self.window = min(residual, tokens)
+        self.capacity = settled + self.window
+        self.layers = [{name: CacheStream(batch, C, settled, ring, formats[name], device)
+                        for name, C in self.shape.streams.items()} for _ in range(cfg.layers)]
+        self.length, self.settled = torch.zeros(2, batch, dtype=torch.long)
+
+    def begin(self, T):
+        """Span of the next T tokens of every sequence. Raises ValueError past what is allocated."""
+        length, end = self.length, self.length + T
+        if end.max() > self.capacity:
+            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end.max()}")
+        settled = torch.maximum(self.settled, end - self.window)
+        pos, old = length[:, None] + torch.arange(T), self.settled[:, None] + torch.arange(T)     # [B, T]
+        rows, t = (old < torch.minimum(settled, length)[:, None]).nonzero(as_tuple=True)
+        new = pos < settled[:, None]
+        leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
+            (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
+        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
+                    staying)
+
+    def append(self, layer, span, entries):
+        """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
+        so that a settled value doesn't depend on when it settled."""
+        for name, x in entries.items():
+            stream = self.layers[layer][name]
+            if self.window:
+                x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
+                self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
+            rows, t = span.settling
+            self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
+            rows, t = span.staying
+            stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
+
+    def attend(self, layer, span, q, null):
+        """decode_attention() over one layer, by the kernel unless there are too many queries for it."""
+        G = 1 if self.shape.latent else self.shape.v_groups
+        few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
+        return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
+
+    def advance(self, span):
+        """Count the tokens of a span, which all layers hold by now."""
+        self.length = self.length + span.pos.size(1)
+        self.settled = torch.maximum(self.settled, self.length - self.window)
+
+    def truncate(self, n):
+        """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
+        self.length = torch.minimum(self.length, torch.as_tensor(n).cpu())
+        self.settled = torch.minimum(self.settled, self.length)
+
+    def nbytes(self):
+        """Bytes that the cache's tensors own."""
+        return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
+
+
+def decode_attention(q, streams, shape, span, null=None):
+    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
+
+    q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
+    [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
+    """
+    B, H, T, _ = q.shape
+    G = 1 if shape.latent else shape.v_groups
+    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
+    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    if null is None:
+        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
+    else:                                                                       # the null token is the first key seen
+        score, value = null
+        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
+        out = value.float()[None, :, None]                                      # [1, G, 1, v]
+    with torch.autocast(q[0].device.type, enabled=False):
+        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
+            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
+            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
+            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
+            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
+            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
+            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
+    return (out / total).reshape(B, H, T, -1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Back-end of the cache. attention and append: as decode_attention() and append() above; most_queries: how many
+    queries that share a key it takes at once."""
+    name: str
+    attention: Callable
+    append: Callable = append
+    most_queries: float = math.inf
+
+
+TORCH = Kernel("torch", decode_attention)
+
+
 # -----------------------------------------------------------------------------
 # Sampling
 
@@ -1808,6 +1686,137 @@ def sample(cfg):
             print(decoder.decode(tokenizer.decode([token.item()])), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return 0
+
+
+# -----------------------------------------------------------------------------
+# Flags: what the command line leaves out, what it may not say, and how it is read
+
+def derived(c):
+    """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
+    fallback = dict(embed_dim=c["d_model"], min_lr=c["lr"],
+                    out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
+                    warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
+    if c["attn_mode"] == "decoupled":
+        fallback.update(sem_dim=32, geo_dim=64, attn_dim=(c["sem_dim"] or 32) + (c["geo_dim"] or 64))
+    elif c["attn_mode"] != "bottleneck":
+        fallback.update(attn_dim=c["d_model"])
+    if c["attn_mode"] == "mla":
+        head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
+        fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
+    c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
+    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
+
+
+def out_of_range(settings):
+    """Sentences about the values in a dict of all fields that their flags don't allow."""
+    for f in dataclasses.fields(Config):
+        value, name, choices, limits = settings[f.name], flag_name(f.name), f.metadata["choices"], f.metadata["limits"]
+        if value is None:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} {value} must be a finite number"
+        for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
+                                    ("below", operator.lt, "below"), ("top", operator.le, "at most")):
+            if limits[limit] is not None and not holds(value, limits[limit]):
+                yield f"{name} {value} must be {words} {limits[limit]}"
+        if choices and value not in choices:
+            yield f"{name} {value} must be one of {', '.join(choices)}"
+
+
+def width_problems(c):
+    """What is wrong with the attention widths, taken together."""
+    H, G = c.n_head, c.kv_head or c.n_head
+    if c.attn_dim is None:
+        yield f"--attn-mode {c.attn_mode} needs --attn-dim"
+        return
+    if c.attn_mode == "gqa" and not c.kv_head:
+        yield "--attn-mode gqa needs --kv-head"
+    if c.attn_mode == "standard" and c.attn_dim != c.d_model:
+        yield f"--attn-mode standard attends at full width, not --attn-dim {c.attn_dim}; use bottleneck, or --d-model"
+    widths = ("d_model",) if c.attn_mode == "standard" else ("attn_dim", "sem_dim", "geo_dim")
+    uneven = [f"{flag_name(name)} {getattr(c, name)}" for name in widths if (getattr(c, name) or 0) % H]
+    if uneven:
+        yield f"--n-head {H} must divide {' and '.join(uneven)}"
+    elif c.rope and (p := c.attention.paths[-1].width) % 2:
+        yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
+    if H % G:
+        yield f"--kv-head {G} must divide --n-head {H}"
+    if c.tie_qk and G != H:
+        yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
+
+
+UNREAD = {"train": ("sampling",), "sample": ("data", "model", "training")}      # flag groups that a --mode ignores
+
+
+def problems(c, given):
+    """Everything wrong with a Config, as sentences: the values seen and what to do. given: what the user set."""
+    wrong = []
+    for f in dataclasses.fields(c):
+        name, modes = flag_name(f.name), f.metadata["modes"]
+        if modes and c.attn_mode not in modes and given.get(f.name) not in (None, False):
+            wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
+        if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
+            wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
+    checks = [
+        (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
+         f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
+        (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
+    ]
+    overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
+        "kv_rotate", "kv_residual")]
+    if c.mode == "sample":
+        return wrong + [message for bad, message in checks + [
+            (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
+            (c.prompt is not None and c.prompt_tokens is not None,
+             "--prompt and --prompt-tokens exclude each other; give one"),
+            (c.temperature == 0 and (c.top_k or c.top_p),
+             "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
+            (c.kv_cache == "auto" and overrides,
+             f"--kv-cache auto says what {' and '.join(overrides)} would; leave one out"),
+        ] if bad]
+    return wrong + [message for bad, message in checks + [
+        (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
+        (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
+        (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
+        (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
+        (c.micro_batch and c.batch_size % c.micro_batch,
+         f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
+    ] if bad] + list(width_problems(c))
+
+
+def make_config(**given):
+    """Config from explicit settings; --exp and --size, then derived defaults, fill in the rest. Raises UserError."""
+    exp = given.get("exp")
+    preset = dict(EXP_DEFAULTS) if exp in EXPS else {}
+    preset.update(SIZES.get(given.get("size") or preset.get("size"), {}))
+    if exp in EXPS:
+        preset.update(EXPS[exp](given.get("n_head") or preset.get("n_head", 1)))
+    settings = {**DEFAULTS, **preset, **given}
+    wrong = list(out_of_range(settings))
+    if not wrong:
+        cfg = Config(**derived(settings))
+        wrong = problems(cfg, given)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return cfg
+
+
+def parse_args(argv=None):
+    """Command line -> dict of the flags that were given."""
+    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    hints = get_type_hints(Config)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
+    for f in dataclasses.fields(Config):
+        m = f.metadata
+        kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
+        default = "" if f.default is None or kind is bool else f" ({f.default})"
+        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
+    return vars(parser.parse_args(argv))
 
 
 # -----------------------------------------------------------------------------
