@@ -1207,23 +1207,15 @@ def load_checkpoint(path, device="cpu"):
     return ckpt
 
 
-def load_weights(model, weights, **assign):
-    """Put a checkpoint's weights into a model. Raises UserError unless they are its own."""
-    try:
-        check(weights, model.state_dict(), "model")
-        model.load_state_dict(weights, **assign)
-    except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
-
-
 def load_model(ckpt):
     """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
             model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"], assign=True)
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights can't have its settings ({brief(e)})") from None
-    load_weights(model, ckpt["model"], assign=True)
+        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
     return model.eval()
 
 
@@ -1435,10 +1427,11 @@ def build(cfg, vocab_size, device):
 
 def restore(ckpt, model, optimizer, rng):
     """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
-    load_weights(model, ckpt["model"])
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"])
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("another model's parameters")
         steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
