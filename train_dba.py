@@ -503,62 +503,6 @@ def count_params(cfg, vocab_size):
     return {**parts, "total": sum(parts.values())}
 
 
-def hadamard(n):
-    """A Hadamard matrix [n, n] of 1 and -1, by Paley's and Sylvester's constructions, or None where these give none."""
-    if n == 1:
-        return torch.ones(1, 1)
-    p = n - 1
-    if n % 4 == 0 and all(p % i for i in range(2, math.isqrt(p) + 1)):          # Paley: p prime, p = 3 mod 4
-        squares = {i * i % p for i in range(1, p)}
-        character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)])
-        matrix = torch.ones(n, n)
-        matrix[1:, 1:] = character[(torch.arange(p) - torch.arange(p)[:, None]) % p] - torch.eye(p)
-        return matrix
-    half = hadamard(n // 2) if n % 2 == 0 else None
-    return None if half is None else torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
-
-
-def rotation(n):
-    """An orthogonal matrix [n, n], float32, that spreads one channel over all: Hadamard's, else the DCT-II."""
-    matrix = hadamard(n)
-    if matrix is None:
-        i = torch.arange(n, dtype=torch.float64)
-        matrix = torch.cos(math.pi / n * i[:, None] * (i + 0.5))
-    return F.normalize(matrix.double(), dim=1).float()
-
-
-@torch.no_grad()
-def rotate_cache(model):
-    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
-    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more."""
-    def rotate(tensor, groups):                            # the rows of [groups·w, ...] or the entries of [groups·w]
-        heads = tensor.view(groups, tensor.size(0) // groups, -1)
-        tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
-
-    for attn in (block.attn for block in model.blocks):
-        shape, groups = attn.shape, {}
-        for path in (path for path in attn.shape.paths if not path.rotate and path.stream != "latent"):
-            groups[path.stream] = path.groups
-            for weight in {attn.q[path.name].weight: attn.n_head, attn.k[path.name].weight: path.groups}.items():
-                rotate(*weight)
-        if shape.latent:                                   # without its gain, the norm commutes with a rotation
-            project, norm = attn.latent
-            if attn.null and not norm.weight.all():
-                raise UserError("--kv-rotate can't fold a norm's gain of 0 into a null token; leave it out")
-            for linear_ in (attn.k["sem"], attn.v):
-                linear_.weight *= norm.weight
-                rotate(linear_.weight.T, 1)
-            for null in (attn.null[shape.v_stream],) if attn.null else ():
-                null /= norm.weight
-            norm.weight.fill_(1.0)
-            rotate(project.weight, 1)
-        else:
-            rotate(attn.v.weight, shape.v_groups)
-            rotate(attn.o.weight.T, attn.n_head)
-        for name in attn.null.keys() & {*groups, shape.v_stream}:
-            rotate(attn.null[name], {**groups, shape.v_stream: 1 if shape.latent else shape.v_groups}[name])
-
-
 # -----------------------------------------------------------------------------
 # Data
 
@@ -1365,17 +1309,19 @@ def cache_bytes(cfg, batch, tokens, policy, residual=0):
 class CacheStream:
     """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
     [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
-    [B, C, slots] holds the newest tokens as floats."""
+    [B, C, slots] holds the newest tokens as floats, its slots a multiple of ring_block. Kernels know no more of the
+    formats than what is here: their names, bits, and the levels of nf4."""
+    levels, ring_block = NF4, RING_BLOCK
 
     def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
-        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
-        rows = -(-channels * bits // 8) if scale_bytes else channels
+        self.fmt, self.ring_fmt, self.channels, (self.bits, scale_bytes) = fmt, ring_format(fmt), channels, FORMATS[fmt]
+        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if self.bits == 8 else torch.uint8)
+        rows = -(-channels * self.bits // 8) if scale_bytes else channels
         self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
         self.scales = None
         if scale_bytes:
             self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
-        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
+        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[self.ring_fmt], device=device)
 
     def read(self, part, start, stop):
         """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
@@ -1400,12 +1346,13 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
-    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are seen by
+    every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
     tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
     """
     pos: torch.Tensor
     settled: torch.Tensor
+    seen: int
     end: int
     window: int
     leaving: tuple
@@ -1413,12 +1360,12 @@ class Span:
     staying: tuple
 
     def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
-        position of an empty slot is beyond all queries."""
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache; none
+        begins before `seen` and ends after it. The position of an empty slot is beyond all queries."""
         settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
-        for part, slots in (("settled", self.end), ("ring", self.window)):
-            for start in range(0, slots, most):
-                stop = min(start + most, slots)
+        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), ("ring", 0, self.window)):
+            for start in range(first, end, most):
+                stop = min(start + most, end)
                 slot = torch.arange(start, stop, device=self.pos.device)
                 yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
                                           settled + (slot - settled) % self.window)
@@ -1449,8 +1396,9 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
-                    staying)
+        seen = int(torch.minimum(settled, length + min(T, 1)).min())
+        return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
+                    settling, staying)
 
     def append(self, layer, span, entries):
         """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
@@ -1486,33 +1434,62 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
+FUSED_FROM = 16                                            # queries that share a key, see benchmarks/prefill_speed.py
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend_chunk(q, k, v, visible=None):
+    """Attention over some of the keys, and the log-sum-exp of its scores, to merge it with that over others.
+
+    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible: None for all, or
+    [B, 1, M, S]. Returns float32 [B, G, M, u], [B, G, M, 1]; a query that sees nothing has a log-sum-exp of -1e38 at
+    most. On a CPU its fused kernel serves many queries, though it takes tokens in rows and one width for all.
+    """
+    M, u, least = q[0].size(2), v.size(2), torch.finfo(torch.float32).min / 2
+    if v.device.type != "cpu" or M < FUSED_FROM:
+        scores = sum(a @ b for a, b in zip(q, k))                               # [B, G, M, S]
+        scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=least)
+        p = torch.exp(scores - top)
+        total = p.sum(-1, keepdim=True)
+        return p @ v.mT / total.clamp(min=1e-30), top + total.log()
+    q, k, v = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT
+    width = max(q.size(3), u)
+    q, k, v = (F.pad(x, (0, width - x.size(3))).contiguous() for x in (q, k, v))
+    mask = None if visible is None else torch.where(visible, 0.0, least)
+    out, log_sum = fused_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return out[..., :u], log_sum[..., None]
+
+
 def decode_attention(q, streams, shape, span, null=None):
-    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
+    """Causal attention of new tokens over a cache that already holds them, a chunk of it at a time, so that no float
+    copy of the whole exists.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
     [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
-    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    names = [path.stream for path in shape.paths]
+    q = q.float().reshape(B, G, H // G * T, -1).split([streams[name].channels // G for name in names], 3)
     if null is None:
-        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
+        log_sum, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0
     else:                                                                       # the null token is the first key seen
         score, value = null
-        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
-        out = value.float()[None, :, None]                                      # [1, G, 1, v]
+        log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
+    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
         for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
-            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
-            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
-            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
-            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
-            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
-    return (out / total).reshape(B, H, T, -1)
+            held = {name: stream.read(part, start, stop).unflatten(1, (G, -1)) for name, stream in streams.items()}
+            visible = None
+            if part == "ring" or stop > span.seen:         # not by all queries; and there may be a NaN
+                there = pos[:, None, None] <= span.pos[:, -1:, None, None]                            # [B, 1, 1, S]
+                held = {name: torch.where(there, x, 0.0) for name, x in held.items()}
+                visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
+            more, more_log_sum = attend_chunk(q, [held[name] for name in names], held[shape.v_stream], visible)
+            new = torch.logaddexp(log_sum, more_log_sum)
+            out, log_sum = out * torch.exp(log_sum - new) + more * torch.exp(more_log_sum - new), new
+    return out.reshape(B, H, T, -1)
 
 
 @dataclass(frozen=True)
@@ -1624,6 +1601,17 @@ def auto_policy(cfg, model_cfg):
                                **{f"kv_cache_{name}": fmt for name, fmt in formats.items()})
 
 
+def rotate_cache(model):
+    """rotate_cache() of kernels/rotate.py, for --kv-rotate. Raises UserError where that is missing, or can't."""
+    try:
+        from kernels import rotate
+        rotate.rotate_cache(model)
+    except ModuleNotFoundError as e:
+        raise UserError(f"--kv-rotate: no module {e.name} beside train_dba.py") from None
+    except ValueError as e:
+        raise UserError(f"--kv-rotate: {e}") from None
+
+
 def compare_bytes(cfg, formats):
     """Sentence: bytes per token of a cache beside those of standard attention and GQA of the same depth and width."""
     k, v = formats[cfg.attention.paths[-1].stream], formats[cfg.attention.v_stream]
@@ -1638,20 +1626,39 @@ def compare_bytes(cfg, formats):
             f"head{'s' * (groups > 1)} in {same}")
 
 
-def resolve_kernel(name, device, tokens):
-    """(Kernel, why) of --kernel for a cache of `tokens` tokens. Raises UserError where it can't serve."""
+# Heads that share keys, and whose channels straddle bytes and blocks.
+KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_dim=32, geo_dim=72, attn_dim=104)
+
+
+def resolve_kernel(name, device):
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
+    kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
         import kernels
-        found, why = kernels.choose(name, device, tokens)
+        module, why = kernels.choose(name, device)
     except ModuleNotFoundError as e:
         if name != "auto" or not e.name.startswith("kernels"):
             raise UserError(f"--kernel {name}: no module {e.name}") from None
         return TORCH, f"no module {e.name} beside train_dba.py"
     except ValueError as e:
         raise UserError(f"--kernel {name}: {e}") from None
-    return (Kernel(**found) if found else TORCH), why
+    if module is None:
+        return TORCH, why
+    kernel = Kernel(**module.KERNEL)
+    try:
+        caches = [KVCache(KERNEL_TEST, 2, 640, "hetero", 32, device, each) for each in (kernel, TORCH)]
+        error = kernels.difference(*caches, KERNEL_TEST.n_head)
+        problem = "" if error <= kernels.TOLERANCE else f"it differs from torch by {error:.1e} on a small cache"
+    except module.FAILURES as e:
+        problem = f"it fails here ({str(e).splitlines()[0]})"
+    if not problem:
+        return kernel, f"{why}, agrees with torch on a small cache"
+    if name != "auto":
+        raise UserError(f"--kernel {name}: {problem}; use --kernel torch")
+    print(f"warning: no kernel {kernel.name}: {problem}", file=sys.stderr)
+    return TORCH, f"{kernel.name}: {problem}"
 
 
 def sample(cfg):
@@ -1663,7 +1670,7 @@ def sample(cfg):
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
-    kernel, why_kernel = resolve_kernel(cfg.kernel, device, tokens)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device)
     if cfg.kv_rotate:
         rotate_cache(model)
     try:
