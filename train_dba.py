@@ -275,7 +275,7 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # there, float32's backward is faster than bfloat16's
+    narrow = q.device.type == "cpu" and width <= 16        # with AMX and without, float32's backward is faster there
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
@@ -835,21 +835,21 @@ def cpu_features():
 
 
 def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
-    """{name of a dtype: TFLOP/s} on this CPU, in float32 and bfloat16, of x [tokens, n_in] · wᵀ [n_in, n_out] and, in
-    training, of the product that gives w's gradient: medians over some 50 ms, the types in turn."""
-    tokens = min(tokens, 256)                              # more rows would take long and change little
-    shapes, products = ((tokens, n_in), (n_out, n_in), (tokens, n_out)), 2 if training else 1
-    operands = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16)}
-    seconds = {dtype: [] for dtype in operands}
-    while len(seconds[torch.float32]) < 4 or sum(map(sum, seconds.values())) < 0.05:
-        for dtype, (x, w, grad) in operands.items():
+    """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
+    training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
+    tokens = min(tokens, 256)                              # more would take long and change little
+    flop = 2 * tokens * n_in * n_out * (2 if training else 1)
+    seconds = {"float32": [], "bfloat16": []}
+    operands = {name: [torch.ones(shape, dtype=getattr(torch, name)) for shape in (
+        (tokens, n_in), (n_out, n_in), (tokens, n_out))] for name in seconds}
+    while len(seconds["float32"]) < 4 or sum(map(sum, seconds.values())) < 0.05:
+        for name, (x, w, grad) in operands.items():
             started = clock()
             F.linear(x, w)
             if training:
                 grad.T @ x
-            seconds[dtype].append(clock() - started)
-    return {str(dtype).removeprefix("torch."): products * 2 * tokens * n_in * n_out / statistics.median(times[1:]) / 1e12
-            for dtype, times in seconds.items()}           # the first of each is the warm-up
+            seconds[name].append(clock() - started)
+    return {name: flop / statistics.median(times[1:]) / 1e12 for name, times in seconds.items()}  # [0] is the warm-up
 
 
 def pick_dtype(name, device, rates=None):
@@ -914,7 +914,7 @@ def compile_model(model):
     """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile needs a C++ compiler, and {compiler} is none; install g++, set CXX, or leave it out")
+        raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
     model.nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
@@ -1123,9 +1123,9 @@ def progress(total, unit, desc, **how):
 # -----------------------------------------------------------------------------
 # Evaluation
 
-def perplexity(nll):
-    """exp(nll), or None where that is beyond a float."""
-    return math.exp(nll) if nll < 709 else None
+def perplexity(nll: float) -> float | None:
+    """exp of a mean nll in nats; None above 709, where a float has no room for it."""
+    return math.exp(nll) if nll <= 709 else None
 
 
 @torch.no_grad()
@@ -1281,7 +1281,7 @@ def train(cfg, given, argv):
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
 
-    ranks.agree(data=meta["data"]["sha256"], dtype=cfg.dtype)                   # before rank 0 writes to the folder
+    ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
         start_folder(cfg, ckpt, env, meta, argv)
     if ckpt is None:
@@ -1332,7 +1332,8 @@ def train(cfg, given, argv):
                 raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
-            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens, best_val_loss=best)
+            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=best)
             if main_rank:
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
@@ -1649,16 +1650,16 @@ def pick_token(logits, temperature, top_k, top_p, generator):
 def why_not_finite(cache):
     """Why the logits after a cache of one sequence aren't finite, and what to do: the first stream that is to blame."""
     settled, length = int(cache.settled[0]), int(cache.length[0])
-    in_ring = torch.arange(settled, length) % max(1, cache.window)
+    slots = torch.arange(settled, length) % max(1, cache.window)
     for i, layer in enumerate(cache.layers):
         for name, stream in layer.items():
-            held = torch.cat([stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., in_ring]], 2)
-            if not held.isfinite().all() and stream.fmt not in ("fp32", "bf16"):
-                return (f"values of {name} in layer {i} are too large for the float16 of a {stream.fmt} cache; use "
-                        "--kv-cache bf16 or fp32")
-            if not held.isfinite().all():
-                return f"{name} in layer {i} isn't finite before it is cached; try --dtype float32, or another checkpoint"
-    return "though what is cached is; try --dtype float32, or another checkpoint"
+            held = stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., slots]
+            if all(values.isfinite().all() for values in held):
+                continue
+            if stream.fmt in ("fp32", "bf16"):
+                return f"layer {i}'s {name} isn't, before it is cached; try --dtype float32, or another checkpoint"
+            return f"layer {i}'s {name} is beyond float16, which --kv-cache {stream.fmt} uses; give fp32 or bf16"
+    return "what is cached is; try --dtype float32, or another checkpoint"
 
 
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
