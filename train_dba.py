@@ -33,6 +33,7 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -42,11 +43,14 @@ import pickle
 import platform
 import resource
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, get_type_hints
 
@@ -271,7 +275,7 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # there, float32's backward is faster than bfloat16's
+    narrow = q.device.type == "cpu" and width <= 16        # with AMX and without, float32's backward is faster there
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
@@ -723,6 +727,24 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def from_first(self, make):
+        """What rank 0 makes, on every rank."""
+        box = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def agree(self, **facts):
+        """Wait for all ranks. Raises UserError unless they hold the same facts, such as the step of the run folder."""
+        seen = [facts] * self.world
+        if self.world > 1:
+            dist.all_gather_object(seen, facts)
+        differ = [f"{name} {' and '.join(dict.fromkeys(str(other[name]) for other in seen))}" for name in facts
+                  if any(other[name] != facts[name] for other in seen)]
+        if differ:
+            raise UserError(f"the ranks don't see the same run ({'; '.join(differ)}); start them all with the same "
+                            "command, code and data, and a run folder that they share")
+
 
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
@@ -731,7 +753,9 @@ def start_ranks(device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -754,17 +778,37 @@ def cpu_features():
     return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 
 
-def pick_dtype(name, device):
-    """Type of the matrix products, and the reason for it."""
+def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
+    """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
+    training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
+    tokens = min(tokens, 256)                              # more would take long and change little
+    flop = 2 * tokens * n_in * n_out * (2 if training else 1)
+    seconds = {"float32": [], "bfloat16": []}
+    operands = {name: [torch.ones(shape, dtype=getattr(torch, name)) for shape in (
+        (tokens, n_in), (n_out, n_in), (tokens, n_out))] for name in seconds}
+    while len(seconds["float32"]) < 4 or sum(map(sum, seconds.values())) < 0.05:
+        for name, (x, w, grad) in operands.items():
+            started = clock()
+            F.linear(x, w)
+            if training:
+                grad.T @ x
+            seconds[name].append(clock() - started)
+    return {name: flop / statistics.median(times[1:]) / 1e12 for name, times in seconds.items()}  # [0] is the warm-up
+
+
+def pick_dtype(name, device, rates=None):
+    """Type of the matrix products, and the reason for it. rates: of product_rates(), which auto goes by on a CPU."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
-    for feature in ("amx_bf16", "avx512_bf16") if device.type == "cpu" else ():
-        if cpu_features().get(feature):
-            return torch.bfloat16, f"this CPU has {feature}"
-    return torch.float32, f"no fast bfloat16 on this {device.type}"
+    if device.type != "cpu":
+        return torch.float32, f"no fast bfloat16 on this {device.type}"
+    rates = rates or product_rates(256, 512, 2048)
+    fast = rates["bfloat16"] > 1.1 * rates["float32"]      # casting weights and activations costs some of the gain
+    return torch.bfloat16 if fast else torch.float32, (
+        f"timed: {rates['float32']:.3g} TFLOP/s in float32, {rates['bfloat16']:.3g} in bfloat16")
 
 
 def autocast(device, dtype):
@@ -811,20 +855,14 @@ def lr_at(step, cfg):
 
 
 def compile_model(model):
-    """The same model with its blocks and its loss compiled."""
+    """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
     model.nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
     return model
-
-
-def clip_gradients(params, limit):
-    """Norm of all gradients before they are scaled down to `limit` (0: not at all)."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if limit and norm > limit:
-        torch._foreach_mul_(grads, limit / norm)
-    return norm
 
 
 # -----------------------------------------------------------------------------
@@ -861,12 +899,22 @@ def save_checkpoint(path, cfg, tokenizer, model, **state):
     write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
+def checkpoint_file(path):
+    """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
+    path = Path(path)
+    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+        raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
+                        "trains two small ones)")
+    return path
+
+
 def load_checkpoint(path, device="cpu"):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
     unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give a last.pt or best.pt of a run folder")
+    path = checkpoint_file(path)
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except (*BROKEN, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
@@ -953,6 +1001,8 @@ def find_run(cfg, given):
     saved = {**DEFAULTS, **(dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"])}
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
+    if cfg.dtype == "auto":                                # a run keeps the type that it began with
+        cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
     differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
@@ -966,7 +1016,7 @@ def find_run(cfg, given):
     return cfg, ckpt, finished
 
 
-def start_folder(cfg, ckpt, device, meta, argv):
+def start_folder(cfg, ckpt, env, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
     try:
@@ -975,7 +1025,6 @@ def start_folder(cfg, ckpt, device, meta, argv):
         raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
-    env = provenance(device)
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
     launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
     command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
@@ -991,18 +1040,55 @@ def start_folder(cfg, ckpt, device, meta, argv):
 
 
 # -----------------------------------------------------------------------------
+# Progress
+
+LINE_SECONDS = 30                                          # between lines where standard error is no terminal
+
+
+class PlainLines:
+    """The file of a bar that nobody watches: each of its states becomes a line of standard error."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(total, unit, desc, **how):
+    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. how: more arguments of tqdm."""
+    plain = dict(file=PlainLines(), mininterval=LINE_SECONDS, delay=LINE_SECONDS, miniters=1, bar_format=(
+        "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} " + unit + ", {rate_fmt}, {remaining} left{postfix}"))
+    where = dict(dynamic_ncols=True) if sys.stderr.isatty() else plain
+    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **how)
+
+
+# -----------------------------------------------------------------------------
 # Evaluation
 
+def perplexity(nll: float) -> float | None:
+    """exp of a mean nll in nats; None above 709, where a float has no room for it."""
+    return math.exp(nll) if nll <= 709 else None
+
+
 @torch.no_grad()
-def evaluate(model, data, cfg, device, dtype, ranks):
-    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over."""
+def evaluate(model, data, cfg, micro, ranks, dtype):
+    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over. Every rank takes part
+    in each forward pass, of `micro` windows."""
     model.eval()
     nll, count = 0.0, 0
-    for i, (x, y) in enumerate(eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters)):
-        if i % ranks.world == ranks.rank:
-            with autocast(device, dtype):
-                nll += model(x.to(device), y.to(device)).item()
-            count += int((y >= 0).sum())
+    batches = -(-(len(data.val) - 1) // (cfg.batch_size * cfg.block))
+    bar = progress(min(batches, cfg.eval_iters or batches), "batch", "evaluating", leave=False, disable=ranks.rank > 0)
+    for x, y in eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters):
+        spare = -len(x) % (micro * ranks.world)            # rows without a target, so that ranks have as many parts
+        parts = zip(F.pad(x, (0, 0, 0, spare)).split(micro), F.pad(y, (0, 0, 0, spare), value=-1).split(micro))
+        for inputs, targets in list(parts)[ranks.rank::ranks.world]:
+            with autocast(ranks.device, dtype):
+                nll += model(inputs.to(ranks.device), targets.to(ranks.device)).item()
+            count += int((targets >= 0).sum())
+        bar.update()
+    bar.close()
     model.train()
     nll, count = ranks.sum(nll, count)
     return nll / count, int(count)
@@ -1039,12 +1125,14 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
     return total.item()
 
 
-def catch_signals():
-    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once."""
+def catch_signals(waits_for):
+    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once. waits_for() makes
+    the sentence, or "", that a signal is answered with."""
     caught = []
 
     def note(signum, frame):
         caught.append(signum)
+        os.write(2, waits_for().encode())                  # print may be what the signal has interrupted
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -1089,20 +1177,25 @@ def restore(ckpt, model, optimizer, rng):
 
 def train(cfg, given, argv):
     """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
-    # --- device, data, run folder
+    # --- device, run folder, data
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
-    dtype, why = pick_dtype(cfg.dtype, device)
-    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    main_rank = ranks.rank == 0
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
-    main_rank = ranks.rank == 0
+    env = provenance(device)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
+    if cfg.dtype == "auto" and device.type == "cpu":
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
+    dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
 
@@ -1118,7 +1211,7 @@ def train(cfg, given, argv):
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:
         runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
-                                         broadcast_buffers=False)
+                                         broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def log(kind, **fields):
         if main_rank:
@@ -1132,17 +1225,20 @@ def train(cfg, given, argv):
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
 
-    ranks.sum(0)                                           # every rank has read the folder before rank 0 writes to it
+    ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
-        start_folder(cfg, ckpt, device, meta, argv)
+        start_folder(cfg, ckpt, env, meta, argv)
     if ckpt is None:
         save_last()                                        # so that a log without a checkpoint means a deleted one
     del ckpt
 
     # --- training loop
-    caught = catch_signals()
-    bar = tqdm(total=cfg.steps * cfg.tokens_per_step, initial=step * cfg.tokens_per_step, unit="tok", unit_scale=True,
-               disable=not main_rank, dynamic_ncols=True)
+    doing = "finishing"
+    caught = catch_signals(lambda: f"\n{doing} step {step}, then saving\n" if main_rank else "")
+    bar = progress(cfg.steps * cfg.tokens_per_step, "tok", "training", initial=step * cfg.tokens_per_step,
+                   disable=not main_rank)
+    if cfg.compile and main_rank:
+        bar.write("compiling: the first step, and the first evaluation, take a minute or more", file=sys.stderr)
     seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
     while step < cfg.steps and not stop_with:
         step += 1
@@ -1154,8 +1250,8 @@ def train(cfg, given, argv):
             group["lr"] = lr
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
-        nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
-        loss, grad_norm = nll / cfg.tokens_per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
+        loss = ranks.sum(nll)[0] / cfg.tokens_per_step
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -1163,7 +1259,6 @@ def train(cfg, given, argv):
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
         bar.update(cfg.tokens_per_step)
 
@@ -1174,17 +1269,21 @@ def train(cfg, given, argv):
                 step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
-            val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
+            doing = "finishing the evaluation after"
+            val_loss, val_tokens = evaluate(model, data, cfg, micro, ranks, dtype)
+            doing = "finishing"
             if not math.isfinite(val_loss):
                 raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
-            ppl = math.exp(val_loss) if val_loss < 700 else None
-            log("eval", val_loss=val_loss, val_ppl=ppl, val_bpb=bpb, val_tokens=val_tokens, best_val_loss=best)
+            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=best)
             if main_rank:
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
+        interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
+        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         if step % cfg.save_every == 0 or last or stop_with:
             save_last()
             saved_at = step
@@ -1525,17 +1624,36 @@ def pick_token(logits, temperature, top_k, top_p, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
 
 
+def why_not_finite(cache):
+    """Why the logits after a cache of one sequence aren't finite, and what to do: the first stream that is to blame."""
+    settled, length = int(cache.settled[0]), int(cache.length[0])
+    slots = torch.arange(settled, length) % max(1, cache.window)
+    for i, layer in enumerate(cache.layers):
+        for name, stream in layer.items():
+            held = stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., slots]
+            if all(values.isfinite().all() for values in held):
+                continue
+            if stream.fmt in ("fp32", "bf16"):
+                return f"layer {i}'s {name} isn't, before it is cached; try --dtype float32, or another checkpoint"
+            return f"layer {i}'s {name} is beyond float16, which --kv-cache {stream.fmt} uses; give fp32 or bf16"
+    return "what is cached is; try --dtype float32, or another checkpoint"
+
+
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
 
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
-    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens."""
+    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens.
+    Raises UserError where the logits aren't finite."""
     generator = torch.Generator().manual_seed(seed)
     for chunk in prompt.split(PREFILL_CHUNK, 1):
         h = model.hidden(chunk, cache)
     for i in range(max_new_tokens):
-        token = pick_token(model.logits(h[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.logits(h[:, -1])
+        if not logits.isfinite().all():
+            raise UserError(f"the logits of token {cache.length.max() + 1} aren't finite: {why_not_finite(cache)}")
+        token = pick_token(logits, temperature, top_k, top_p, generator)
         yield token
         if i + 1 < max_new_tokens:
             h = model.hidden(token.to(prompt.device), cache)
@@ -1583,12 +1701,13 @@ def auto_policy(cfg, model_cfg):
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
     try:
-        policy = json.loads(path.read_text())
+        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
         formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
         kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
         whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and residual >= 0 and type(kernel) is str)
-    except BROKEN:
+                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
+                 and kernel in ("auto", "torch", "triton", "metal"))
+    except (*BROKEN, RecursionError, OSError):
         whole = False
     if not whole:
         raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
@@ -1664,9 +1783,12 @@ def resolve_kernel(name, device):
 def sample(cfg):
     """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
-    dtype, why = pick_dtype(cfg.dtype, device)
+    cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
     ckpt = load_checkpoint(cfg.ckpt, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
+    rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
+    dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
@@ -1809,12 +1931,21 @@ def make_config(**given):
     return cfg
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("--") else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {message} ({hint}--help lists the flags)\n")
+
+
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
-    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
+    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
@@ -1833,6 +1964,8 @@ def main(argv=None):
     """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
+            sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
         cfg = make_config(**given)
         keep_freed_memory()
