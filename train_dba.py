@@ -34,6 +34,8 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -49,10 +51,12 @@ import statistics
 import subprocess
 import sys
 import time
+import tokenize
+import zipfile
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, get_type_hints
+from typing import Callable, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -508,6 +512,102 @@ def count_params(cfg, vocab_size):
 
 
 # -----------------------------------------------------------------------------
+# What is read from files: of a bounded size, of a shape that is checked in one place, known by its hash
+
+# What reading damaged data may raise.
+BROKEN = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
+          SyntaxError, tokenize.TokenError)
+
+
+def brief(e):
+    """An exception in a few words, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
+def check(value, shape, name):
+    """Raise ValueError unless a value read from a file has a shape: {key: shape} (a key that ends in "?" may be
+    absent, others may be there), a tensor (a plain one of the same shape and type), a predicate, or a type."""
+    if isinstance(shape, dict):
+        check(value, dict, name)
+        for key, part in shape.items():
+            if (plain := key.removesuffix("?")) in value:
+                check(value[plain], part, f"{name}.{plain}")
+            elif plain == key:
+                raise ValueError(f"{name} lacks {key}")
+        return
+    if isinstance(shape, torch.Tensor):                    # neither sparse, quantised, complex, expanded nor on "meta"
+        fits = (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dtype == shape.dtype
+                and value.shape == shape.shape and value.is_contiguous() and not value.is_meta)
+        expected = f"a plain {str(shape.dtype).removeprefix('torch.')} tensor {list(shape.shape)}"
+    elif isinstance(shape, type) or get_args(shape):       # a type, or int | None
+        kinds = get_args(shape) or (shape,)
+        fits = type(value) is int and float in kinds or isinstance(value, kinds) and (
+            type(value) is not bool or bool in kinds)
+        expected = " or ".join(kind.__name__ for kind in kinds)
+    else:
+        fits, expected = shape(value), shape.__name__.replace("_", " ")
+    if not fits:
+        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+        raise ValueError(f"{name} is no {expected} but {type(value).__name__} {shown}")
+
+
+def whole_number(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def file_name(value):
+    """Of a file in the same folder, or null."""
+    return value is None or type(value) is str and value not in ("", "..") and Path(value).name == value
+
+
+def loss_or_infinity(value):
+    return type(value) is float and value >= 0
+
+
+def read_bytes(path, limit):
+    """What a regular file holds. Raises OSError, or ValueError if it has more than `limit` bytes."""
+    if not os.path.isfile(path):                           # /dev/zero would never end
+        raise FileNotFoundError(errno.ENOENT, "no such regular file", str(path))
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.stat().st_size:,} bytes, more than {limit:,}")
+    return path.read_bytes()
+
+
+def read_json(path, shape, limit=2**20):
+    """The value in a JSON file. Raises OSError, or one of BROKEN where it doesn't have the shape."""
+    value = json.loads(read_bytes(path, limit))
+    check(value, shape, path.name)
+    return value
+
+
+@contextlib.contextmanager
+def exclusive(path, what):
+    """Hold a lock that the system releases however this process ends; the file at `path` names the process. Raises
+    UserError where another one holds it, OSError where the file can't be made."""
+    while True:
+        with open(path, "a+", encoding="utf-8", errors="replace") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                f.seek(0)
+                raise UserError(f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}; wait "
+                                "for it or stop it") from None
+            except OSError as e:
+                print(f"note: the file system of {what} can't lock ({e.strerror}): see to it that nothing else writes "
+                      "there", file=sys.stderr)
+            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                continue                                   # its last holder removed it after we had opened it
+            f.truncate(0)
+            with contextlib.suppress(OSError):             # a full disk still locks
+                print(f"process {os.getpid()} on {platform.node()}", file=f, end="", flush=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+# -----------------------------------------------------------------------------
 # Data
 
 EOS, UNK = "<eos>", "<unk>"
@@ -555,8 +655,9 @@ class WordTokenizer:
     def __init__(self, words):
         self.words = list(words)
         self.ids = {w: i for i, w in enumerate(self.words)}
+        "".join(self.words).encode()                       # words, of which text can be made
         if len(self.ids) != len(self.words) or not {EOS, UNK} <= self.ids.keys():
-            raise UserError(f"a word vocabulary must list distinct words, {EOS} and {UNK} among them")
+            raise ValueError(f"a vocabulary must list distinct words, {EOS} and {UNK} among them")
         self.vocab_size, self.eot = len(self.words), self.ids[EOS]
 
     @classmethod
@@ -577,46 +678,121 @@ class WordTokenizer:
 
 TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
 AGAIN = "make it again with prepare_fineweb.py"
-BROKEN = (KeyError, IndexError, ValueError, TypeError, AttributeError)          # what reading damaged data may raise
+SIDECAR = {"tokenizer": str, "vocab_size": whole_number, "tokens": whole_number, "sha256": str,
+           "text_bytes": whole_number, "val": file_name, "vocab?": file_name}
+IDENTITY = {"train_tokens": whole_number, "val_tokens": whole_number, "vocab_size": whole_number, "sha256": str,
+            "val_sha256?": str | None, "tokenizer_sha256?": str}                # the last two are younger
+MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
     return TOKENIZERS[name](words) if name == "word" else TOKENIZERS[name]()
 
 
+def tokenizer_hash(tokenizer):
+    """What a tokenizer is: its name and, where it isn't one for all, its vocabulary (tiktoken checks GPT-2's)."""
+    return hashlib.sha256(json.dumps([tokenizer.name, getattr(tokenizer, "words", None)]).encode()).hexdigest()
+
+
+def digest_ids(path, offset, dtype):
+    """(sha256 of a token file, its largest id), in one pass. offset: where the ids begin."""
+    digest, top = hashlib.sha256(), 0
+    with open(path, "rb") as f:
+        digest.update(f.read(offset))
+        while chunk := f.read(2**24):
+            digest.update(chunk)
+            top = max(top, int(np.frombuffer(chunk, dtype).max()))
+    return digest.hexdigest(), top
+
+
+KEPT_FROM = 2**26                                          # bytes: smaller files are read at every start
+
+
+def known_digest(path, offset, dtype):
+    """digest_ids() of a file. For a large one it is kept in ~/.cache/dba (or $XDG_CACHE_HOME), which whoever comes
+    second, say another rank, waits for.
+
+    It costs what SHA-256 does, or the disk: at 0.8 GB/s 50 s for 20B tokens (40 GB), once; 1 ms from then on. An entry
+    is good for the same path, size, times, and inode, under a seal of its own; a file that was changed just now is not
+    entered, since it could change again within a tick of its clock.
+    """
+    def state():
+        stat = path.stat()
+        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+    before, answer = state(), None
+    if before[1] < KEPT_FROM:
+        return digest_ids(path, offset, dtype)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dba"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / hashlib.sha256(os.fsencode(before[0])).hexdigest(), "a+b") as f:
+            with contextlib.suppress(OSError):             # without locks each process reads for itself
+                fcntl.flock(f, fcntl.LOCK_EX)
+            f.seek(0)
+            seal, _, entry = f.read(2**16).partition(b" ")
+            if hashlib.sha256(entry).hexdigest().encode() == seal and json.loads(entry)[0] == before:
+                return tuple(json.loads(entry)[1])
+            print(f"hashing {path} ({before[1] / 1e9:.1f} GB); later starts take it from {cache}", file=sys.stderr)
+            answer = digest_ids(path, offset, dtype)
+            if state() == before and time.time_ns() - max(before[2:4]) > 2e9:
+                entry = json.dumps([before, answer]).encode()
+                f.truncate(0)
+                f.write(hashlib.sha256(entry).hexdigest().encode() + b" " + entry)
+    except OSError as e:
+        print(f"note: {path} is hashed at every start, as {cache} can't be written ({e.strerror})", file=sys.stderr)
+    return answer or digest_ids(path, offset, dtype)
+
+
 def open_token_file(path):
     """(ids as a memory map, tokenizer, sidecar) of a file by prepare_fineweb.py. Raises UserError unless sidecar,
-    length, type and vocabulary agree and every id is within the vocabulary."""
+    length, type, hash and vocabulary agree and every id is within the vocabulary."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}")
     try:
         reading, words = sidecar, None
-        info = json.loads(sidecar.read_text())
-        info["vocab_size"], info["tokens"], info["sha256"], info["text_bytes"], info["val"]
+        info = read_json(sidecar, SIDECAR)
         if info["tokenizer"] == "word":
             reading = path.parent / info["vocab"]
-            words = json.loads(reading.read_text())
+            words = read_json(reading, list, 2**30)
         tokenizer = make_tokenizer(info["tokenizer"], words)
         reading = path
-        ids = np.lib.format.open_memmap(path, mode="r")
-        top = max((int(ids[i:i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
+        with open(path, "rb") as f:
+            if np.lib.format.read_magic(f) != (1, 0):
+                raise ValueError("a header of another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            offset, size = f.tell(), path.stat().st_size
+        whole = (dtype in (np.uint16, np.uint32) and shape == (info["tokens"],)
+                 and size == offset + info["tokens"] * dtype.itemsize)
+        if not whole:
+            raise UserError(f"{path} holds {str(dtype):.60} {str(shape):.60} in {size:,} bytes, but its sidecar "
+                            f"promises {info['tokens']} ids as uint16 or uint32; {AGAIN}")
+        sha256, top = known_digest(path, offset, dtype)
+        ids = np.memmap(path, dtype, "r", offset, shape)
     except (*BROKEN, OSError) as e:
-        raise UserError(f"{reading} is damaged ({type(e).__name__} {e}); {AGAIN}") from None
-    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32) or len(ids) != info["tokens"]:
-        raise UserError(f"{path} holds {ids.dtype} {ids.shape}, but its sidecar promises {info['tokens']} ids as "
-                        f"uint16 or uint32; {AGAIN}")
+        raise UserError(f"{reading} is damaged ({brief(e)}); {AGAIN}") from None
     if not top < info["vocab_size"] == tokenizer.vocab_size:
         raise UserError(f"{path} holds ids up to {top}, its sidecar says {info['vocab_size']} types, its vocabulary "
                         f"has {tokenizer.vocab_size}; {AGAIN}")
+    if sha256 != info["sha256"]:
+        raise UserError(f"{path} holds other ids than its sidecar says (sha256 {sha256:.12}, not "
+                        f"{info['sha256']:.12}); {AGAIN}")
     return ids, tokenizer, info
 
 
 def read_text(path):
+    """A text file, without a byte-order mark. Raises UserError for what isn't plain text."""
+    if path.suffix.lower() in MARKUP:
+        raise UserError(f"{path} is not plain text: its markup would be read as words. `prepare_fineweb.py --dataset "
+                        "text` makes token files of .jsonl (its field text), .parquet (its column text) and .txt")
     try:
-        text = path.read_bytes().decode()                  # read_text would change the ends of lines
+        text = read_bytes(path, 2**32).decode("utf-8-sig")                      # read_text would change ends of lines
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files end in .npy") from None
+    except (OSError, ValueError, MemoryError) as e:
+        raise UserError(f"{path} can't be read at once ({brief(e)}); prepare_fineweb.py makes token files of large "
+                        "texts") from None
     head = text[:10_000]
     if head.strip() and not head.translate(str.maketrans("", "", "0123456789,;[] \t\r\n")):
         raise UserError(f"{path} holds numbers: token ids? As text they would be numbered anew; prepare_fineweb.py "
@@ -626,25 +802,45 @@ def read_text(path):
 
 @dataclass
 class Data:
-    """Training and validation ids (arrays or memory maps), tokenizer, bytes of the validation text or None, sha256."""
+    """Training and validation ids (arrays or memory maps), tokenizer, bytes of the validation text or None, sha256 of
+    the training file and of the validation file (None: the end of the training file)."""
     train: np.ndarray
     val: np.ndarray
     tokenizer: object
     val_bytes: int | None
     sha256: str
+    val_sha256: str | None
+
+    @property
+    def identity(self) -> dict:
+        """What logs and checkpoints say of the data, wherever the files lie."""
+        return dict(train_tokens=len(self.train), val_tokens=len(self.val), vocab_size=self.tokenizer.vocab_size,
+                    sha256=self.sha256, val_sha256=self.val_sha256, tokenizer_sha256=tokenizer_hash(self.tokenizer))
+
+
+def check_same_data(recorded: dict, data: Data, trained: object, advice: str):
+    """Raise UserError unless data are those that `trained` (a run folder or checkpoint, for the message) records: the
+    `data` of its log or checkpoint. Only what is recorded is compared, since older ones lack keys."""
+    differ = [f"{name} was {recorded[name]!s:.12}, is {value!s:.12}" for name, value in data.identity.items()
+              if recorded.get(name, value) != value]
+    if differ:
+        raise UserError(f"{trained} was trained on other data ({'; '.join(differ)}); {advice}")
 
 
 def load_data(cfg):
     """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty; make or download it again")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
     data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
+    if data.sha256 == data.val_sha256:
+        raise UserError(f"{paths[0]} and its validation data {cfg.val_data or ''} hold the same: the loss would be "
+                        "that of the training data; give another --val-data, or --val-frac")
     if len(data.train) < cfg.block + 1:
         raise UserError(f"--block {cfg.block} is too long for {len(data.train)} training tokens; shorten it")
     if len(data.val) < 2:
@@ -662,32 +858,34 @@ def load_token_files(cfg, paths):
     parts = [open_token_file(path) for path in paths]
     (train, tokenizer, info) = parts[0]
     if len(parts) == 1 and info["val"] and cfg.val_frac is None:
-        parts.append(open_token_file(paths[0].parent / str(info["val"])))
+        parts.append(open_token_file(paths[0].parent / info["val"]))
     if cfg.tokenizer not in ("auto", tokenizer.name):
         raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {tokenizer.name}; leave it out")
-    if any((other.name, vars(other)) != (tokenizer.name, vars(tokenizer)) for _, other, _ in parts):
+    if len({tokenizer_hash(other) for _, other, _ in parts}) > 1:
         raise UserError(f"{paths[0]} and its validation file have different vocabularies; prepare them together")
     if len(parts) == 2:
-        return Data(train, parts[1][0], tokenizer, parts[1][2]["text_bytes"], info["sha256"])
-    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"])
+        val, _, val_info = parts[1]
+        return Data(train, val, tokenizer, val_info["text_bytes"], info["sha256"], val_info["sha256"])
+    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"], None)
 
 
 def load_texts(cfg, paths):
     """Text files, tokenised here; a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
     texts = [read_text(path) for path in paths]
-    sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    hashes = hashes if len(texts) > 1 else [*hashes, None]
     val_bytes = len(texts[1].encode()) if len(texts) > 1 else None
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
         parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
         tokenizer = WordTokenizer.build(parts[0])
-        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, sha256)
+        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
     tokenizer = make_tokenizer(kind, None)
     parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
     parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
     val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
-    return Data(*parts, tokenizer, val_bytes or len(val_text), sha256)
+    return Data(*parts, tokenizer, val_bytes or len(val_text), *hashes)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -870,7 +1068,13 @@ def compile_model(model):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
+RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
+CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
+CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
+              "step": whole_number, "best_val_loss?": loss_or_infinity, "data?": IDENTITY, "rng?": dict,
+              "optimizer?": {"state": dict, "param_groups": list}}
+LOG_LINE = {"type": str, "step?": whole_number, "config?": dict}
 
 
 def relative(path):
@@ -878,25 +1082,78 @@ def relative(path):
     return os.path.relpath(path) if path and os.path.isabs(path) else path
 
 
+def why_unwritten(e):
+    """Why the system refused to write, which PyTorch tells by where its file ends."""
+    e = e.__context__ if isinstance(e.__context__, OSError) else e
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"disk full: {e.strerror}"
+    return getattr(e, "strerror", None) or brief(e)
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}); {KEPT}") from None
+
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """Make the run folder this process's own: locked, and without what killed runs left half written. A folder that
+    nothing was written to is removed again. Raises UserError where another run holds it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):                 # where no lock can be made, start_folder() says why
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(remove_empty, made)
+            stack.enter_context(exclusive(folder / "lock", folder))
+            for path in (path for name in RUN_FILES for path in folder.glob(f"{name}.*tmp")):
+                path.unlink()
+        yield
+
+
+def remove_empty(folders):
+    with contextlib.suppress(OSError):                     # the first that isn't empty ends it
+        for folder in folders:
+            folder.rmdir()
 
 
 def save_checkpoint(path, cfg, tokenizer, model, **state):
-    """state: step, tokens, best_val_loss, and in last.pt optimizer and rng."""
+    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
     words = tokenizer.words if tokenizer.name == "word" else None
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
                    model=model.state_dict(), **state)
-    write_whole(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary):
+        with open(temporary, "wb") as f:                   # by its path, PyTorch would hide why it can't be written
+            torch.save(content, f)
+
+    write_whole(path, write)
+
+
+def verify_records(f):
+    """Raise ValueError or zipfile.BadZipFile unless each record of an open checkpoint has the CRC-32 that torch.save
+    gave it, which torch.load doesn't look at: a flipped bit would be a weight of 1e36. A second for 1.6 GB."""
+    with zipfile.ZipFile(f) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("compressed records")         # a small file could unpack to any size
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged}")
+    f.seek(0)
+
+
+def config_of(logged: dict) -> Config:
+    """The Config in a log, checkpoint or result; a flag that is younger has today's default. Raises ValueError or
+    TypeError where it isn't one."""
+    check(logged, CONFIG, "config")
+    return Config(**logged)
 
 
 def checkpoint_file(path):
@@ -916,45 +1173,63 @@ def load_checkpoint(path, device="cpu"):
     unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
     path = checkpoint_file(path)
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except (*BROKEN, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged, or holds more than weights and settings ({type(e).__name__}); nothing "
-                        "in it was run") from None
-    if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
-        raise UserError(f"{path} is not a checkpoint of train_dba.py")
+        with open(path, "rb") as f:
+            verify_records(f)
+            ckpt = torch.load(f, map_location=device, weights_only=True)
+    except (*BROKEN, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged, or holds more than weights and settings ({brief(e)}); nothing in it was "
+                        "run") from None
     try:
-        cfg = ckpt["config"] = Config(**ckpt["config"])    # a flag that is younger than the checkpoint has its default
-        ckpt["tokenizer"] = make_tokenizer(ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"])
+        check(ckpt, CHECKPOINT, "it")
+    except ValueError as e:
+        raise UserError(f"{path} is not a checkpoint of train_dba.py, or not a whole one ({e})") from None
+    try:
+        cfg = ckpt["config"] = config_of(ckpt["config"])
+        tokenizer = ckpt["tokenizer"] = make_tokenizer(ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"])
         wrong = list(out_of_range(vars(cfg))) or problems(dataclasses.replace(cfg, mode="train"), {})
+        if ckpt["step"] > cfg.steps:
+            wrong.append(f"step {ckpt['step']} of {cfg.steps}")
     except BROKEN as e:
-        wrong = [f"{type(e).__name__}: {e}"]
+        wrong = [brief(e)]
     if wrong:
         raise UserError(f"{path} has broken settings, or those of another version of train_dba.py ({'; '.join(wrong)})")
+    if "data" in ckpt:                                     # a checkpoint that is older than this key has the vocabulary
+        ckpt["data"].setdefault("tokenizer_sha256", tokenizer_hash(tokenizer))
     return ckpt
+
+
+def load_weights(model, weights, **assign):
+    """Put a checkpoint's weights into a model. Raises UserError unless they are its own."""
+    try:
+        check(weights, model.state_dict(), "model")
+        model.load_state_dict(weights, **assign)
+    except (*BROKEN, RuntimeError) as e:
+        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
 
 
 def load_model(ckpt):
     """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
-    cfg, weights = ckpt["config"], ckpt["model"]
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
-            model = GPT(cfg, ckpt["tokenizer"].vocab_size)
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, AttributeError, TypeError) as e:
-        raise UserError(f"the checkpoint's weights don't fit its settings ({' '.join(str(e).split())[:200]})") from None
+            model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
+    except (*BROKEN, RuntimeError) as e:
+        raise UserError(f"the checkpoint's weights can't have its settings ({brief(e)})") from None
+    load_weights(model, ckpt["model"], assign=True)
     return model.eval()
 
 
 def provenance(device):
-    """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit."""
+    """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit. That is
+    unknown where the code was unpacked inside another repository."""
     def git(*args):
         try:
             command = ["git", "-C", str(Path(__file__).parent), *args]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):   # no git, or not a clone
+            return subprocess.run(command, capture_output=True, check=True).stdout.decode().strip()
+        except (OSError, ValueError, subprocess.CalledProcessError):            # no git, or not a clone
             return None
 
-    commit = git("rev-parse", "HEAD")
+    own = git("rev-parse", "--show-prefix") == "" and git("ls-files", Path(__file__).name)
+    commit = git("rev-parse", "HEAD") if own else None
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 platform=platform.system(), cpu=cpu_features().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -967,20 +1242,27 @@ def append_line(path, **line):
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
     except OSError as e:
-        raise UserError(f"can't write {path} ({e.strerror}); {KEPT}") from None
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
 def read_log(path):
     """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        lines = read_bytes(path, 2**30).splitlines()
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is no log ({brief(e)}); use another --out-dir") from None
     parsed = []
     for i, line in enumerate(lines):
         try:
             parsed.append(json.loads(line))
-            parsed[-1]["type"]
-        except (ValueError, TypeError, KeyError):
+            check(parsed[-1], LOG_LINE, "the line")
+        except BROKEN as e:
             if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is no log line; mend it, or start afresh with --overwrite") from None
+                raise UserError(f"{path}:{i + 1} is no log line ({brief(e)}); mend it, or start afresh with "
+                                "--overwrite") from None
+            del parsed[i:]
     return parsed
 
 
@@ -998,22 +1280,35 @@ def find_run(cfg, given):
                         "from, but not trained on")
     if log and "config" not in log[0]:
         raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
-    saved = {**DEFAULTS, **(dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"])}
+    try:
+        saved = dataclasses.asdict(ckpt["config"] if ckpt else config_of(log[0]["config"]))
+    except BROKEN as e:
+        raise UserError(f"{folder}/train.jsonl has broken settings ({brief(e)}); use another --out-dir, or "
+                        "--overwrite") from None
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     if cfg.dtype == "auto":                                # a run keeps the type that it began with
         cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
-    differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
-              if name not in MAY_CHANGE and value != saved.get(name)]
+    may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
+    differ = [f"{flag_name(name)} was {saved[name]!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
+              if name not in may_change and value != saved[name]]
     if differ:
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(differ)}); use another --out-dir, or "
                         "--overwrite")
-    finished = bool(log) and log[-1].get("type") == "done" and log[-1].get("step") == cfg.steps
+    finished = bool(log) and log[-1]["type"] == "done" and log[-1].get("step") == cfg.steps
     if ckpt is None and len(log) > 1 and not finished:
         raise UserError(f"{folder} has a log but no last.pt to go on from; use another --out-dir, or --overwrite")
     return cfg, ckpt, finished
+
+
+def shell_quote(arg):
+    """An argument as a shell reads it, in characters that any file can hold: a path may have bytes that aren't text."""
+    if arg.isprintable():
+        return shlex.quote(arg)
+    plain = b"'\\"
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in plain else f"\\x{b:02x}" for b in os.fsencode(arg)) + "'"
 
 
 def start_folder(cfg, ckpt, env, meta, argv):
@@ -1028,7 +1323,7 @@ def start_folder(cfg, ckpt, env, meta, argv):
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
     launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
     command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
-    texts = {"command.txt": shlex.join(command) + "\n",
+    texts = {"command.txt": " ".join(map(shell_quote, command)) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
@@ -1036,7 +1331,7 @@ def start_folder(cfg, ckpt, env, meta, argv):
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, lambda temporary: temporary.write_text(text))
+        write_whole(folder / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # -----------------------------------------------------------------------------
@@ -1154,7 +1449,7 @@ def describe(cfg, data, ranks, dtype, why):
         print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
               flush=True)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
-                data=dict(sizes, sha256=data.sha256))
+                data=data.identity)
 
 
 def build(cfg, vocab_size, device):
@@ -1165,14 +1460,22 @@ def build(cfg, vocab_size, device):
 
 
 def restore(ckpt, model, optimizer, rng):
-    """Put them where a checkpoint left them."""
+    """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
+    load_weights(model, ckpt["model"])
+    groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("another model's parameters")
+        steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
+        for i, p in enumerate(params if ckpt["step"] else []):
+            check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
+            if saved["state"][i]["step"] != steps:
+                raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"last.pt doesn't fit this run ({' '.join(str(e).split())[:200]}); use another --out-dir, or "
-                        "--overwrite") from None
+        raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
 
 
 def train(cfg, given, argv):
@@ -1203,9 +1506,7 @@ def train(cfg, given, argv):
     model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device)
     step, best = 0, math.inf
     if ckpt:
-        if ckpt["data"] != meta["data"]:
-            raise UserError(f"{folder} was trained on other data ({ckpt['data']}, not {meta['data']}); use another "
-                            "--out-dir, or --overwrite")
+        check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
         restore(ckpt, model, optimizer, rng)
         step, best = ckpt["step"], ckpt["best_val_loss"]
     runner = compile_model(model) if cfg.compile else model
@@ -1969,7 +2270,11 @@ def main(argv=None):
         given = parse_args(argv)
         cfg = make_config(**given)
         keep_freed_memory()
-        return train(cfg, given, argv) if cfg.mode == "train" else sample(cfg)
+        if cfg.mode == "sample":
+            return sample(cfg)
+        main_rank = os.environ.get("RANK", "0") == "0"
+        with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
+            return train(cfg, given, argv)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1
