@@ -1,6 +1,6 @@
-# Decoupled Bottleneck Attention. `make help` lists the targets. Variables: PYTHON (makes the environment), VENV, DATA (token
-# files), RUNS (run folders), WIKITEXT2 (a folder with wiki.{train,valid,test}.tokens; empty: from the Hugging Face hub),
-# STEPS (of compare), FLAGS (added to every training command, for example FLAGS="--device cuda --compile").
+# Decoupled Bottleneck Attention. `make help` lists the targets. Variables: PYTHON (makes the environment), VENV, DATA
+# (token files), RUNS (run folders), WIKITEXT2 (a folder of wiki.{train,valid,test}.tokens; empty: the Hugging Face
+# hub), STEPS (of compare), FLAGS (added to every training command, for example FLAGS="--device cuda --compile").
 
 # Free text reaches the commands through the environment, as it was written: spaces, quotes and dollar signs included.
 TEXTS = WIKITEXT2 CKPT PROMPT ANCHOR TASKS_DIR LLAMA LLAMA_TEXT
@@ -37,8 +37,8 @@ ASSETS = $(if $(filter runs,$(RUNS)),assets,$(RUNS)/assets)
 BOTH = standard decoupled
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures report \
-	memory heatmap bench cache_quality evaluations llama \
+.PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures \
+	report memory heatmap bench cache_quality evaluations llama \
 	$(foreach mode,$(BOTH),demo_$(mode) checkpoint_$(mode) evaluate_$(mode))
 
 help:  ## list the targets
@@ -49,8 +49,10 @@ help:  ## list the targets
 env: $(VENV)/.ready  ## virtual environment with what training, plotting and tests need
 $(VENV)/bin/python:                                        # lacking, or a link to a Python that is gone
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON): make env PYTHON=<Python 3.11 or newer>"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11: make env PYTHON=<newer>")'
-	@test -e $(VENV)/pyvenv.cfg || test -z "$$(ls -A $(VENV) 2>/dev/null)" || { echo "error: VENV=$(VENV) is no environment"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11: \
+	make env PYTHON=<newer>")'
+	@test -e $(VENV)/pyvenv.cfg || test -z "$$(ls -A $(VENV) 2>/dev/null)" || \
+	{ echo "error: VENV=$(VENV) holds something else than an environment"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/.ready: requirements.txt constraints.txt $(VENV)/bin/python
@@ -81,16 +83,17 @@ ATTENTION_standard = --attn-mode standard
 ATTENTION_decoupled = --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk
 SAMPLE = $(TRAIN) --mode sample --prompt "The following " --max-new-tokens 220 --temperature 0.7
 
-demo: demo_standard demo_decoupled  ## train standard and decoupled attention on a small corpus, sample from both, draw the curves
-	@for mode in $(BOTH); do printf '\n--- a sample from %s\n' $$mode; $(SAMPLE) --ckpt $(DEMO)/$$mode/best.pt || exit 1; done
+demo: demo_standard demo_decoupled  ## train standard and decoupled attention on a small corpus, sample, draw the curves
+	@for mode in $(BOTH); do \
+	printf '\n--- a sample from %s\n' $$mode; $(SAMPLE) --ckpt $(DEMO)/$$mode/best.pt || exit 1; done
 	$(PY) plot_results.py --runs $(DEMO) --out $(DEMO) --readme ""
 	@printf '\nThe curves are drawn in $(DEMO)/fig_convergence.png. What next:\n'
 	@echo '  $(TRAIN) --mode sample --ckpt $(DEMO)/decoupled/best.pt --prompt "The list " --kv-cache hetero'
 	@echo '  $(EVAL) ppl --ckpt $(DEMO)/decoupled --kv-cache fp16 hetero q4_0 --max-tokens 16385'
 	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
 $(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
-	$(TRAIN) --data $(DATA)/sample.npy --out-dir $(DEMO)/$* $(ATTENTION_$*) --d-model 192 --layers 4 --n-head 8 --d-ff 512 \
-	--block 256 --batch-size 16 --steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --log-every 10 --save-every 100 $(FLAGS)
+	$(TRAIN) --data $(DATA)/sample.npy --out-dir $(DEMO)/$* $(ATTENTION_$*) --d-model 192 --layers 4 --n-head 8 \
+	--d-ff 512 --block 256 --batch-size 16 --steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --save-every 100 $(FLAGS)
 
 # --- data; a sidecar is written last: its token file is whole
 
@@ -123,7 +126,7 @@ MANIFEST = $(PY) run_paper_manifest.py --data-dir $(DATA) --runs $(RUNS) --group
 
 ROWS = $(patsubst ROW_%,%,$(filter ROW_%,$(.VARIABLES)))
 
-bottleneck96 decoupled standard gqa small128 long1024 long2048: $(DATA)/wikitext2.json  ## a run of the December 2025 paper
+bottleneck96 decoupled standard gqa small128 long1024 long2048: $(DATA)/wikitext2.json  ## a run of the December paper
 fineweb_standard fineweb_decoupled: $(DATA)/fineweb_100m.json  ## a run of its table 2
 .PHONY: $(ROWS)
 $(ROWS): %:
@@ -133,9 +136,9 @@ compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS
 
 checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
 $(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
-	$(TRAIN) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* $(ATTENTION_$*) --d-model 256 --layers 4 --n-head 8 \
-	--d-ff 768 --block 512 --batch-size 8 --steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 --eval-iters 20 \
-	--save-every 200 $(if $(wildcard $(CKPTS)/$*/last.pt),,--overwrite) $(FLAGS)
+	$(TRAIN) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* $(ATTENTION_$*) --d-model 256 --layers 4 \
+	--n-head 8 --d-ff 768 --block 512 --batch-size 8 --steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 \
+	--eval-iters 20 --save-every 200 $(if $(wildcard $(CKPTS)/$*/last.pt),,--overwrite) $(FLAGS)
 
 # --- replicating the papers
 
@@ -149,10 +152,11 @@ JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
 
 dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --dry-run
-replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), their losses through quantised caches, figures, claims
+replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), then figures and claims
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --post-ppl $(MANIFEST_FLAGS) || touch $(RUNS)/failed
 	$(MAKE) -j1 checkpoints memory report
-	@if rm $(RUNS)/failed 2>/dev/null; then echo "runs failed or lacked data, as said above; the same command goes on"; exit 1; fi
+	@if rm $(RUNS)/failed 2>/dev/null; then \
+	echo "runs failed or lacked data, as said above; the same command goes on"; exit 1; fi
 
 # --- figures, benchmarks, evaluations (tasks from the Hugging Face hub, or a TASKS_DIR with arc_easy_test.jsonl, ...)
 
@@ -185,10 +189,10 @@ $(BOTH:%=evaluate_%): evaluate_%: checkpoint_% $(VENV)/.ready-eval
 	$(EVAL) tasks --ckpt $(CKPTS)/$* $(TASKS) $(call against,tasks)
 
 ON_LLAMA = --ckpt "$$LLAMA" --out $(RUNS)/llama/smollm2_135m
-llama: $(VENV)/.ready-eval $(filter $(SMOLLM2),$(LLAMA))  ## a pretrained Llama (SmolLM2-135M-Instruct), and lm-eval's own adapter on it
-	@test -f "$$LLAMA_TEXT" || { echo "error: give WIKITEXT2=<folder of wiki.test.tokens> or LLAMA_TEXT=<text file>"; exit 1; }
-	$(EVAL) ppl $(ON_LLAMA) --data "$$LLAMA_TEXT" --dtype auto --block 2048 --stride 1024 --batch-size 1 --max-tokens 32769 \
-	--kv-cache fp16 q8_0 q4_0 nf4
+llama: $(VENV)/.ready-eval $(filter $(SMOLLM2),$(LLAMA))  ## a pretrained Llama, SmolLM2-135M-Instruct
+	@test -f "$$LLAMA_TEXT" || { echo "error: give WIKITEXT2=<folder> or LLAMA_TEXT=<file>"; exit 1; }
+	$(EVAL) ppl $(ON_LLAMA) --data "$$LLAMA_TEXT" --dtype auto --block 2048 --stride 1024 --batch-size 1 \
+	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4
 	$(EVAL) rank $(ON_LLAMA) --data "$$LLAMA_TEXT" --block 2048 --batch-size 1
 	$(EVAL) tasks $(ON_LLAMA) $(TASKS)
 	$(EVAL) probes $(ON_LLAMA) --dtype auto --instances 5 --max-new-tokens 32
