@@ -67,11 +67,12 @@ $(VENV)/.ready-eval: requirements-eval.txt constraints.txt $(VENV)/.ready
 	$(PIP) -r requirements-eval.txt
 	@touch $@
 
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n $(TEST_JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs
+SHARED = -n $(TEST_JOBS) --dist loadfile --ignore tests/test_prepare.py   # it forks, and xdist has threads
 test: env  ## all tests; what was skipped, and why, stands at the end
-	$(PYTEST)
+	$(PYTEST) tests/test_prepare.py; first=$$?; $(PYTEST) $(SHARED) && exit $$first
 test_eval: $(VENV)/.ready-eval  ## the tests that need requirements-eval.txt
-	$(PYTEST) -k "tasks or llama or export"
+	$(PYTEST) $(SHARED) -k "tasks or llama or export"
 lint: env  ## ruff
 	$(PY) -m ruff check .
 kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped

@@ -291,7 +291,8 @@ def test_a_python_that_does_not_do_is_named(tmp_path, python, words):
 
 def test_extras_are_those_of_the_requirements():
     project = (ROOT / "pyproject.toml").read_text()
-    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     for name in ("requirements.txt", "requirements-eval.txt"):
         for line in (ROOT / name).read_text().splitlines():
             if line and not line.startswith("#"):
