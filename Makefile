@@ -67,8 +67,9 @@ $(VENV)/.ready-eval: requirements-eval.txt constraints.txt $(VENV)/.ready
 	$(PIP) -r requirements-eval.txt
 	@touch $@
 
+# test_prepare.py forks, which is not safe beside the threads of a pytest-xdist worker.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs
-SHARED = -n $(TEST_JOBS) --dist loadfile --ignore tests/test_prepare.py   # it forks, and xdist has threads
+SHARED = -n $(TEST_JOBS) --dist loadfile --ignore tests/test_prepare.py
 test: env  ## all tests; what was skipped, and why, stands at the end
 	$(PYTEST) tests/test_prepare.py; first=$$?; $(PYTEST) $(SHARED) && exit $$first
 test_eval: $(VENV)/.ready-eval  ## the tests that need requirements-eval.txt
