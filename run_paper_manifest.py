@@ -4,6 +4,9 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
     python3 run_paper_manifest.py --group cpu_mini --dry-run
     python3 run_paper_manifest.py --group cpu_mini --jobs 2
     python3 run_paper_manifest.py --group wikitext2 --only fair_standard512 fair_decoupled32_64 --seeds 1337
+    python3 run_paper_manifest.py --group wikitext2 --only compare_ -- --compile --device cuda
+
+Flags of train_dba.py after -- go to every run.
 
 A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates
 (`lrs`, also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is
@@ -26,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, cache_formats, count_params, flag_name,
-                       make_config, pick_device, synchronize)
+                       make_config, parse_args, pick_device, synchronize)
 
 HERE = Path(__file__).parent
 CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post-ppl measures, where they fit the mode
@@ -258,11 +261,13 @@ def main(argv=None):
                         help="then measure each checkpoint's KV memory at 128k tokens")
     parser.add_argument("--post-ppl", action="append_const", dest="post", const=Run.post_ppl,
                         help="then measure each checkpoint's loss through quantised caches")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_dba.py for every run")
     args = parser.parse_args(argv)
     try:
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} must be at least 1")
         overrides = {name: value for name, value in (("steps", args.steps), ("device", args.device)) if value}
+        overrides |= parse_args(args.flags)
         runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
                          overrides.items())
         device = pick_device(args.device)
