@@ -1,254 +1,383 @@
 """
-The ledger of claims: claims.json says what the papers report, and which controls a reader would ask for; a rule here
-computes our value from results.json and decides the verdict. No verdict is typed by hand.
+The ledger of claims and the pre-registered contrasts: rules that turn results into verdicts. None is typed by hand.
 
-A rule returns (value or None, interval half-width or None, agrees, where it was measured). agrees is None where nothing
-has been run, and UNDECIDED where what has been run can't tell. Arithmetic rules need no run: they check the report's
-own numbers.
+claims.json says what the papers report, and which controls a reader would ask for. A rule computes our value from the
+results and says whether it agrees. What rests on one seed, or on one pair of checkpoints, is undecided, whatever it
+shows; differences of losses are corrected by Holm over all of them. Arithmetic rules need no run: they check a report's
+own numbers by its own premises. contrasts() tests what paper_manifest.json fixed before its runs.
 """
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
+from paper.collect import same_data
+from paper.stats import holm, mean_interval, p_below
 from train_dba import bytes_per_token, count_params, make_config
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal's.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        # the Llama-7B scale of the reports
 LONG = 131_072                                                                  # tokens of "128k"
-ARITHMETIC = ("perplexity", "perplexity_gap", "share", "mean_difference", "cache_ratio", "cache_gib",
+ALPHA = 0.05
+ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_difference", "cache_ratio", "cache_gib",
               "cache_layer_bytes", "parameters")
-UNDECIDED = "undecided"
-VERDICTS = ("reproduced", "not reproduced", "arithmetic error", UNDECIDED, "not yet run")
+UNDECIDED, ONE, NOT_RUN, HOLDS, FAILS = "undecided", "undecided (n = 1)", "not yet run", "holds", "does not hold"
+REPRODUCED, REFUTED, ERROR, UNSUPPORTED = ("reproduced", "not reproduced", "arithmetic error",
+                                           "not supported by its own counts")
+VERDICTS = (REPRODUCED, REFUTED, ERROR, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)
+BY_FORMULA = "formula, tested against allocated caches"
 
 
-def mean_interval(values):
-    """(mean, half-width of the 95 % t-interval or None for one value)."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return mean, None
-    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
-    return mean, (T95[n - 2] if n - 2 < len(T95) else 1.96) * spread
+@dataclass
+class Finding:
+    """What a rule found: our value, its 95 % interval's half-width, whether the claim agrees (None: nothing has been
+    run; UNDECIDED: what has been run can't tell), where it was measured, on how many seeds or pairs of checkpoints
+    (None for arithmetic), and the two-sided p of a difference of losses against its threshold."""
+    value: float | None = None
+    half: float | None = None
+    agrees: bool | str | None = None
+    where: str = ""
+    seeds: int | None = None
+    p: float | None = None
 
 
-def seeds_of(results, series, field):
-    """{seed: value} of a field over the runs of a series, or of a sweep's runs at the learning rate that did best."""
-    return {run["seed"]: run[field] for run in results["runs"] if series in (run["series"], run["best_of_sweep"])}
+# -----------------------------------------------------------------------------
+# Losses
+
+def runs_of(results: dict, series: str) -> dict:
+    """{seed: run} of a series, or of a sweep's runs at the learning rate that did best."""
+    return {run["seed"]: run for run in results["runs"] if series in (run["series"], run["best_of_sweep"])}
 
 
-def within(value, reported, relative):
+def within(value: float, reported: float, relative: float) -> bool:
     return abs(value - reported) <= relative * abs(reported)
 
 
-def place(results, *series, seeds):
+def place(runs: list, *series: str, seeds: int) -> str:
     """Names of series, how many seeds, and the hardware of their runs."""
-    hardware = sorted({run["hardware"] for run in results["runs"] if {run["series"], run["best_of_sweep"]} & {*series}})
-    return f"{' against '.join(f'`{name}`' for name in series)}, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(hardware)}"
+    hardware = "; ".join(sorted({run["hardware"] for run in runs}))
+    plural = "seed" if seeds == 1 else "seeds"
+    return f"{' against '.join(f'`{name}`' for name in series)}, {seeds} {plural}; {hardware}"
 
 
-def best_pair(claim, results, field):
-    """(values of a pair of series as two lists, in the order of the seeds that both have; its place), or None. The
-    first pair with several seeds, else the first that has been run."""
-    found = []
+def pair_runs(results: dict, a: str, b: str, field: str) -> list:
+    """[(run of a, run of b)] of the seeds for which both series have a field, measured on the same data."""
+    left, right = runs_of(results, a), runs_of(results, b)
+    pairs = []
+    for seed in sorted(left.keys() & right.keys()):
+        pair = left[seed], right[seed]
+        if same_data(*pair) and None not in (pair[0][field], pair[1][field]):
+            pairs.append(pair)
+    return pairs
+
+
+def best_pair(claim: dict, results: dict, field: str) -> tuple[list, str]:
+    """(pairs of runs, their place) of the claim's first pair of series with several seeds, else of the first that has
+    been run, else ([], "")."""
+    measured = []
     for a, b in claim["pairs"]:
-        left, right = seeds_of(results, a, field), seeds_of(results, b, field)
-        if shared := sorted(seed for seed in left.keys() & right.keys() if None not in (left[seed], right[seed])):
-            found.append(([left[s] for s in shared], [right[s] for s in shared],
-                          place(results, a, b, seeds=len(shared))))
-    return next((pair for pair in found if len(pair[0]) > 1), found[0] if found else None)
+        if pairs := pair_runs(results, a, b, field):
+            measured.append((pairs, place([run for pair in pairs for run in pair], a, b, seeds=len(pairs))))
+    for pairs, where in measured:
+        if len(pairs) > 1:
+            return pairs, where
+    return measured[0] if measured else ([], "")
 
 
-def loss(claim, results):
-    values = list(seeds_of(results, claim["series"], claim.get("field", "best_val_loss")).values())
-    if not values:
-        return None, None, None, ""
-    mean, half = mean_interval(values)
+def loss(claim: dict, results: dict) -> Finding:
+    runs = list(runs_of(results, claim["series"]).values())
+    if not runs:
+        return Finding()
+    mean, half = mean_interval([run[claim.get("field", "best_val_loss")] for run in runs])
     agrees = abs(mean - claim["reported"]) <= claim["tolerance"]
-    return mean, half, agrees, place(results, claim["series"], seeds=len(values))
+    return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
-def paired(claim, results, most):
-    """Whether the difference of best losses is at most so much with its whole 95 % interval, or above it with its whole
-    interval; undecided in between, and for one seed."""
-    found = best_pair(claim, results, "best_val_loss")
-    if found is None:
-        return None, None, None, ""
-    mean, half = mean_interval([a - b for a, b in zip(*found[:2])])
-    last, _ = mean_interval([a - b for a, b in zip(*best_pair(claim, results, "last_val_loss")[:2])])
-    where = found[2] + (f"; of the last losses {last:+.4f}" if abs(last - mean) > 1e-9 else "")
-    decided = half is not None and not mean - half <= most <= mean + half
-    return mean, half, mean < most if decided else UNDECIDED, where
+def paired(claim: dict, results: dict, threshold: float) -> Finding:
+    """Whether the difference of best losses is below a threshold, paired by seed; ledger() corrects its p."""
+    pairs, where = best_pair(claim, results, "best_val_loss")
+    if not pairs:
+        return Finding()
+    differences = [a["best_val_loss"] - b["best_val_loss"] for a, b in pairs]
+    mean, half = mean_interval(differences)
+    last, _ = mean_interval([a["last_val_loss"] - b["last_val_loss"] for a, b in pairs])
+    if abs(last - mean) > 1e-9:
+        where += f"; of the last losses {last:+.4f}"
+    p = p_below(differences, threshold)
+    return Finding(mean, half, mean < threshold, where, len(pairs), None if p is None else 2 * min(p, 1 - p))
 
 
-def below(claim, results):
+def below(claim: dict, results: dict) -> Finding:
     """The difference is below zero."""
     return paired(claim, results, 0.0)
 
 
-def not_worse(claim, results):
+def not_worse(claim: dict, results: dict) -> Finding:
     """The difference is below a margin."""
     return paired(claim, results, claim["margin"])
 
 
-def ratio(claim, results, field):
-    found = best_pair(claim, results, field)
-    if found is None:
-        return None, None, None, ""
-    left, right, where = found
-    mean, half = mean_interval([a / b for a, b in zip(left, right)])
-    return mean, half, within(mean, claim["reported"], claim["tolerance"]), where
+def ratio(claim: dict, results: dict, field: str) -> Finding:
+    pairs, where = best_pair(claim, results, field)
+    if not pairs:
+        return Finding()
+    mean, half = mean_interval([a[field] / b[field] for a, b in pairs])
+    return Finding(mean, half, within(mean, claim["reported"], claim["tolerance"]), where, len(pairs))
 
 
-def speed_ratio(claim, results):
-    return ratio(claim, results, "tokens_per_second")
+def speed_ratio(claim: dict, results: dict) -> Finding:
+    """A ratio of speeds decides only on the device that the claim is about."""
+    finding = ratio(claim, results, "tokens_per_second")
+    if finding.agrees is not None and claim["device"].lower() not in finding.where.lower():
+        finding.agrees, finding.seeds = UNDECIDED, None
+        finding.where += f"; the claim is about {claim['device'].upper()}"
+    return finding
 
 
-def memory_ratio(claim, results):
+def memory_ratio(claim: dict, results: dict) -> Finding:
     return ratio(claim, results, "peak_bytes")
 
 
-def overfits(claim, results):
-    last, best = (seeds_of(results, claim["series"], field) for field in ("last_val_loss", "best_val_loss"))
-    if not last:
-        return None, None, None, ""
-    mean, half = mean_interval([last[seed] - best[seed] for seed in last])
-    return mean, half, mean > 0.05, place(results, claim["series"], seeds=len(last))
+def overfits(claim: dict, results: dict) -> Finding:
+    runs = list(runs_of(results, claim["series"]).values())
+    if not runs:
+        return Finding()
+    mean, half = mean_interval([run["last_val_loss"] - run["best_val_loss"] for run in runs])
+    return Finding(mean, half, mean > 0.05, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
-def cache_quality(claim, results):
-    rows = [row for row in results["benchmarks"].get("cache_quality", {}).get("rows", ())
-            if (row["run"], row["policy"], row["rotate"]) == (claim["run"], claim["policy"], False)]
-    if not rows:
-        return None, None, None, ""
-    row, = rows
-    cpu = results["benchmarks"]["cache_quality"]["env"]["cpu"]
-    return (row["delta_nll"], 1.96 * row["standard_error"], row["delta_nll"] <= claim["tolerance"],
-            f"`{claim['run']}`, {row['tokens']:,} tokens, 1 seed; {cpu}")
+# -----------------------------------------------------------------------------
+# Measurements of checkpoints
+
+def cache_quality(claim: dict, results: dict) -> Finding:
+    benchmark = results["benchmarks"].get("cache_quality", dict(rows=[]))
+    for row in benchmark["rows"]:
+        if (row["run"], row["policy"], row["rotate"]) == (claim["run"], claim["policy"], False):
+            where = f"`{claim['run']}`, {row['tokens']:,} tokens, 1 seed; {benchmark['env']['cpu']}"
+            return Finding(row["delta_nll"], 1.96 * row["standard_error"], row["delta_nll"] <= claim["tolerance"],
+                           where, seeds=1)
+    return Finding()
 
 
-def effective_rank(claim, results):
+def effective_rank(claim: dict, results: dict) -> Finding:
     """Entropy ranks of all queries and of all keys of a layer before RoPE, as vectors, medians over layers; the larger.
     Only models of the width that the claim is about count, and as the report names no definition, another rank than its
     own refutes nothing."""
-    names = [name for start in claim["runs"] for name in results["evals"] if name.startswith(start)]
-    for rank, run in ((results["evals"][name].get("rank"), name) for name in names):
-        rows = {row["of"][0]: row for row in rank["found"]["rows"] if row["of"].endswith("merged")
-                and row["rope"] == "before" and row["channels"] == claim["width"]} if rank else {}
-        if rows.keys() == {"Q", "K"}:
-            ranks = {of: row["trained"]["entropy_rank_lambda"] for of, row in rows.items()}
+    for name, files in results["evals"].items():
+        if "rank" not in files or not name.startswith(tuple(claim["runs"])):
+            continue
+        ranks = {}
+        for row in files["rank"]["result"]["rows"]:
+            if row["of"].endswith("merged") and row["rope"] == "before" and row["channels"] == claim["width"]:
+                ranks[row["of"][0]] = row["trained"]["entropy_rank_lambda"]
+        if ranks.keys() == {"Q", "K"}:
             low, high = claim["range"]
             agrees = all(low <= value <= high for value in ranks.values()) or UNDECIDED
-            return (max(ranks.values()), None, agrees,
-                    f"`{run}`, medians over layers: queries {ranks['Q']:.1f}, keys {ranks['K']:.1f}; "
-                    f"{rank['from']['hardware']}")
-    return None, None, None, ""
+            where = (f"`{name}`, medians over layers: queries {ranks['Q']:.1f}, keys {ranks['K']:.1f}; "
+                     f"{files['rank']['from']['hardware']}")
+            return Finding(max(ranks.values()), None, agrees, where, seeds=1)
+    return Finding()
 
 
-def probe_difference(claim, results):
+def probe_difference(claim: dict, results: dict) -> Finding:
     """Cases of the probes' templates that show something in one model only, less those that do in the other only."""
-    found = results["evals"].get(claim["run"], {}).get("probes", {"found": {"compare": ()}})["found"]["compare"]
-    for row in (row for row in found if row["set"] == "template"):
-        here, there, p = row[claim["check"]]
-        agrees = UNDECIDED if p >= 0.05 else (here > there) == claim["more"]
-        return (here - there, None, agrees, f"`{claim['run']}` against {claim['against']}, {row['n']} cases, 1 seed: "
-                f"+{here} -{there}, McNemar's p {p:.2g}")
-    return None, None, None, ""
+    files = results["evals"].get(claim["run"], {})
+    rows = files["probes"]["result"]["compare"] if "probes" in files else []
+    for row in rows:
+        if row["set"] == "template":
+            this, other, p = row[claim["check"]]
+            where = (f"`{claim['run']}` against `{claim['against']}`, {row['n']} cases, 1 seed: +{this} -{other}, "
+                     f"McNemar's p over cases {p:.2g}")
+            return Finding(this - other, None, (this > other) == claim["more"], where, seeds=1)
+    return Finding()
 
 
-def not_run(claim, results):
-    return None, None, None, ""
+def not_run(claim: dict, results: dict) -> Finding:
+    return Finding()
 
 
-def resolve(settings):
+# -----------------------------------------------------------------------------
+# Arithmetic
+
+def resolve(settings: dict) -> tuple:
     """(Config, cache policy) of a claim's settings, at the 7B scale unless they name a preset."""
     settings = dict(settings)
     policy = settings.pop("cache")
     return make_config(**(dict(data="-") if "exp" in settings else SEVEN_B), **settings), policy
 
 
-def layer_bytes(settings):
+def layer_bytes(settings: dict) -> float:
     """Bytes of KV cache per token and layer."""
     cfg, policy = resolve(settings)
     return bytes_per_token(cfg, policy) / cfg.layers
 
 
-def cache_gib(claim, results):
+def cache_gib(claim: dict, results: dict) -> Finding:
+    """At the claim's `bits` a value, which a report states as an ideal without scales, or in the policy's own format.
+    What depends on something `unstated` refutes nothing."""
     cfg, policy = resolve(claim["config"])
-    value = bytes_per_token(cfg, policy) * LONG / 2**30
-    return value, None, abs(value - claim["reported"]) < 0.05, "formula, tested against allocated caches"
+    size, where = bytes_per_token(cfg, policy) * LONG, BY_FORMULA
+    if "bits" in claim:
+        size *= claim["bits"] / 16                         # of fp16
+        where = f"formula, at its stated ideal of {claim['bits']} bits a value"
+    agrees = abs(size / 2**30 - claim["reported"]) < 0.05
+    if not agrees and "unstated" in claim:
+        agrees, where = UNDECIDED, f"{where}; the report doesn't state the {claim['unstated']}"
+    return Finding(size / 2**30, None, agrees, where)
 
 
-def cache_ratio(claim, results):
+def cache_ratio(claim: dict, results: dict) -> Finding:
     value = layer_bytes(claim["against"]) / layer_bytes(claim["config"])
-    return value, None, within(value, claim["reported"], 0.02), "formula, tested against allocated caches"
+    return Finding(value, None, within(value, claim["reported"], 0.02), BY_FORMULA)
 
 
-def cache_ratio_below_one(claim, results):
+def cache_ratio_below_one(claim: dict, results: dict) -> Finding:
     value = layer_bytes(claim["config"]) / layer_bytes(claim["against"])
-    return value, None, value < 1, "formula, tested against allocated caches"
+    return Finding(value, None, value < 1, BY_FORMULA)
 
 
-def cache_layer_bytes(claim, results):
+def cache_layer_bytes(claim: dict, results: dict) -> Finding:
     value = layer_bytes(claim["config"])
-    return value, None, value == claim["reported"], "formula, tested against allocated caches"
+    return Finding(value, None, value == claim["reported"], BY_FORMULA)
 
 
-def parameters(claim, results):
+def parameters(claim: dict, results: dict) -> Finding:
     value = count_params(make_config(data="-", **claim["config"]), claim["vocab_size"])["total"]
-    return value, None, within(value, claim["reported"], claim["tolerance"]), "formula, tested against models"
+    return Finding(value, None, within(value, claim["reported"], claim["tolerance"]), "formula, tested against models")
 
 
-def perplexity(claim, results):
+def perplexity(claim: dict, results: dict) -> Finding:
     value = math.exp(claim["loss"])
-    return value, None, within(value, claim["reported"], 0.002), "the report's own loss"
+    return Finding(value, None, within(value, claim["reported"], 0.002), "the report's own loss")
 
 
-def perplexity_gap(claim, results):
+def perplexity_gap(claim: dict, results: dict) -> Finding:
     value = 100 * (math.exp(claim["losses"][0] - claim["losses"][1]) - 1)
-    return value, None, within(value, claim["reported"], 0.02), "the report's own losses"
+    return Finding(value, None, within(value, claim["reported"], 0.02), "the report's own losses")
 
 
-def share(claim, results):
+def share(claim: dict, results: dict) -> Finding:
     value = 100 * claim["numbers"][0] / claim["numbers"][1]
-    return value, None, within(value, claim["reported"], 0.01), "the report's own numbers"
+    return Finding(value, None, within(value, claim["reported"], 0.01), "the report's own numbers")
 
 
-def mean_difference(claim, results):
+def percent_more(claim: dict, results: dict) -> Finding:
+    value = 100 * (claim["numbers"][0] / claim["numbers"][1] - 1)
+    return Finding(value, None, within(value, claim["reported"], 0.02), "the report's own numbers")
+
+
+def mean_difference(claim: dict, results: dict) -> Finding:
     value = math.fsum(a - b for a, b in claim["scores"]) / len(claim["scores"])
-    return value, None, abs(value - claim["reported"]) < 0.051, "the report's own scores"
+    return Finding(value, None, abs(value - claim["reported"]) < 0.051, "the report's own scores")
 
 
-def best_case(claim, results):
+def best_case(claim: dict, results: dict) -> Finding:
     """McNemar's p if every case in which the two differ favoured the better: the least that these counts allow. Where
     even that isn't significant, nothing was shown; where it is, only the cases themselves could tell."""
-    a, b = claim.get("counts") or (round(percent / 100 * claim["items"]) for percent in claim["percent"])
+    if "counts" in claim:
+        a, b = claim["counts"]
+    else:
+        a, b = (round(percent / 100 * claim["items"]) for percent in claim["percent"])
     p = min(1.0, 2 * 0.5 ** abs(a - b))
     of = f" of {claim['items']}" if "items" in claim else ""
-    return p, None, UNDECIDED if p < 0.05 else False, f"the report's own counts: {a} and {b}{of}"
+    return Finding(p, None, UNDECIDED if p < ALPHA else False, f"the report's own counts: {a} and {b}{of}")
 
 
 RULES = {rule.__name__: rule for rule in (
     loss, below, not_worse, speed_ratio, memory_ratio, overfits, cache_quality, effective_rank, probe_difference,
     not_run, cache_gib, cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity, perplexity_gap,
-    share, mean_difference, best_case)}
+    share, percent_more, mean_difference, best_case)}
 
 
-def verdict(claim, agrees):
-    if agrees is None:
-        return "not yet run"
-    if agrees == UNDECIDED:
+# -----------------------------------------------------------------------------
+# Verdicts
+
+def verdict(claim: dict, finding: Finding) -> str:
+    if finding.agrees is None:
+        return NOT_RUN
+    if finding.seeds == 1:
+        return ONE
+    if finding.agrees == UNDECIDED:
         return UNDECIDED
-    return "reproduced" if agrees else "arithmetic error" if claim["rule"] in ARITHMETIC else "not reproduced"
+    if claim["source"] == "control":
+        return HOLDS if finding.agrees else FAILS
+    if finding.agrees:
+        return REPRODUCED
+    if claim["rule"] in ARITHMETIC:
+        return ERROR
+    return UNSUPPORTED if claim["rule"] == "best_case" else REFUTED
 
 
-def ledger(results, path=Path(__file__).parent / "claims.json"):
+def correct(findings: list[Finding]) -> None:
+    """Holm over all differences of losses: those whose p doesn't survive it are undecided."""
+    tested = [finding for finding in findings if finding.p is not None]
+    for finding, adjusted in zip(tested, holm([finding.p for finding in tested])):
+        finding.where += f"; p {finding.p:.2g}, by Holm over {len(tested)} tests {adjusted:.2g}"
+        if adjusted >= ALPHA:
+            finding.agrees = UNDECIDED
+
+
+def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") -> list[dict]:
     """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict."""
+    claims = json.loads(path.read_text())
+    findings = [RULES[claim["rule"]](claim, results) for claim in claims]
+    correct(findings)
     rows = []
-    for claim in json.loads(path.read_text()):
-        value, half, agrees, where = RULES[claim["rule"]](claim, results)
+    for claim, finding in zip(claims, findings):
         rows.append(dict(id=claim["id"], source=claim["source"], statement=claim["statement"], unit=claim["unit"],
-                         reported=claim["reported"], ours=value, interval=half, where=where,
-                         verdict=verdict(claim, agrees), note=claim.get("note", claim.get("needs", ""))))
+                         reported=claim["reported"], ours=finding.value, interval=finding.half, where=finding.where,
+                         verdict=verdict(claim, finding), note=claim.get("note", claim.get("needs", ""))))
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Pre-registered contrasts
+
+def contrast_p(differences: list, kind: str, margin: float) -> float | None:
+    """One-sided p in the contrast's direction; for equivalence the larger of its two. None for one pair."""
+    if len(differences) < 2:
+        return None
+    if kind == "better":
+        return p_below(differences, 0.0)
+    p = p_below(differences, margin)
+    if kind == "equivalent":
+        p = max(p, p_below([-difference for difference in differences], margin))
+    return p
+
+
+def contrast_verdict(row: dict, alpha: float) -> str:
+    """holds: the p that Holm adjusted is below alpha (and, for equivalence, the interval inside the margin); does not
+    hold: the whole interval is on the other side."""
+    if row["pairs"] == 0:
+        return NOT_RUN
+    if row["pairs"] == 1:
+        return ONE
+    low, high = row["mean"] - row["half"], row["mean"] + row["half"]
+    threshold = 0.0 if row["kind"] == "better" else row["margin"]
+    if row["p_holm"] < alpha and (row["kind"] != "equivalent" or -threshold < low and high < threshold):
+        return HOLDS
+    if low > threshold or row["kind"] == "equivalent" and high < -threshold:
+        return FAILS
+    return UNDECIDED
+
+
+def contrasts(manifest: dict, results: dict) -> list[dict]:
+    """Every contrast of the manifest: a - b of best losses in nats, paired by seed, mean and half-width of its 95 %
+    t-interval, one-sided p, the same by Holm over the group's whole list, and the verdict. A contrast that was not run
+    counts in the correction, with p = 1."""
+    rows = []
+    for group, content in manifest.items():
+        family = []
+        for contrast in content.get("contrasts", []):
+            a, b = (f"{group}/{contrast['set']}/{contrast[side]}" for side in ("a", "b"))
+            pairs = pair_runs(results, a, b, "best_val_loss")
+            differences = [left["best_val_loss"] - right["best_val_loss"] for left, right in pairs]
+            mean, half = mean_interval(differences) if differences else (None, None)
+            family.append(dict(contrast, group=group, a=a, b=b, pairs=len(pairs), mean=mean, half=half,
+                               p=contrast_p(differences, contrast["kind"], contrast["margin"])))
+        adjusted = holm([1.0 if row["p"] is None else row["p"] for row in family])
+        for row, p in zip(family, adjusted):
+            row["p_holm"] = None if row["p"] is None else p
+            row["verdict"] = contrast_verdict(row, content.get("alpha", ALPHA))
+        rows += family
     return rows

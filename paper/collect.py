@@ -1,372 +1,489 @@
 """
-What eval_dba.py measured: figures and the README's section, from runs/<id>/eval_*.json and kv_policy.json.
+From run folders to one dict, which figures, tables and the ledger are made of.
 
-plot_results.py calls this. read_evals() keeps of each file what is drawn or tabled; results.json holds nothing else.
+    results = collect(Path("runs"), manifest)
+
+runs        every finished run: what it is, its losses, its curve, the losses of its checkpoint through quantised caches
+series      runs that differ in nothing but the seed: means and 95 % t-intervals
+evals       other measurements of eval_dba.py: {run: {file without eval_: {command, result, from}}}
+benchmarks  runs/bench/<name>.json
+manifest    {group: [finished, listed]}; missing: names of runs that the manifest lists and nobody finished
+contrasts, claims are added by paper.claims; problems are the files left out, a line each
+
+A run's name is its folder below the root: <group>/<set>/<row>[_lr<rate>]_s<seed> for what the manifest lists, anything
+for a user's own. What data a run saw is told by the hashes in its log, never by a path: runs of different data share
+neither a series, a panel nor a contrast.
 """
 
-import json
 import statistics
-import sys
+from pathlib import Path
 
-import matplotlib.pyplot as plt
-
-from figures import MARKERS, PALETTE, markdown, save, subplots
-from train_dba import BROKEN, Config
+from paper.shapes import UNREADABLE, Count, MapOf, Maybe, Number, check, check_size, read_json, why
+from paper.stats import mean_interval
+from run_paper_manifest import Run
+from train_dba import DEFAULTS, Config, UserError, out_of_range, read_log
 
 RANKS = {"entropy_rank_sigma": "entropy σ", "entropy_rank_lambda": "entropy λ",
          "participation_ratio": "participation", "stable_rank": "stable", "k90": "k90", "k95": "k95", "k99": "k99"}
-PATHS = {"sem": "semantic", "geo": "geometric", "total": "all"}
-FORMAT_COLORS = dict(zip(MARKERS, PALETTE))
 CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "piqa": 0.5, "winogrande": 0.5, "boolq": 0.5}
+LEAST_ENERGY = 1e-5                                        # less than this share of a score is not drawn
+SAME_PARAMETERS = 0.001                                    # relative
+
+# Shapes of what is read; files hold more.
+ENV = dict(cpu=str, device=str, threads=Count, commit=Maybe(str), dirty=Maybe(bool))
+META = dict(config=dict, params=dict(total=Count), kv_bytes_per_token=dict(fp16=Number), data=dict)
+TRAIN = dict(loss=Number, tok_s=Number, mem_bytes=Maybe(Number))
+EVAL = dict(tokens=Count, val_loss=Number, val_tokens=Count, best_val_loss=Number)
+RESULT = dict(settings=dict(command=str, dtype=str), env=ENV, model=dict(config=dict))
+MEASURED = dict(delta_nll=Number, kl=Number, max_delta_logit=Number, tokens=Count)
+RANK_RECORD = dict(path=str, rope=str, of=str, channels=Count, ranks=dict.fromkeys(RANKS, Number))
+CHECKS = ("exact", "content", "preferred", "loop")         # of a probe
+COMMANDS = {                                               # of eval_dba.py, with the shape of its result
+    "ppl": dict(loss=Number, ppl=Maybe(Number), bpb=Maybe(Number), tokens=Count, block=Count, stride=Count,
+                bytes_per_token=Number),
+    "tasks": dict(tasks=MapOf(dict(n=Count, acc=Number, acc_stderr=Number))),
+    "probes": dict(counts=[dict(set=str, kind=str, n=Count, margin=Number, **dict.fromkeys(CHECKS, [Number]))],
+                   compare=[dict(set=str, n=Count, **dict.fromkeys(CHECKS, [Number]))]),
+    "rank": dict(trained=[RANK_RECORD], initial=[RANK_RECORD], moment=str, tokens=Count, block=Count),
+    "latency": dict(rows=[dict(prompt=Count, cache=str, kernel=str, prefill_seconds=Number, ms_per_token=Number,
+                               ratio_to_fp16=Number, share_of_copy=Maybe(Number))]),
+    "memory": dict(rows=[dict(tokens=Count, cache=str, bytes_per_token=Number, formula_bytes=Number, cache_bytes=Number,
+                              fill_extra_bytes=Maybe(Number), decode_extra_bytes=Maybe(Number))]),
+    "sweep": dict(formats=MapOf(str), rows=[dict(context=Count, status=str)]),
+    "policy": dict(formats=MapOf(str), rotate=bool, residual=Count, bytes_per_token=Number, thresholds=dict,
+                   bytes_per_token_with_residual=Number, short=MEASURED, long=Maybe(MEASURED), kernel=str,
+                   kernel_ms=MapOf(Number), tried=list, settings=dict(
+                       max_delta_nll=Maybe(Number), max_kv_bytes_per_token=Maybe(Number), tokens=Count,
+                       long_factor=Number)),
+}
+BENCHMARKS = {                                             # of `make bench` and `make cache_quality`
+    "train_speed": dict(env=ENV, rounds=Count, rows=[dict(name=str, params=Count, times_naive=Number,
+                                                          share_of_matmul_rate=Number)]),
+    "loss_memory": {"chunked": Number, "full logits": Number},
+    "tokenize_speed": dict(cores=Count, ratio=Number),
+    "decode_speed": dict(env=ENV, rounds=Count, rows=[dict(shape=str, tokens=Count, kernel=str, ms=MapOf(Number))]),
+    "long_context": dict(tokens=Count, cache_bytes=Number, prefill_seconds=Number, prefill_extra_bytes=Maybe(Number),
+                         decode_ms=Number, decode_extra_bytes=Maybe(Number)),
+    "cache_quality": dict(env=ENV, rows=[dict(run=str, policy=str, rotate=bool, tokens=Count, bytes_per_token=Number,
+                                              delta_nll=Number, standard_error=Number, kl=Number, top1=Number)]),
+    "task_parity": dict(ckpt=str, lm_eval=str, rows=[dict(task=str, metric=str, items=Count, ours=Number, theirs=Number,
+                                                          items_that_differ=Count, largest_difference=Number)]),
+}
 
 
 # -----------------------------------------------------------------------------
-# Files
+# Runs
 
-def keep(result, *names):
+def label(config: dict) -> str:
+    """Short name of a model: its mode, its widths, what was switched on."""
+    mode, c = config["attn_mode"], config
+    width = {"standard": c["d_model"], "bottleneck": c["attn_dim"], "decoupled": f"{c['sem_dim']}/{c['geo_dim']}",
+             "gqa": f"{c['n_head']}Q/{c['kv_head']}KV", "mla": f"{c['kv_lora_rank']}+{c['rope_dim']}"}[mode]
+    names = [mode, str(width)]
+    if mode == "mla" and c["attn_dim"] not in (None, c["d_model"]):
+        names.append(f"v{c['attn_dim']}")
+    if mode == "decoupled" and c["kv_head"]:
+        names.append(f"{c['kv_head']} groups")
+    for switch, name in (("null_attn", "null"), ("tie_qk", "tied"), ("one_temperature", "one temperature"),
+                         ("learned_temp", "learned temperature")):
+        if c[switch]:
+            names.append(name)
+    if not c["rope"]:
+        names.append("no RoPE")
+    if c["mlp"] == "gelu":
+        names.append("GELU")
+    return " ".join(names)
+
+
+def hardware_name(env: dict) -> str:
+    """The device of an env.json; of a CPU its name, with how many threads."""
+    if env["device"] != "cpu":
+        return env["device"]
+    return f"{env['cpu']}, {env['threads']} thread" + ("s" if env["threads"] > 1 else "")
+
+
+def read_config(logged: dict) -> dict:
+    """Settings of a log as this version has them: a flag that is younger than the log has its default. Raises
+    ValueError for values that no flag allows."""
+    config = {name: logged.get(name, default) for name, default in DEFAULTS.items()}
+    if wrong := list(out_of_range(vars(Config(**config)))):
+        raise ValueError(wrong[0])
+    return config
+
+
+def lines_of(lines: list, kind: str, shape: dict) -> list:
+    """The log's lines of a type. Raises ValueError where one lacks what is read of it."""
+    chosen = [line for line in lines if line["type"] == kind]
+    for line in chosen:
+        check(line, shape, kind)
+    return chosen
+
+
+def read_run(folder: Path, name: str) -> dict | None:
+    """One finished run as a dict of what is reported of it, or None for a run that isn't finished. Raises one of
+    UNREADABLE or UserError for a damaged one."""
+    check_size(folder / "train.jsonl")
+    lines = read_log(folder / "train.jsonl")
+    if not lines or lines[-1]["type"] != "done":
+        return None
+    meta, env = lines[0], read_json(folder / "env.json", ENV)
+    check(meta, META, "meta")
+    last_meta = meta
+    for line in lines_of(lines, "resume_meta", dict(config=dict)):
+        last_meta = line
+    config = read_config(last_meta["config"])
+    train, evals = lines_of(lines, "train", TRAIN), lines_of(lines, "eval", EVAL)
+    check(lines[-1], dict(tokens=Count), "done")
+    hashes = {key: value for key, value in meta["data"].items() if "sha256" in key}
+    series = name.removesuffix(f"_s{config['seed']}")
+    memory = [line["mem_bytes"] for line in train if line["mem_bytes"] is not None]
+    return dict(
+        run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
+        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, hashes=hashes, lr=config["lr"],
+        layers=config["layers"], context=config["block"], batch=config["batch_size"] * config["grad_accum"],
+        seed=config["seed"], steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
+        kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"], val_tokens=evals[-1]["val_tokens"],
+        last_val_loss=evals[-1]["val_loss"], best_val_loss=evals[-1]["best_val_loss"],
+        last_train_loss=train[-1]["loss"] if train else None,
+        tokens_per_second=statistics.median(line["tok_s"] for line in train) if train else None,
+        hardware=hardware_name(env), peak_bytes=max(memory, default=None), dtype=config["dtype"],
+        compiled=config["compile"], commit=env["commit"], dirty=env["dirty"], caches={},
+        curve=[[line["tokens"], line["val_loss"]] for line in evals], train_curve=thin(train))
+
+
+def thin(train: list, most: int = 60) -> list:
+    """[[tokens, mean training loss]] of a log, in at most so many steps of equal length."""
+    size = -(-len(train) // most) or 1
+    points = []
+    for start in range(0, len(train), size):
+        part = train[start:start + size]
+        if "tokens" in part[-1]:
+            points.append([part[-1]["tokens"], float(f"{statistics.mean(line['loss'] for line in part):.5g}")])
+    return points
+
+
+def read_runs(root: Path) -> tuple[list, list]:
+    """(finished runs at any depth under root, or in it, by name; a line on each that was left out)."""
+    runs, problems = [], []
+    for log in sorted(root.rglob("train.jsonl")):
+        folder = log.parent
+        name = folder.name if folder == root else folder.relative_to(root).as_posix()
+        try:
+            if run := read_run(folder, name):
+                runs.append(run)
+            else:
+                problems.append(f"{folder}: not finished, left out")
+        except UserError as e:
+            problems.append(f"{e}; left out")
+        except UNREADABLE as e:
+            problems.append(f"{folder}: damaged ({why(e)}), left out")
+    return runs, problems
+
+
+def same_data(a: dict, b: dict) -> bool:
+    """Whether two runs saw the same data: every hash that both logs name is equal, and one at least is named."""
+    shared = a["hashes"].keys() & b["hashes"].keys()
+    return bool(shared) and all(a["hashes"][key] == b["hashes"][key] for key in shared)
+
+
+def is_swept(run: dict) -> bool:
+    """Whether a run or series is of a sweep over learning rates, by its name."""
+    return run["row"] != run["series"]
+
+
+def choose_rates(runs: list, listed: list[Run]) -> None:
+    """Note in best_of_sweep, for runs at the learning rate with the least mean of best losses among those that the
+    manifest lists for their row, what the row is called. A row lacking a rate has no best one."""
+    rates, losses = {}, {}                                 # {row: its series}, {row: {series: best losses}}
+    for run in listed:
+        if run.row != run.series:
+            rates.setdefault(run.row, set()).add(run.series)
+    for run in runs:
+        if is_swept(run):
+            losses.setdefault(run["row"], {}).setdefault(run["series"], []).append(run["best_val_loss"])
+    best = {}
+    for row, of_series in losses.items():
+        if row in rates and of_series.keys() >= rates[row]:
+            best[min(sorted(of_series), key=lambda series: statistics.mean(of_series[series]))] = row
+    for run in runs:
+        run["best_of_sweep"] = best.get(run["series"])
+
+
+# -----------------------------------------------------------------------------
+# Series
+
+def interval(values) -> dict:
+    mean, half = mean_interval(list(values))
+    return dict(mean=mean, half=half)
+
+
+def alike(run: dict, first: dict) -> bool:
+    """Whether two runs have the data, schedule and points of evaluation in common that one mean of them needs."""
+    if any(run[key] != first[key] for key in ("steps", "batch", "context")) or not same_data(run, first):
+        return False
+    return [point[0] for point in run["curve"]] == [point[0] for point in first["curve"]]
+
+
+def series_caches(members: list) -> dict:
+    """{format of the cache: loss, its difference from fp16, bytes} of the formats that all members were measured in."""
+    caches = {}
+    for name in members[0]["caches"]:
+        if not all(name in run["caches"] and "fp16" in run["caches"] for run in members):
+            continue
+        losses = [run["caches"][name]["loss"] for run in members]
+        plain = [run["caches"]["fp16"]["loss"] for run in members]
+        caches[name] = dict(interval(losses), delta=interval([a - b for a, b in zip(losses, plain)]),
+                            bytes_per_token=members[0]["caches"][name]["bytes_per_token"])
+    return caches
+
+
+def make_series(runs: list) -> tuple[list, list]:
+    """(one dict per series: what its runs share, its seeds, mean and half-width of the interval of its losses, also
+    through formats of the cache; a line on each run that doesn't fit its series)."""
+    grouped, series, problems = {}, [], []
+    for run in runs:
+        for name in (run["series"], run["best_of_sweep"]):
+            if name:
+                grouped.setdefault(name, []).append(run)
+    for name, candidates in grouped.items():
+        first, members = candidates[0], []
+        for run in candidates:
+            if alike(run, first):
+                members.append(run)
+            else:
+                problems.append(f"{run['run']}: other data or settings than {first['run']}, left out of the series")
+        shared = {key: first[key] for key in ("row", "mode", "label", "data", "hashes", "context", "batch", "steps",
+                                              "lr", "params", "kv_bytes_fp16", "layers")}
+        speeds = [run["tokens_per_second"] for run in members if run["tokens_per_second"] is not None]
+        series.append(dict(
+            series=name, **shared, runs=[run["run"] for run in members], seeds=[run["seed"] for run in members],
+            caches=series_caches(members), last_val_loss=interval(run["last_val_loss"] for run in members),
+            best_val_loss=interval(run["best_val_loss"] for run in members),
+            tokens_per_second=statistics.median(speeds) if speeds else None))
+        if name == first["best_of_sweep"]:
+            series[-1]["row"] = name                       # no longer a rate among others
+    mark_matched(series)
+    return series, problems
+
+
+def mark_matched(series: list) -> None:
+    """Note which series have the parameters of a standard series of the same data and schedule."""
+    for member in series:
+        member["matched"] = False
+        for other in series:
+            if (other["mode"] == "standard" != member["mode"] and comparable(member, other)
+                    and abs(member["params"] / other["params"] - 1) < SAME_PARAMETERS):
+                member["matched"] = True
+        if member["matched"]:
+            member["label"] += " matched"
+
+
+def comparable(a: dict, b: dict) -> bool:
+    """Whether two series share data, batch, context and steps."""
+    return same_data(a, b) and all(a[key] == b[key] for key in ("batch", "context", "steps"))
+
+
+def panels(series: list) -> list:
+    """[(title, series)]: those of one data, context, batch and number of steps. Of sweeps over the learning rate, which
+    have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
+    groups = []
+    for member in series:
+        if is_swept(member) or in_rate_set(member):
+            continue
+        for group in groups:
+            if comparable(member, group[0]):
+                group.append(member)
+                break
+        else:
+            groups.append([member])
+    return titled(groups)
+
+
+def in_rate_set(series: dict) -> bool:
+    """Whether a series is in a set named lr: <group>/lr/<row>."""
+    return series["series"].split("/")[-2:-1] == ["lr"]
+
+
+def rate_panels(series: list) -> list:
+    """[(title, series)] of the sweeps over learning rates."""
+    groups = []
+    for member in series:
+        if is_swept(member):
+            for group in groups:
+                if comparable(member, group[0]):
+                    group.append(member)
+                    break
+            else:
+                groups.append([member])
+    return titled(groups)
+
+
+def titled(groups: list) -> list:
+    """[(title, series)], by title: data, batch and steps, and where two data share a name, the start of their hash."""
+    pairs = []
+    for group in groups:
+        first = group[0]
+        name = first["data"]
+        if any(other[0]["data"] == name and not same_data(other[0], first) for other in groups):
+            name += f" ({min(first['hashes'].values(), default='no hash')[:6]})"
+        pairs.append((f"{name}, {first['batch']} x {first['context']}, {first['steps']:,} steps", group))
+    return sorted(pairs, key=lambda pair: pair[0])
+
+
+# -----------------------------------------------------------------------------
+# Measurements of eval_dba.py
+
+def keep(result: dict, *names: str) -> dict:
     return {name: result[name] for name in names}
 
 
-def keep_ppl(result):
-    model = Config(**result["model"]["config"])
+def keep_ppl(result: dict) -> dict:
+    model = Config(**read_config(result["model"]["config"]))
     bits = 8 * result["bytes_per_token"] / sum(model.attention.streams.values()) / model.layers
-    return dict(keep(result, "loss", "ppl", "bpb", "tokens", "block", "stride", "bytes_per_token"), bits_per_value=bits)
+    return dict(keep(result, *COMMANDS["ppl"]), bits_per_value=bits)
 
 
-def keep_tasks(result):
-    return {name: {key: value for key, value in task.items() if key not in ("items", "correct")}
-            for name, task in result["tasks"].items()}
+def keep_tasks(result: dict) -> dict:
+    tasks = {}
+    for name, task in result["tasks"].items():
+        tasks[name] = {key: value for key, value in task.items() if key not in ("items", "correct")}
+    return tasks
 
 
-def keep_probes(result):
+def keep_probes(result: dict) -> dict:
     return dict(compare=result["compare"], counts=[count for count in result["counts"] if count["kind"] == "all"])
 
 
-def left_out(spectra):
-    """Energy of a head's score beyond its first 1, 2, ... singular values: the median over heads of spectra [H][w]."""
-    beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in spectra]
-    return [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
+def left_out(record: dict) -> list:
+    """Energy of a head's score beyond its first 1, 2, ... singular values, the median over heads, as far as it is
+    drawn. A file that holds whole spectra [H][w] in place of it is from before November 25, 2026."""
+    if "left_out" in record:
+        energies = record["left_out"]
+    else:
+        beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in record["spectra"]]
+        energies = [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
+    check(energies, [Number], "left_out")
+    return [energy for energy in energies if energy >= LEAST_ENERGY]
 
 
-def keep_rank(result):
+def keep_rank(result: dict) -> dict:
     """Per path, stage of RoPE and matrix: medians over layers of the ranks, trained and at initialisation; of QK what
     narrower scores leave out, layer by layer."""
     places = {}
     for stage in ("trained", "initial"):
         for record in result[stage]:
-            place = places.setdefault((record["path"], record["rope"], record["of"]), dict(
-                keep(record, "path", "rope", "of", "channels"), trained=[], initial=[]))
-            place[stage].append(record)
-    rows = []
-    for place in places.values():
-        row = {key: value for key, value in place.items() if key not in ("trained", "initial")}
+            place = record["path"], record["rope"], record["of"]
+            row = places.setdefault(place, dict(keep(record, "path", "rope", "of", "channels"), trained=[], initial=[]))
+            row[stage].append(record)
+    for row in places.values():
         for stage in ("trained", "initial"):
-            records = place[stage]
-            row[stage] = {name: statistics.median(r["ranks"][name] for r in records) for name in RANKS}
-            if "share" in records[0]:
-                row[stage]["share"] = {width: statistics.median(r["share"][width] for r in records)
-                                       for width in records[0]["share"]}
-                row[stage]["left_out"] = [left_out(r["spectra"]) for r in records]
-        rows.append(row)
-    return dict(keep(result, "moment", "tokens", "block"), rows=rows)
+            row[stage] = stage_medians(row[stage])
+    return dict(keep(result, "moment", "tokens", "block"), rows=list(places.values()))
 
 
-def keep_policy(result):
-    return dict(keep(result, "formats", "rotate", "residual", "bytes_per_token", "bytes_per_token_with_residual",
-                     "thresholds", "short", "long", "kernel", "kernel_ms"), tried=len(result["tried"]), settings=keep(
-                         result["settings"], "max_delta_nll", "max_kv_bytes_per_token", "tokens", "long_factor"))
+def stage_medians(records: list) -> dict:
+    """Medians over the records of layers, and what narrower scores leave out of each."""
+    medians = {}
+    for name in RANKS:
+        medians[name] = statistics.median(record["ranks"][name] for record in records)
+    if "share" in records[0]:
+        medians["share"] = {}
+        for width in records[0]["share"]:
+            medians["share"][width] = statistics.median(record["share"][width] for record in records)
+        medians["left_out"] = [left_out(record) for record in records]
+    return medians
+
+
+def keep_policy(result: dict) -> dict:
+    kept = keep(result, "formats", "rotate", "residual", "bytes_per_token", "bytes_per_token_with_residual",
+                "thresholds", "short", "long", "kernel", "kernel_ms")
+    settings = keep(result["settings"], *COMMANDS["policy"]["settings"])
+    return dict(kept, tried=len(result["tried"]), settings=settings)
+
+
+def keep_rows(result: dict) -> list:
+    return result["rows"]
+
+
+def keep_sweep(result: dict) -> dict:
+    return keep(result, "formats", "rows")
 
 
 KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": keep_rank, "policy": keep_policy,
-        "latency": lambda result: result["rows"], "memory": lambda result: result["rows"],
-        "sweep": lambda result: dict(formats=result["formats"], rows=result["rows"])}
+        "latency": keep_rows, "memory": keep_rows, "sweep": keep_sweep}
 
 
-def hardware_name(env):
-    """The device of an env.json; of a CPU its name, with how many threads."""
-    cpu = f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
-    return cpu if env["device"] == "cpu" else env["device"]
-
-
-def read_evals(root):
-    """{run folder: {file without eval_: what is kept of it, and its `from`: hardware, commit}}."""
-    found = {}
-    for path in sorted([*root.glob("*/eval_*.json"), *root.glob("*/kv_policy.json")]):
+def read_evals(root: Path) -> tuple[dict, list]:
+    """({run folder: {file without eval_: its command, what is kept of its result, and `from`: hardware, commit}}, a
+    line on each file that was left out)."""
+    evals, problems = {}, []
+    for path in sorted([*root.rglob("eval_*.json"), *root.rglob("kv_policy.json")]):
+        folder = path.parent
         try:
-            result = json.loads(path.read_text())
+            result = read_json(path, RESULT)
             env, command = result["env"], result["settings"]["command"]
-            kept = {"command": command, "found": KEPT[command](result), "from": dict(
+            check(result, COMMANDS[command], path.stem)
+            kept = {"command": command, "result": KEPT[command](result), "from": dict(
                 keep(env, "commit", "dirty"), hardware=hardware_name(env), dtype=result["settings"]["dtype"],
                 context=result["model"]["config"]["block"])}
-        except (OSError, *BROKEN) as e:
-            print(f"{path}: damaged ({type(e).__name__}: {e}), left out", file=sys.stderr)
+        except UserError as e:
+            problems.append(f"{e}; left out")
+        except UNREADABLE as e:
+            problems.append(f"{path} is damaged ({why(e)}); left out")
         else:
-            found.setdefault(path.parent.name, {})[path.stem.removeprefix("eval_")] = kept
-    return found
+            name = folder.name if folder == root else folder.relative_to(root).as_posix()
+            evals.setdefault(name, {})[path.stem.removeprefix("eval_")] = kept
+    return evals, problems
 
 
-def of_command(evals, command):
-    """Yield (run folder, name, what was found) of every result of a command."""
+def of_command(evals: dict, command: str):
+    """Yield (run folder, name, result) of every result of a command."""
     for run, files in evals.items():
         for name, file in files.items():
             if file["command"] == command:
-                yield run, name, file["found"]
+                yield run, name, file["result"]
 
 
-def caches(evals, run):
-    """{cache: what ppl found} of a run folder."""
-    return {name.removeprefix("ppl_"): found for other, name, found in of_command(evals, "ppl") if other == run}
+def caches(evals: dict, run: str) -> dict:
+    """{cache: what ppl measured} of a run folder."""
+    return {name.removeprefix("ppl_"): result for folder, name, result in of_command(evals, "ppl") if folder == run}
 
 
-# -----------------------------------------------------------------------------
-# Figures
-
-def draw_decode(evals, path):
-    """Time of decoding over the length of the prompt, per cache format: ms per token and tokens per second."""
-    runs = list(of_command(evals, "latency"))
-    fig, axes = subplots(2 * len(runs), width=4.6, most=2)
-    for i, (run, _, rows) in enumerate(runs):
-        for ax, (field, name) in zip(axes[2 * i:2 * i + 2], (("ms_per_token", "ms per token"),
-                                                            ("tokens_per_second", "tokens per second"))):
-            for cache in dict.fromkeys(row["cache"] for row in rows):
-                of_cache = [row for row in rows if row["cache"] == cache]
-                ax.plot([row["prompt"] for row in of_cache], [row[field] for row in of_cache], label=cache,
-                        marker=MARKERS.get(cache, "x"), markersize=4, color=FORMAT_COLORS.get(cache, "#777777"))
-            ax.set(xlabel="tokens in the cache", ylabel=f"decode, {name}")
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-            ax.set_ylim(bottom=0)
-            ax.set_title(run, fontsize=9)
-            ax.grid(alpha=0.3)
-            ax.legend(fontsize=7)
-    save(fig, path)
-
-
-def draw_tasks(evals, path):
-    """Accuracy per task and run, with 95 % intervals, and a line where guessing would be."""
-    runs = list(of_command(evals, "tasks"))
-    names = list(dict.fromkeys(name for _, _, tasks in runs for name in tasks))
-    fig, ax = plt.subplots(figsize=(1.6 + 1.4 * len(names), 3.6), layout="constrained")
-    width = 0.8 / len(runs)
-    for i, (run, _, tasks) in enumerate(runs):
-        for x, name in enumerate(names):
-            if name in tasks:
-                ax.bar(x + (i - (len(runs) - 1) / 2) * width, tasks[name]["acc"], 0.9 * width,
-                       color=PALETTE[(1 + i) % len(PALETTE)], yerr=1.96 * tasks[name]["acc_stderr"], capsize=3,
-                       label=run if x == 0 else None)
-    for x, name in enumerate(names):
-        ax.plot([x - 0.45, x + 0.45], [CHANCE[name]] * 2, color="#000000", linestyle="--", linewidth=1,
-                label=None if x else "guessing")
-    ax.set_xticks(range(len(names)), [f"{name}\n{max(t[name]['n'] for _, _, t in runs if name in t)} items"
-                                      for name in names])
-    ax.set(ylabel="accuracy", ylim=(0, 1))
-    ax.legend(fontsize=8, ncols=len(runs) + 1, loc="upper center", frameon=False)
-    save(fig, path)
-
-
-def last_stage(rows, of):
-    """{path: row} of a rank result, after RoPE where the path is rotated."""
-    return {row["path"]: row for row in rows if row["of"] == of and row["rope"] in ("after", "none")}
-
-
-def draw_rank(evals, path):
-    """What a score of width r per head would lose, over r: energy of Sq^(1/2) Sk^(1/2) beyond its first r singular
-    values, a line per layer, the median over heads; dashed: the model at initialisation, median over layers."""
-    panels = [(run, row) for run, _, found in of_command(evals, "rank")
-              for row in last_stage(found["rows"], "QK head").values()]
-    fig, axes = subplots(len(panels), width=4.4)
-    for ax, (run, row) in zip(axes, panels):
-        layers = row["trained"]["left_out"]
-        for i, beyond in enumerate(layers):
-            ax.plot(range(1, len(beyond) + 1), beyond, color=plt.cm.viridis(i / max(1, len(layers) - 1)), linewidth=1)
-        beyond = [statistics.median(column) for column in zip(*row["initial"]["left_out"])]
-        ax.plot(range(1, len(beyond) + 1), beyond, color="black", linestyle="--", linewidth=1.2,
-                label="as train_dba.py initialises it")
-        ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score",
-               ylabel="energy of the score left out")
-        ax.set_title(f"{run}, {PATHS[row['path']]} channels, {len(layers)} layers", fontsize=9)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
-    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 1), "viridis"), ax=axes, shrink=0.8)
-    bar.set_label("depth of the layer")
-    save(fig, path)
-
-
-FIGURES = {"latency": (draw_decode, "fig_decode"), "tasks": (draw_tasks, "fig_tasks"), "rank": (draw_rank, "fig_rank")}
-
-
-def draw_evals(evals, out):
-    """Draw the figures of the commands that have results. Returns the names of the others."""
-    missing = []
-    for command, (draw, name) in FIGURES.items():
-        if any(of_command(evals, command)):
-            draw(evals, out / f"{name}.png")
-        else:
-            missing.append(name)
-    return missing
+def read_benchmarks(folder: Path) -> tuple[dict, list]:
+    """({name: result} of the benchmarks that were measured, a line on each damaged one)."""
+    benchmarks, problems = {}, []
+    for name, shape in BENCHMARKS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            try:
+                benchmarks[name] = read_json(path, shape)
+            except UserError as e:
+                problems.append(f"{e}; left out")
+    return benchmarks, problems
 
 
 # -----------------------------------------------------------------------------
-# The README's section
+# All of it
 
-def signed(delta):
-    """A mean difference with its half-width, where it has one."""
-    return f"{delta['mean']:+.4f}" + (f" ± {delta['half']:.4f}" if delta["half"] is not None else "")
-
-
-def cache_lines(evals, series):
-    """Loss through each format of the cache: one table of single checkpoints, one of series, as means over seeds."""
-    seeds = {run for one in series if len(one["runs"]) > 1 for run in one["runs"]}
-    rows, windows = [], set()
-    for run in (run for run in evals if run not in seeds):
-        of_run = caches(evals, run)
-        for name, found in sorted(of_run.items(), key=lambda item: -item[1]["bytes_per_token"]):
-            fp16 = of_run.get("fp16")
-            windows.add(f"{run}: {found['tokens']:,} tokens, window {found['block']:,}, stride {found['stride']:,}")
-            rows.append((f"`{run}`", name, f"{found['bits_per_value']:.2f}", f"{found['bytes_per_token']:,}",
-                         f"{found['loss']:.4f}", f"{found['ppl']:.4f}",
-                         *((f"{found['loss'] - fp16['loss']:+.4f}", f"{found['ppl'] / fp16['ppl']:.4f}",
-                            f"{fp16['bytes_per_token'] / found['bytes_per_token']:.2f}") if fp16 else ("-",) * 3)))
-    lines = []
-    if rows:
-        lines += ["Loss through the cache (`eval_dba.py ppl`), every token read through keys and values in its format; "
-                  "ΔNLL in nats per token and ratio of perplexities against fp16. "
-                  f"{'; '.join(sorted(windows))}.", "",
-                  *markdown(("run", "cache", "bits/value", "B/token", "loss", "perplexity", "ΔNLL", "ratio",
-                             "times smaller"), rows), ""]
-    measured = [one for one in series if len(one["runs"]) > 1 and one["caches"]]
-    if measured:
-        names = [name for name in MARKERS if any(name in one["caches"] for one in measured)]
-        rows = [(one["label"], len(one["seeds"]), *(
-            (f"{one['caches'][name]['mean']:.3f}" if name == "fp16" else signed(one["caches"][name]["delta"]))
-            + f", {one['caches'][name]['bytes_per_token']:,} B" if name in one["caches"] else "-" for name in names))
-            for one in sorted(measured, key=lambda one: one["caches"]["fp16"]["mean"])]
-        lines += ["The same for the manifest's runs: loss with fp16, then ΔNLL per format, mean and 95 % t-interval "
-                  "over seeds of the differences, and bytes per token:", "",
-                  *markdown(("model", "seeds", *names), rows), ""]
-    return lines
+def finished(runs: list, listed: dict[str, list[Run]]) -> tuple[dict, list]:
+    """({group: (finished, listed)}, the names of those not finished) of {group: runs that the manifest lists}."""
+    names, counts, missing = {run["run"] for run in runs}, {}, []
+    for group, members in listed.items():
+        lacking = [run.name for run in members if run.name not in names]
+        counts[group] = (len(members) - len(lacking), len(members))
+        missing += lacking
+    return counts, missing
 
 
-def task_lines(evals, benchmarks):
-    rows = [(f"`{run}`", name, metric, task["n"], f"{100 * task[metric]:.1f} ± {196 * task[f'{metric}_stderr']:.1f} %")
-            for run, _, tasks in of_command(evals, "tasks") for name, task in tasks.items()
-            for metric in ("acc", "acc_norm") if metric in task]
-    lines = []
-    if rows:
-        guess = ", ".join(f"{100 * CHANCE[name]:.0f} % on {name}" for name in dict.fromkeys(row[1] for row in rows))
-        lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {guess}:", "",
-                  *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
-    if parity := benchmarks.get("task_parity"):
-        rows = [(r["task"], r["metric"], r["items"], f"{100 * r['ours']:.2f} %", f"{100 * r['theirs']:.2f} %",
-                 r["items_that_differ"], f"{r['largest_difference']:.1e}") for r in parity["rows"]]
-        lines += [f"The same weights ({parity['ckpt']}) in our model and adapter, and in transformers by lm-eval's own "
-                  f"adapter (lm-eval {parity['lm_eval']}), both float32:", "",
-                  *markdown(("task", "metric", "items", "ours", "theirs", "items that differ",
-                             "largest difference of a log-probability"), rows), ""]
-    return lines
-
-
-def rank_lines(evals):
-    rows = []
-    for run, _, found in of_command(evals, "rank"):
-        for of in ("Q merged", "K merged", "QK head"):
-            for path, row in last_stage(found["rows"], of).items():
-                cells = [f"{row['trained'][name]:.1f} / {row['initial'][name]:.1f}" for name in RANKS]
-                share = row["trained"].get("share")
-                rows.append((f"`{run}`", PATHS[path], of, row["channels"], *cells,
-                             f"{share['8']:.3f}" if share else ""))
-    if not rows:
-        return []
-    return ["Effective ranks of queries and keys after RoPE (medians over layers; trained / at initialisation), by "
-            "definitions that disagree: each is named. `QK head`: of Σq^½ Σk^½ of one head, which no change of basis "
-            "alters, with the energy that its first 8 channels hold. Second moments, not centred.", "",
-            *markdown(("run", "path", "of", "channels", *RANKS.values(), "share 8"), rows), ""]
-
-
-def latency_lines(evals):
-    lines = []
-    for run, name, found in of_command(evals, "latency"):
-        names = list(dict.fromkeys(row["cache"] for row in found))
-        rows = []
-        for prompt in dict.fromkeys(row["prompt"] for row in found):
-            of_prompt = {row["cache"]: row for row in found if row["prompt"] == prompt}
-            fp16 = of_prompt["fp16"]
-            rows.append((f"{prompt:,}", fp16["kernel"], f"{fp16['prefill_seconds']:.2f}", *(
-                f"{of_prompt[cache]['ms_per_token']:.2f} ({of_prompt[cache]['ratio_to_fp16']:.2f})" for cache in names),
-                f"{100 * fp16['share_of_copy']:.0f} %"))
-        source = evals[run][name]["from"]
-        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}: ms per token "
-                  "(times fp16), and the bytes that a step with fp16 must read, per second, as a share of the rate of "
-                  "a plain copy:", "",
-                  *markdown(("prompt", "kernel", "prefill s", *names, "of copy rate"), rows), ""]
-    return lines
-
-
-def sweep_lines(evals):
-    rows = [(f"`{run}`", f"{evals[run][name]['from']['context']:,}", ", ".join(sorted(set(found["formats"].values()))),
-             f"{row['context']:,}", f"{row['cache_bytes'] / 2**20:.1f}" if "cache_bytes" in row else "-", *(
-                 format(row[figure], how) if figure in row else "-"
-                 for figure, how in (("prefill_seconds", ".1f"), ("ms_per_token", ".2f"), ("loss", ".3f"))),
-             row["status"]) for run, name, found in of_command(evals, "sweep") for row in found["rows"]]
-    return ["Long prompts (`sweep`). Past the context that a model was trained at, its loss says how a model without "
-            "long training fails, not how good long context can be:", "",
-            *markdown(("run", "trained at", "cache", "prompt", "cache MiB", "prefill s", "ms/token",
-                       "loss of the last chunk", "status"), rows), ""] if rows else []
-
-
-def memory_lines(evals):
-    rows = []
-    for run, _, found in of_command(evals, "memory"):
-        longest = max(row["tokens"] for row in found)
-        for row in (row for row in found if row["tokens"] == longest):
-            mib = [f"{row[name] / 2**20:.2f}" if row[name] is not None else "-" for name in (
-                "formula_bytes", "cache_bytes", "fill_extra_bytes", "decode_extra_bytes")]
-            rows.append((f"`{run}`", f"{longest:,}", row["cache"], f"{row['bytes_per_token']:,}", *mib))
-    return ["Memory in MiB (`memory`); beside the cache: what the process (CUDA: PyTorch) took more than before:", "",
-            *markdown(("run", "tokens", "cache", "B/token", "by formula", "owned", "beside it, prompt",
-                       "beside it, decode step"), rows), ""] if rows else []
-
-
-def probe_lines(evals):
-    checks = ("exact", "content", "preferred", "loop")
-    rows = [(f"`{run}`", count["set"], count["n"], *("{} ({:.0f}-{:.0f} %)".format(
-        count[check][0], *(100 * x for x in count[check][1:])) for check in checks), f"{count['margin']:+.2f}")
-        for run, _, found in of_command(evals, "probes") for count in found["counts"]]
-    differences = [f"`{run}` against the compared, {d['set']}: " + ", ".join(
-        "{} +{} -{} (p {:.2g})".format(check, *d[check]) for check in checks)
-        for run, _, found in of_command(evals, "probes") for d in found["compare"]]
-    lines = ["Probes (hits with 95 % Wilson intervals; `preferred`: the target is likelier than the distractor; margin "
-             "in nats):", "", *markdown(("run", "cases", "n", *checks, "mean margin"), rows), ""] if rows else []
-    return lines + ([f"Exact McNemar tests: {'; '.join(differences)}.", ""] if differences else [])
-
-
-def policy_lines(evals):
-    rows = []
-    for run, _, found in of_command(evals, "policy"):
-        budget = " or ".join(f"{name.removeprefix('max_').replace('_', ' ')} {value:g}" for name, value in
-                             found["settings"].items() if name.startswith("max") and value is not None)
-        for name, measured in (("context", found["short"]), ("long", found["long"])):
-            if measured:
-                rows.append((f"`{run}`", budget, ", ".join(f"{s} {f}" for s, f in found["formats"].items())
-                             + ", rotated" * found["rotate"] + f", {found['residual']} newest fp16"
-                             * (found["residual"] > 0), found["tried"], f"{found['bytes_per_token']:,}", name,
-                             f"{measured['tokens']:,}", f"{measured['delta_nll']:+.5f}", f"{measured['kl']:.5f}",
-                             f"{measured['max_delta_logit']:.2f}", found["kernel"] + "".join(
-                                 f", {kernel} {ms:.1f} ms" for kernel, ms in found["kernel_ms"].items())))
-    return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
-            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a "
-            "long cache:", "", *markdown(
-        ("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit",
-         "kernel"), rows), ""] if rows else []
-
-
-def evals_section(results):
-    """The README's section, in Markdown; what was not measured is left out."""
-    evals = results["evals"]
-    lines = [*cache_lines(evals, results["series"]), *task_lines(evals, results["benchmarks"]), *rank_lines(evals),
-             *probe_lines(evals), *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals),
-             *memory_lines(evals)]
-    sources = sorted({f"{file['from']['hardware']}, {file['from']['dtype']}, commit "
-                      f"`{(file['from']['commit'] or 'unknown')[:7]}`{'+' * bool(file['from']['dirty'])}"
-                      for files in evals.values() for file in files.values()})
-    return "\n".join([*lines, f"Measured on: {'; '.join(sources)}."]) if lines else "Not measured yet."
+def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
+    """Everything under root. listed: {group: runs of the manifest}."""
+    runs, problems = read_runs(root)
+    evals, damaged = read_evals(root)
+    benchmarks, broken = read_benchmarks(root / "bench")
+    for run in runs:
+        run["caches"] = caches(evals, run["run"])
+    choose_rates(runs, [run for members in listed.values() for run in members])
+    series, odd = make_series(runs)
+    counts, missing = finished(runs, listed)
+    return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=counts, missing=missing,
+                problems=[*problems, *damaged, *broken, *odd])
