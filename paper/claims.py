@@ -324,8 +324,9 @@ def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") ->
     correct(findings)
     rows = []
     for claim, finding in zip(claims, findings):
-        rows.append(dict(id=claim["id"], source=claim["source"], statement=claim["statement"], unit=claim["unit"],
-                         reported=claim["reported"], ours=finding.value, interval=finding.half, where=finding.where,
+        rows.append(dict(id=claim["id"], rule=claim["rule"], source=claim["source"], statement=claim["statement"],
+                         unit=claim["unit"], margin=claim.get("margin", 0.0), reported=claim["reported"],
+                         ours=finding.value, interval=finding.half, where=finding.where,
                          verdict=verdict(claim, finding), note=claim.get("note", claim.get("needs", ""))))
     return rows
 

@@ -7,8 +7,10 @@ runs        every finished run: what it is, its losses, its curve, the losses of
 series      runs that differ in nothing but the seed: means and 95 % t-intervals
 evals       other measurements of eval_dba.py: {run: {file without eval_: {command, result, from}}}
 benchmarks  runs/bench/<name>.json
-manifest    {group: [finished, listed]}; missing: names of runs that the manifest lists and nobody finished
-contrasts, claims are added by paper.claims; problems are the files left out, a line each
+manifest    {group/set: [finished, listed]}
+problems    files that were left out, a line each
+
+paper.claims adds contrasts and claims.
 
 A run's name is its folder below the root: <group>/<set>/<row>[_lr<rate>]_s<seed> for what the manifest lists, anything
 for a user's own. What data a run saw is told by the hashes in its log, never by a path: runs of different data share
@@ -18,7 +20,7 @@ neither a series, a panel nor a contrast.
 import statistics
 from pathlib import Path
 
-from paper.shapes import UNREADABLE, Count, MapOf, Maybe, Number, check, check_size, read_json, why
+from paper.shapes import UNREADABLE, All, Count, MapOf, Maybe, Number, check, check_size, read_json, why
 from paper.stats import mean_interval
 from run_paper_manifest import Run
 from train_dba import DEFAULTS, Config, UserError, out_of_range, read_log
@@ -61,7 +63,8 @@ BENCHMARKS = {                                             # of `make bench` and
                                                           share_of_matmul_rate=Number)]),
     "loss_memory": {"chunked": Number, "full logits": Number},
     "tokenize_speed": dict(cores=Count, ratio=Number),
-    "decode_speed": dict(env=ENV, rounds=Count, rows=[dict(shape=str, tokens=Count, kernel=str, ms=MapOf(Number))]),
+    "decode_speed": dict(env=ENV, rounds=Count, rows=[dict(shape=str, tokens=Count, kernel=str, ms=All(
+        dict.fromkeys(("kernel", "torch", "dequantised", "standard"), Number), MapOf(Number)))]),
     "long_context": dict(tokens=Count, cache_bytes=Number, prefill_seconds=Number, prefill_extra_bytes=Maybe(Number),
                          decode_ms=Number, decode_extra_bytes=Maybe(Number)),
     "cache_quality": dict(env=ENV, rows=[dict(run=str, policy=str, rotate=bool, tokens=Count, bytes_per_token=Number,
@@ -260,10 +263,23 @@ def make_series(runs: list) -> tuple[list, list]:
             caches=series_caches(members), last_val_loss=interval(run["last_val_loss"] for run in members),
             best_val_loss=interval(run["best_val_loss"] for run in members),
             tokens_per_second=statistics.median(speeds) if speeds else None))
+        series[-1].update(mean_curves(members))
         if name == first["best_of_sweep"]:
             series[-1]["row"] = name                       # no longer a rate among others
     mark_matched(series)
     return series, problems
+
+
+def mean_curves(members: list) -> dict:
+    """Curves of a series: [tokens, mean validation loss, half-width] at every evaluation, [tokens, mean training
+    loss] where all logged the same steps."""
+    curve, train_curve = [], []
+    for points in zip(*(run["curve"] for run in members)):
+        curve.append([points[0][0], *mean_interval([loss for _, loss in points])])
+    for points in zip(*(run["train_curve"] for run in members)):
+        if len({tokens for tokens, _ in points}) == 1:
+            train_curve.append([points[0][0], float(f"{statistics.mean(loss for _, loss in points):.5g}")])
+    return dict(curve=curve, train_curve=train_curve)
 
 
 def mark_matched(series: list) -> None:
@@ -347,10 +363,15 @@ def keep_tasks(result: dict) -> dict:
     tasks = {}
     for name, task in result["tasks"].items():
         tasks[name] = {key: value for key, value in task.items() if key not in ("items", "correct")}
+        if "acc_norm" in task:
+            check(task, dict(acc_norm=Number, acc_norm_stderr=Number), name)
     return tasks
 
 
 def keep_probes(result: dict) -> dict:
+    for row in [*result["counts"], *result["compare"]]:
+        if any(len(row[name]) != 3 for name in CHECKS):
+            raise ValueError("a count or comparison of probes has three numbers")
     return dict(compare=result["compare"], counts=[count for count in result["counts"] if count["kind"] == "all"])
 
 
@@ -389,6 +410,7 @@ def stage_medians(records: list) -> dict:
     if "share" in records[0]:
         medians["share"] = {}
         for width in records[0]["share"]:
+            check([record["share"][width] for record in records], [Number], "share")
             medians["share"][width] = statistics.median(record["share"][width] for record in records)
         medians["left_out"] = [left_out(record) for record in records]
     return medians
@@ -405,12 +427,26 @@ def keep_rows(result: dict) -> list:
     return result["rows"]
 
 
+def keep_latency(result: dict) -> list:
+    """The rows, which must hold every format, fp16 among them, at every length of prompt."""
+    rows = result["rows"]
+    formats = {row["cache"] for row in rows}
+    for prompt in {row["prompt"] for row in rows}:
+        if "fp16" not in formats or {row["cache"] for row in rows if row["prompt"] == prompt} != formats:
+            raise ValueError(f"not every format was timed at {prompt} tokens")
+    return rows
+
+
 def keep_sweep(result: dict) -> dict:
+    for row in result["rows"]:
+        for key in ("cache_bytes", "prefill_seconds", "ms_per_token", "loss"):
+            if key in row:
+                check(row[key], Number, key)
     return keep(result, "formats", "rows")
 
 
 KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": keep_rank, "policy": keep_policy,
-        "latency": keep_rows, "memory": keep_rows, "sweep": keep_sweep}
+        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep}
 
 
 def read_evals(root: Path) -> tuple[dict, list]:
@@ -449,6 +485,16 @@ def caches(evals: dict, run: str) -> dict:
     return {name.removeprefix("ppl_"): result for folder, name, result in of_command(evals, "ppl") if folder == run}
 
 
+def take_caches(evals: dict, run: str) -> dict:
+    """The same, taken out of evals: what was measured of a finished run stands with the run."""
+    taken = caches(evals, run)
+    for cache in taken:
+        del evals[run][f"ppl_{cache}"]
+    if run in evals and not evals[run]:
+        del evals[run]
+    return taken
+
+
 def read_benchmarks(folder: Path) -> tuple[dict, list]:
     """({name: result} of the benchmarks that were measured, a line on each damaged one)."""
     benchmarks, problems = {}, []
@@ -465,14 +511,15 @@ def read_benchmarks(folder: Path) -> tuple[dict, list]:
 # -----------------------------------------------------------------------------
 # All of it
 
-def finished(runs: list, listed: dict[str, list[Run]]) -> tuple[dict, list]:
-    """({group: (finished, listed)}, the names of those not finished) of {group: runs that the manifest lists}."""
-    names, counts, missing = {run["run"] for run in runs}, {}, []
-    for group, members in listed.items():
-        lacking = [run.name for run in members if run.name not in names]
-        counts[group] = (len(members) - len(lacking), len(members))
-        missing += lacking
-    return counts, missing
+def finished(runs: list, listed: dict[str, list[Run]]) -> dict:
+    """{group/set: (finished, listed)} of {group: runs that the manifest lists}."""
+    names, counts = {run["run"] for run in runs}, {}
+    for members in listed.values():
+        for run in members:
+            name = run.row.rsplit("/", 1)[0]
+            done, total = counts.get(name, (0, 0))
+            counts[name] = (done + int(run.name in names), total + 1)
+    return counts
 
 
 def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
@@ -481,9 +528,20 @@ def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
     evals, damaged = read_evals(root)
     benchmarks, broken = read_benchmarks(root / "bench")
     for run in runs:
-        run["caches"] = caches(evals, run["run"])
+        run["caches"] = take_caches(evals, run["run"])
     choose_rates(runs, [run for members in listed.values() for run in members])
     series, odd = make_series(runs)
-    counts, missing = finished(runs, listed)
-    return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=counts, missing=missing,
+    return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=finished(runs, listed),
                 problems=[*problems, *damaged, *broken, *odd])
+
+
+def split_by_group(results: dict) -> dict:
+    """{file name: content}: results.json, and every run beside it, runs_<group>.json or, of runs without one,
+    runs.json."""
+    files = {"results.json": {key: value for key, value in results.items() if key not in ("runs", "problems")}}
+    for run in results["runs"]:
+        parts = run["run"].split("/")
+        name = f"runs_{parts[0]}.json" if len(parts) > 1 else "runs.json"
+        kept = {key: value for key, value in run.items() if key != "train_curve"}
+        files.setdefault(name, {"runs": []})["runs"].append(kept)
+    return files

@@ -31,12 +31,22 @@ class Maybe:
         self.shape = shape
 
 
+class All:
+    """Several shapes at once."""
+
+    def __init__(self, *shapes):
+        self.shapes = shapes
+
+
 def check(value, shape, where: str = "it") -> None:
     """Raises ValueError, which says where, unless the value has the shape: a type, Number, Count, Maybe(shape),
-    MapOf(shape), [shape] for a list of any length, or {key: shape} for an object of these keys and perhaps others."""
+    MapOf(shape), All(shapes), [shape] for a list of any length, or {key: shape} for an object of these keys and perhaps others."""
     if isinstance(shape, Maybe):
         if value is not None:
             check(value, shape.shape, where)
+    elif isinstance(shape, All):
+        for part in shape.shapes:
+            check(value, part, where)
     elif isinstance(shape, MapOf):
         expect(isinstance(value, dict), value, "an object", where)
         for key, item in value.items():
