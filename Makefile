@@ -115,15 +115,15 @@ fineweb: $(DATA)/fineweb_100m.json  ## 100M tokens of FineWeb-Edu from the Huggi
 
 # --- experiments: a target is a group and a row of paper_manifest.json
 
-ROW_bottleneck96 = wikitext2 paper_bottleneck96
-ROW_decoupled = wikitext2 paper_decoupled32_64
-ROW_standard = wikitext2 paper_standard512
-ROW_gqa = wikitext2 paper_gqa8_2
-ROW_small128 = wikitext2 paper_small128
-ROW_long1024 = wikitext2 paper_long1024
-ROW_long2048 = wikitext2 paper_long2048
-ROW_fineweb_standard = fineweb100m gpt2_standard512
-ROW_fineweb_decoupled = fineweb100m gpt2_decoupled32_64
+ROW_bottleneck96 = wikitext2 paper/bottleneck96
+ROW_decoupled = wikitext2 paper/decoupled32_64
+ROW_standard = wikitext2 paper/standard512
+ROW_gqa = wikitext2 paper/gqa8_2
+ROW_small128 = wikitext2 paper/small128
+ROW_long1024 = wikitext2 paper/long1024
+ROW_long2048 = wikitext2 paper/long2048
+ROW_fineweb_standard = fineweb100m gpt2/standard512
+ROW_fineweb_decoupled = fineweb100m gpt2/decoupled32_64
 MANIFEST = $(PY) run_paper_manifest.py --data-dir $(DATA) --runs $(RUNS) --group
 
 ROWS = $(patsubst ROW_%,%,$(filter ROW_%,$(.VARIABLES)))
@@ -134,7 +134,7 @@ fineweb_standard fineweb_decoupled: $(DATA)/fineweb_100m.json  ## a run of its t
 $(ROWS): %:
 	$(MANIFEST) $(firstword $(ROW_$*)) --only $(lastword $(ROW_$*))_s --seeds 1337 -- $(FLAGS)
 compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS steps each (500): fits two cores
-	$(MANIFEST) wikitext2 --only compare_ -- --steps $(STEPS) $(FLAGS)
+	$(MANIFEST) wikitext2 --only compare/ -- --steps $(STEPS) $(FLAGS)
 
 checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
 $(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
