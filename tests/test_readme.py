@@ -155,12 +155,9 @@ def test_make_runs_the_experiments_as_written():
     made = {}
     for group, only, seed in calls:
         run, = runner.list_runs(manifest, [group], "data", "runs", [only], [int(seed)])
-        made[run.cfg.data, only.split("_", 1)[1] + seed] = run.cfg
-    for command in PAPER:
-        given = parse_args(shlex.split(command)[2:])
-        cfg = made.pop((given["data"], Path(given["out_dir"]).name))
-        assert make_config(**{**given, "out_dir": cfg.out_dir}) == cfg
-    assert not made
+        made[run.cfg.out_dir] = run.cfg
+    written = [make_config(**parse_args(shlex.split(command)[2:])) for command in PAPER]
+    assert {cfg.out_dir: cfg for cfg in written} == made
 
 
 @pytest.mark.parametrize("command", PAPER, ids=lambda c: re.search(r"runs/(\S+)", c)[1])
