@@ -199,7 +199,7 @@ def measure_decode(model, blocks, policy, tokens, limit, device):
     cfg, formats = model.cfg, cache_formats(model.cfg, policy)
     layers, fitting = what_fits(cfg, policy, tokens, limit)
     model.blocks = blocks[:layers]
-    kernel, why = resolve_kernel("auto", device, fitting)
+    kernel, why = resolve_kernel("auto", device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     before = forget_peak(device)
     cache = allocate(dataclasses.replace(cfg, layers=layers), fitting, formats, device, kernel)
