@@ -4,26 +4,28 @@
     python tests/fuzz.py --seed 7 --only sidecar:12        # one variant again
     python tests/fuzz.py --list                            # the table: case, file, command
 
-A damaged file ends in exit 0 with right output, or in a non-zero exit with one line `error: ...`: never in a traceback, in more than
-60 s of CPU time or 2 GiB of memory, or in harm to what was saved before. What "right" is, a case says by its rule: `same` as with the whole
-file, or `sane`: what was written can be read and has finite numbers.
+A damaged file ends in exit 0 with right output, or in a non-zero exit with one line `error: ...`: never in a
+traceback, in more than 60 s of CPU time or 2 GiB of memory, or in harm to what was saved before. What "right" is, a
+case says by its rule: the `same` as with whole files, or `sane`, that is, it can be read and has finite numbers.
 
-Importing torch takes seconds, so that one process imports the scripts, stays single-threaded, and forks a child per variant, which damages
-a copy of the world (small data, a run folder, results, made by the scripts themselves), limits itself, and calls the script's main().
-The scripts are imported from a copy too, since claims, manifest and probes lie beside them.
+Importing torch takes seconds, so that one process imports the scripts, stays single-threaded, and forks a child per
+variant. The child damages its copy of the world (small data, a run folder, results, made by the scripts themselves),
+limits itself, and calls the script's main(). The scripts are imported from a copy too, since claims, manifest and
+probes lie beside them.
 """
 
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):     # read when torch and numpy are imported
     os.environ[name] = "1"
-os.environ["MPLBACKEND"] = "agg"
+os.environ.update(MPLBACKEND="agg", CXX="no-compiler")     # no kernel is compiled for this
 
 import argparse
 import contextlib
 import fnmatch
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import random
@@ -36,143 +38,161 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import mutations
+import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
 SEED = 10
 VARIANTS = 320
 CPU_SECONDS = 60
-WALL_SECONDS = 300                                         # of a process that waits without end; no limit on a busy machine
+WALL_SECONDS = 600                                         # only what waits without end takes as long
 MEMORY_BYTES = 2 << 30                                     # beyond what the warm process has
-ERROR_LENGTH = 2000                                        # longest error line
-SCRIPTS = ("train_dba", "eval_dba", "prepare_fineweb", "run_paper_manifest", "plot_results", "plot_memory", "vis_heatmap")
-LLAMA_PACKAGES = ("transformers", "accelerate", "gguf", "safetensors", "tokenizers")
+ERROR_LENGTH = 2000                                        # longest error line, in characters
+SCRIPTS = ("train_dba", "eval_dba", "prepare_fineweb", "run_paper_manifest", "plot_results", "plot_memory",
+           "vis_heatmap")
+LM_EVAL = ("lm_eval",)
+LLAMA = ("transformers", "accelerate", "gguf", "safetensors", "tokenizers")
 
 # -----------------------------------------------------------------------------
-# The world: commands that make it, and what the cases run in it
+# The table: what is damaged, and what reads it
 
-MODEL = "--d-model 32 --layers 1 --n-head 2 --d-ff 32 --block 16 --batch-size 2 --dtype float32 --device cpu --eval-iters 2 --log-every 1"
-TRAIN = f"{MODEL} --attn-mode decoupled --sem-dim 8 --geo-dim 8 --null-attn --tie-qk --save-every 2 --eval-every 2"
-RUN = "runs/own_s1337"
-BEST = f"--ckpt {RUN}/best.pt"
-SAMPLE = f"--mode sample {BEST} --device cpu --dtype float32 --prompt 'a stone' --max-new-tokens 4 --temperature 0"
-PPL = "ppl --device cpu --max-tokens 65 --block 16 --batch-size 4"
-PROBES = f"probes {BEST} --device cpu --instances 1 --max-new-tokens 1 --batch-size 64"
-RANK = "--device cpu --block 16"
-PREPARE = "--workers 1 --val-frac 0.2"
-JOURNAL = f"--dataset text --input long.jsonl --tokenizer word --output journal/long.npy {PREPARE}"
-PLOTS = "--runs plots --out out --readme ''"
 
-WORLD = (
-    ("prepare_fineweb", f"--dataset text --input corpus.jsonl --tokenizer word --output data/tokens.npy {PREPARE}"),
-    ("train_dba", f"--data data/tokens.npy --out-dir {RUN} {TRAIN} --steps 4"),
-    ("eval_dba", f"{PPL} {BEST}"),
-    ("eval_dba", PROBES),
-    ("eval_dba", f"policy {BEST} --device cpu --max-delta-nll 9 --max-kl 9 --tokens 64 --kernel-tokens 64"),
-)
+@dataclass(frozen=True)
+class Command:
+    """A command line. product: what a success is judged by, see PRODUCTS; writes: patterns of files that it may
+    replace."""
+    script: str
+    line: str
+    product: str
+    writes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Case:
-    """One kind of file and one script that reads it.
+    """One kind of file and one command that reads it.
 
-    file: where it lies in the world, or the name of one beside the scripts ("beside:NAME"); format: a key of mutations.FORMATS; product: what
-    a success is judged by, see PRODUCTS; rule: same or sane; writes: patterns of what a success may replace; share: of the variants,
-    relative to other cases; needs: packages without which it's skipped.
+    file: where it lies in the world; beside:NAME is a file beside the scripts, {plots} a run folder below plots
+    format: a key of mutations.FORMATS
+    rule: same or sane
+    share: of the variants, relative to other cases
+    needs: packages without which the case is skipped
     """
     name: str
     file: str
     format: str
-    script: str
-    command: str
-    product: str
+    command: Command
     rule: str = "sane"
-    writes: tuple[str, ...] = ()
-    share: float = 1
+    share: float = 1.0
     needs: tuple[str, ...] = ()
 
 
-FRESH = ("train_dba", f"--data data/tokens.npy --out-dir out {TRAIN} --steps 2", "losses out")
-RESUME = ("train_dba", f"--data data/tokens.npy --out-dir {RUN} {TRAIN} --steps 5", f"losses {RUN}")
-SAMPLING = ("train_dba", SAMPLE, "stdout")
-EVAL = ("eval_dba", f"{PPL} {BEST} --out out", "loss out/eval_ppl_fp16.json")
-EVAL_DATA = ("eval_dba", f"{PPL} {BEST} --data data/tokens.npy --out out", "loss out/eval_ppl_fp16.json")
-EVAL_PROBES = ("eval_dba", f"{PROBES} --out out", "json out/eval_probes.json")
-PLOT = ("plot_results", PLOTS, "json out/results.json")
-LLAMA_EVAL = "--data corpus.txt --out out"
+RUN, DATA = "runs/own_s1337", "data/tokens.npy"
+BEST, LAST = f"{RUN}/best.pt", f"{RUN}/last.pt"
+TRAIN = ("--d-model 32 --layers 1 --n-head 2 --d-ff 32 --block 16 --attn-mode decoupled --sem-dim 8 --geo-dim 8 "
+         "--null-attn --tie-qk --batch-size 2 --dtype float32 --device cpu --log-every 1 --save-every 2 --eval-every 2 "
+         "--eval-iters 2")
+CPU = f"--ckpt {BEST} --device cpu"
+PREPARE = "--workers 1 --val-frac 0.2"
+PPL = "ppl --device cpu --max-tokens 65 --block 16 --batch-size 4"
+PROBES = f"probes {CPU} --instances 1 --max-new-tokens 1 --batch-size 64"
+TASKS = f"tasks {CPU} --tasks boolq --tasks-dir tasks --out out"
+SAMPLE = f"--mode sample {CPU} --dtype float32 --prompt 'a stone' --max-new-tokens 4 --temperature 0"
 
-RUN_FILES = (f"{RUN}/*",)
-CASES = (
-    Case("last.pt, bytes", f"{RUN}/last.pt", "bytes", *RESUME, "same", RUN_FILES, 2),
-    Case("last.pt, content", f"{RUN}/last.pt", "last checkpoint", *RESUME, "sane", RUN_FILES, 4),
-    Case("best.pt, bytes", f"{RUN}/best.pt", "bytes", *SAMPLING, "same", (), 1.5),
-    Case("best.pt, bytes, ppl", f"{RUN}/best.pt", "bytes", *EVAL, "same", ()),
-    Case("best.pt, content", f"{RUN}/best.pt", "checkpoint", *SAMPLING, "sane", (), 3),
-    Case("best.pt, content, ppl", f"{RUN}/best.pt", "checkpoint", *EVAL, "sane", (), 2),
-    Case("best.pt, content, rank", f"{RUN}/best.pt", "checkpoint", "eval_dba", f"rank {BEST} {RANK} --out out", "json out/eval_rank.json"),
-    Case("best.pt, content, heatmap", f"{RUN}/best.pt", "checkpoint", "vis_heatmap", f"{BEST} --prompt 'a stone a bird' --layers 0 --out out",
-         "json out/heatmap.json"),
-    Case("best.pt, content, memory", f"{RUN}/best.pt", "checkpoint", "plot_memory", f"{BEST} --tokens 64 --device cpu --out out",
-         "json out/mem64.json"),
-    Case("tokens.npy", "data/tokens.npy", "npy", *FRESH, "same", (), 3),
-    Case("tokens.npy, resume", "data/tokens.npy", "npy", *RESUME, "same", RUN_FILES, 1.5),
-    Case("tokens.npy, ppl", "data/tokens.npy", "npy", *EVAL_DATA, "same", (), 1.5),
-    Case("validation .npy, resume", "data/tokens.val.npy", "npy", *RESUME, "same", RUN_FILES, 1.5),
-    Case("validation .npy, ppl", "data/tokens.val.npy", "npy", *EVAL, "same"),
-    Case("sidecar", "data/tokens.json", "json", *FRESH, "sane", (), 2),
-    Case("sidecar, ppl", "data/tokens.json", "json", *EVAL_DATA, "same"),
-    Case("validation sidecar", "data/tokens.val.json", "json", *FRESH),
-    Case("vocabulary", "data/tokens.vocab.json", "json", *FRESH, "sane", (), 1.5),
-    Case("vocabulary, resume", "data/tokens.vocab.json", "json", *RESUME, "same", RUN_FILES),
-    Case("vocabulary, ppl", "data/tokens.vocab.json", "json", *EVAL_DATA, "same"),
-    Case("text", "corpus.txt", "text", "train_dba", f"--data corpus.txt --tokenizer word --out-dir out {TRAIN} --steps 2", "losses out", "sane", (), 1.5),
-    Case("text, ppl", "corpus.txt", "text", "eval_dba", f"{PPL} {BEST} --data corpus.txt --out out", "loss out/eval_ppl_fp16.json"),
-    Case("text, prepare", "corpus.txt", "text", "prepare_fineweb", f"--dataset text --input corpus.txt --tokenizer byte --output out/t.npy {PREPARE}",
-         "tokens out/t"),
-    Case("wikitext", "wiki/wiki.train.tokens", "text", "prepare_fineweb", "--dataset wikitext2 --input wiki --output out/t.npy --workers 1",
-         "tokens out/t"),
-    Case("prompt file", "prompt.txt", "text", "vis_heatmap", f"{BEST} --prompt-file prompt.txt --layers 0 --out out", "json out/heatmap.json"),
-    Case(".jsonl", "corpus.jsonl", "jsonl", "prepare_fineweb", f"--dataset text --input corpus.jsonl --tokenizer byte --output out/t.npy {PREPARE}",
-         "tokens out/t", "sane", (), 1.5),
-    Case("journal", "journal/long.npy.part.json", "json", "prepare_fineweb", JOURNAL, "tokens journal/long", "same", ("journal/*",), 2),
-    Case("part", "journal/long.npy.part", "bytes", "prepare_fineweb", JOURNAL, "tokens journal/long", "sane", ("journal/*",), 0.6),
-    Case("words of a part", "journal/long.words.part", "text", "prepare_fineweb", JOURNAL, "tokens journal/long", "sane", ("journal/*",), 0.6),
-    Case("finished sidecar", "data/tokens.json", "json", "prepare_fineweb", WORLD[0][1], "tokens data/tokens", "sane", ("data/*",), 0.6),
-    Case("train.jsonl", f"{RUN}/train.jsonl", "jsonl", *RESUME, "sane", RUN_FILES, 2),
-    Case("kv_policy.json", f"{RUN}/kv_policy.json", "json", "train_dba", f"{SAMPLE} --kv-cache auto", "stdout", "sane", (), 2),
-    Case("probes --compare", f"{RUN}/eval_probes.json", "json", "eval_dba", f"{PROBES} --compare {RUN}/eval_probes.json --out out",
-         "json out/eval_probes.json", "sane", (), 1.5),
-    Case("probes.json", "beside:probes.json", "json", *EVAL_PROBES, "sane", (), 1.5),
-    Case("manifest", "manifest.json", "json", "run_paper_manifest", "--manifest manifest.json --group cpu_mini --only lr_standard --device cpu --dry-run",
-         "stdout", "sane", (), 2),
-    Case("manifest, plots", "beside:paper_manifest.json", "json", *PLOT, "sane", (), 0.8),
-    Case("claims.json", "beside:claims.json", "json", *PLOT),
-    Case("train.jsonl, plots", "plots/{run}/train.jsonl", "jsonl", *PLOT),
-    Case("env.json, plots", "plots/{run}/env.json", "json", *PLOT, "sane", (), 0.6),
-    *(Case(f"{name}, plots", f"plots/{{run}}/{name}", "json", *PLOT, "sane", (), 0.6) for name in (
-        "eval_ppl_fp16.json", "eval_probes.json", "eval_rank.json", "eval_latency.json", "eval_memory.json", "eval_sweep.json", "eval_tasks.json",
-        "kv_policy.json")),
-    *(Case(f"bench/{name}.json, plots", f"plots/bench/{name}.json", "json", *PLOT, "sane", (), 0.6) for name in (
-        "train_speed", "decode_speed", "cache_quality", "task_parity", "long_context", "loss_memory", "tokenize_speed")),
-    Case("tasks, items", "tasks/boolq_valid.jsonl", "jsonl", "eval_dba",
-         f"tasks {BEST} --device cpu --tasks boolq --tasks-dir tasks --out out", "json out/eval_tasks.json", "sane", (), 1, ("lm_eval",)),
-    Case("tasks --compare", "tasks/eval_tasks.json", "json", "eval_dba",
-         f"tasks {BEST} --device cpu --tasks boolq --tasks-dir tasks --compare tasks/eval_tasks.json --out out", "json out/eval_tasks.json", "sane", (), 1,
-         ("lm_eval",)),
-    Case(".gguf", "llama/tiny.gguf", "gguf", "eval_dba", f"{PPL} --ckpt llama/tiny.gguf {LLAMA_EVAL}", "loss out/eval_ppl_fp16.json", "sane", (), 1.5,
-         LLAMA_PACKAGES),
-    Case("Llama, config.json", "llama/folder/config.json", "json", "eval_dba", f"{PPL} --ckpt llama/folder {LLAMA_EVAL}", "loss out/eval_ppl_fp16.json",
-         "sane", (), 2, LLAMA_PACKAGES),
-    Case("Llama, tokenizer.json", "llama/folder/tokenizer.json", "json", "eval_dba", f"{PPL} --ckpt llama/folder {LLAMA_EVAL}",
-         "loss out/eval_ppl_fp16.json", "sane", (), 1, LLAMA_PACKAGES),
-    Case("Llama, safetensors", "llama/folder/model.safetensors", "safetensors", "eval_dba", f"{PPL} --ckpt llama/folder {LLAMA_EVAL}",
-         "loss out/eval_ppl_fp16.json", "sane", (), 1.5, LLAMA_PACKAGES),
+WORLD = (                                                  # what makes it
+    ("prepare_fineweb", f"--dataset text --input corpus.jsonl --tokenizer word --output {DATA} {PREPARE}"),
+    ("train_dba", f"--data {DATA} --out-dir {RUN} {TRAIN} --steps 4"),
+    ("eval_dba", f"{PPL} --ckpt {BEST}"),
+    ("eval_dba", PROBES),
+    ("eval_dba", f"policy {CPU} --max-delta-nll 9 --max-kl 9 --tokens 64 --kernel-tokens 64"),
 )
 
+START = Command("train_dba", f"--data {DATA} --out-dir out {TRAIN} --steps 2", "losses out")
+RESUME = Command("train_dba", f"--data {DATA} --out-dir {RUN} {TRAIN} --steps 5", f"losses {RUN}", (f"{RUN}/*",))
+START_TEXT = Command("train_dba", f"--data corpus.txt --tokenizer word --out-dir out {TRAIN} --steps 2", "losses out")
+CONTINUE = Command("train_dba", SAMPLE, "stdout")
+CONTINUE_AUTO = Command("train_dba", f"{SAMPLE} --kv-cache auto", "stdout")
+MEASURE = Command("eval_dba", f"{PPL} --ckpt {BEST} --out out", "loss out/eval_ppl_fp16.json")
+MEASURE_DATA = Command("eval_dba", f"{PPL} --ckpt {BEST} --data {DATA} --out out", "loss out/eval_ppl_fp16.json")
+MEASURE_TEXT = Command("eval_dba", f"{PPL} --ckpt {BEST} --data corpus.txt --out out", "loss out/eval_ppl_fp16.json")
+MEASURE_GGUF, MEASURE_LLAMA = (
+    Command("eval_dba", f"{PPL} --ckpt llama/{path} --data corpus.txt --out out", "loss out/eval_ppl_fp16.json")
+    for path in ("tiny.gguf", "folder"))
+PROBE = Command("eval_dba", f"{PROBES} --out out", "json out/eval_probes.json")
+PROBE_COMPARE = Command("eval_dba", f"{PROBES} --compare {RUN}/eval_probes.json --out out", "json out/eval_probes.json")
+TASK = Command("eval_dba", TASKS, "json out/eval_tasks.json")
+TASK_COMPARE = Command("eval_dba", f"{TASKS} --compare tasks/eval_tasks.json", "json out/eval_tasks.json")
+RANK = Command("eval_dba", f"rank {CPU} --block 16 --out out", "json out/eval_rank.json")
+MEMORY = Command("plot_memory", f"{CPU} --tokens 64 --out out", "json out/mem64.json")
+HEATMAP = Command("vis_heatmap", f"{CPU} --prompt-file prompt.txt --layers 0 --out out", "json out/heatmap.json")
+PLOT = Command("plot_results", "--runs plots --out out --readme ''", "json out/results.json")
+DRY_RUN = Command("run_paper_manifest", "--manifest manifest.json --group cpu_mini --only lr_standard --device cpu "
+                  "--dry-run", "stdout")
+TOKENISE = Command("prepare_fineweb", "--dataset text --input corpus.txt --tokenizer byte --output out/t.npy "
+                   f"{PREPARE}", "tokens out/t")
+TOKENISE_LINES = Command("prepare_fineweb", "--dataset text --input corpus.jsonl --tokenizer byte --output out/t.npy "
+                         f"{PREPARE}", "tokens out/t")
+TOKENISE_WIKI = Command("prepare_fineweb", "--dataset wikitext2 --input wiki --output out/t.npy --workers 1",
+                        "tokens out/t")
+GO_ON = Command("prepare_fineweb", f"--dataset text --input long.jsonl --tokenizer word --output journal/long.npy "
+                f"{PREPARE}", "tokens journal/long", ("journal/*",))
+AGAIN = Command(*WORLD[0], "tokens data/tokens")           # finished already
+
+EVALS = ("eval_ppl_fp16", "eval_probes", "eval_rank", "eval_latency", "eval_memory", "eval_sweep", "eval_tasks",
+         "kv_policy")
+BENCHMARKS = ("train_speed", "decode_speed", "cache_quality", "task_parity", "long_context", "loss_memory",
+              "tokenize_speed")
+CASES = (
+    Case("last.pt, bytes", LAST, "bytes", RESUME, "same", 2),
+    Case("last.pt, content", LAST, "last checkpoint", RESUME, "sane", 4),
+    Case("best.pt, bytes", BEST, "bytes", CONTINUE, "same", 1.5),
+    Case("best.pt, bytes, ppl", BEST, "bytes", MEASURE, "same"),
+    Case("best.pt, content", BEST, "checkpoint", CONTINUE, "sane", 3),
+    Case("best.pt, content, ppl", BEST, "checkpoint", MEASURE, "sane", 2),
+    Case("best.pt, content, rank", BEST, "checkpoint", RANK),
+    Case("best.pt, content, heatmap", BEST, "checkpoint", HEATMAP),
+    Case("best.pt, content, memory", BEST, "checkpoint", MEMORY),
+    Case("tokens.npy", DATA, "npy", START, "same", 3),
+    Case("tokens.npy, resume", DATA, "npy", RESUME, "same", 1.5),
+    Case("tokens.npy, ppl", DATA, "npy", MEASURE_DATA, "same", 1.5),
+    Case("validation .npy, resume", "data/tokens.val.npy", "npy", RESUME, "same", 1.5),
+    Case("validation .npy, ppl", "data/tokens.val.npy", "npy", MEASURE, "same"),
+    Case("sidecar", "data/tokens.json", "json", START, "sane", 2),
+    Case("sidecar, ppl", "data/tokens.json", "json", MEASURE_DATA, "same"),
+    Case("sidecar, finished", "data/tokens.json", "json", AGAIN, "sane", 0.6),
+    Case("validation sidecar", "data/tokens.val.json", "json", START),
+    Case("vocabulary", "data/tokens.vocab.json", "json", START, "sane", 1.5),
+    Case("vocabulary, resume", "data/tokens.vocab.json", "json", RESUME, "same"),
+    Case("vocabulary, ppl", "data/tokens.vocab.json", "json", MEASURE_DATA, "same"),
+    Case("text", "corpus.txt", "text", START_TEXT, "sane", 1.5),
+    Case("text, ppl", "corpus.txt", "text", MEASURE_TEXT),
+    Case("text, prepare", "corpus.txt", "text", TOKENISE),
+    Case("wikitext", "wiki/wiki.train.tokens", "text", TOKENISE_WIKI),
+    Case("prompt file", "prompt.txt", "text", HEATMAP, "sane", 0.6),
+    Case(".jsonl", "corpus.jsonl", "jsonl", TOKENISE_LINES, "sane", 1.5),
+    Case("journal", "journal/long.npy.part.json", "json", GO_ON, "same", 2),
+    Case("part", "journal/long.npy.part", "bytes", GO_ON, "sane", 0.6),
+    Case("words of a part", "journal/long.words.part", "text", GO_ON, "sane", 0.6),
+    Case("train.jsonl", f"{RUN}/train.jsonl", "jsonl", RESUME, "sane", 2),
+    Case("kv_policy.json", f"{RUN}/kv_policy.json", "json", CONTINUE_AUTO, "sane", 2),
+    Case("probes --compare", f"{RUN}/eval_probes.json", "json", PROBE_COMPARE, "sane", 1.5),
+    Case("probes.json", "beside:probes.json", "json", PROBE, "sane", 1.5),
+    Case("manifest", "manifest.json", "json", DRY_RUN, "sane", 2),
+    Case("manifest, plots", "beside:paper_manifest.json", "json", PLOT, "sane", 0.6),
+    Case("claims.json", "beside:claims.json", "json", PLOT),
+    Case("train.jsonl, plots", "plots/{plots}/train.jsonl", "jsonl", PLOT),
+    Case("env.json, plots", "plots/{plots}/env.json", "json", PLOT, "sane", 0.6),
+    *(Case(f"{name}, plots", f"plots/{{plots}}/{name}.json", "json", PLOT, "sane", 0.5) for name in EVALS),
+    *(Case(f"bench {name}, plots", f"plots/bench/{name}.json", "json", PLOT, "sane", 0.5) for name in BENCHMARKS),
+    Case("tasks, items", "tasks/boolq_valid.jsonl", "jsonl", TASK, "sane", 1, LM_EVAL),
+    Case("tasks --compare", "tasks/eval_tasks.json", "json", TASK_COMPARE, "sane", 1, LM_EVAL),
+    Case(".gguf", "llama/tiny.gguf", "gguf", MEASURE_GGUF, "sane", 1.5, LLAMA),
+    Case("Llama, config.json", "llama/folder/config.json", "json", MEASURE_LLAMA, "sane", 2, LLAMA),
+    Case("Llama, tokenizer.json", "llama/folder/tokenizer.json", "json", MEASURE_LLAMA, "sane", 1, LLAMA),
+    Case("Llama, safetensors", "llama/folder/model.safetensors", "safetensors", MEASURE_LLAMA, "sane", 1.5, LLAMA),
+)
 
 # -----------------------------------------------------------------------------
 # What a success is judged by: functions of (folder, standard output) that raise ValueError where it makes no sense
@@ -195,8 +215,10 @@ def losses(folder, _output, run):
     """Steps and losses of a log."""
     lines = (folder / run / "train.jsonl").read_bytes().splitlines()
     keys = ("type", "step", "loss", "val_loss")
-    log = [{key: line[key] for key in keys if key in line} for line in map(json.loads, lines) if line["type"] in ("train", "eval")]
-    if not log or not all(math.isfinite(line.get("loss", 0)) and math.isfinite(line.get("val_loss", 0)) for line in log):
+    log = [{key: line[key] for key in keys if key in line} for line in map(json.loads, lines)
+           if line["type"] in ("train", "eval")]
+    values = [line[key] for line in log for key in ("loss", "val_loss") if key in line]
+    if not values or not all(map(math.isfinite, values)):
         raise ValueError("train.jsonl has no losses, or a loss that is no number")
     return log
 
@@ -219,7 +241,8 @@ def tokens(folder, _output, name):
             continue
         sidecar, ids = read_strict(folder / f"{name}{part}.json"), np.load(path)
         made[part] = hashlib.sha256(path.read_bytes()).hexdigest()
-        if ids.ndim != 1 or sidecar["tokens"] != len(ids) or sidecar["sha256"] != made[part] or (len(ids) and ids.max() >= sidecar["vocab_size"]):
+        promised = (sidecar["tokens"],), sidecar["sha256"]
+        if promised != (ids.shape, made[part]) or ids.max(initial=0) >= sidecar["vocab_size"]:
             raise ValueError(f"{path.name} is not what its sidecar says")
     return made
 
@@ -234,8 +257,9 @@ def stdout(_folder, output):
 PRODUCTS = {"losses": losses, "json": whole_json, "loss": loss, "tokens": tokens, "stdout": stdout}
 
 
-def product_of(case, folder, output):
-    kind, *arguments = case.product.split(" ")
+def product_of(command, folder, output):
+    """Product of a command that has ended with 0."""
+    kind, *arguments = command.product.split(" ")
     return PRODUCTS[kind](folder, output, *arguments)
 
 
@@ -251,7 +275,9 @@ class Result:
     stderr: str
     said: str = ""
     hung: bool = False
-    cpu: float = 0.0
+
+
+BROKEN_HARNESS = "the harness failed:"
 
 
 def import_scripts(code):
@@ -276,10 +302,10 @@ def limit():
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def call(script, command):
+def call(script, line):
     """Exit code of a script's main(), with what the interpreter would print of an exception."""
     try:
-        code = sys.modules[script].main(shlex.split(command))
+        code = sys.modules[script].main(shlex.split(line))
     except SystemExit as e:
         code = e.code
     except BaseException:
@@ -298,8 +324,8 @@ def module_files():
 
 
 def fork(folder, work):
-    """Start work(note) in a child whose directory is `folder` and whose output goes to files beside it; returns its pid. note(text) leaves
-    a text for the parent. work returns the exit code."""
+    """Start work(note) in a child whose directory is `folder` and whose output goes to files beside it; returns its
+    pid. note(text) leaves a text for the parent; work returns the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -314,15 +340,15 @@ def fork(folder, work):
         code = work(Path(f"{folder}.note").write_text)
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:                                  # of the harness itself: nothing may return into the parent's code
-        os.write(2, f"HARNESS {traceback.format_exc()}".encode())
+    except BaseException:                                  # of the harness itself; it must not go on as the parent
+        os.write(2, f"{BROKEN_HARNESS} {traceback.format_exc()}".encode())
     finally:
         os._exit(code)
 
 
 def finished(pid, folder, since):
     """Result of a child, or None while it runs."""
-    done, status, usage = os.wait4(pid, os.WNOHANG)
+    done, status = os.waitpid(pid, os.WNOHANG)
     hung = not done and time.monotonic() - since > WALL_SECONDS
     if not done and not hung:
         return None
@@ -330,11 +356,12 @@ def finished(pid, folder, since):
         os.killpg(pid, signal.SIGKILL)
     if hung:
         os.waitpid(pid, 0)
-    texts = [path.read_text(errors="replace") if (path := Path(f"{folder}{suffix}")).exists() else "" for suffix in (".out", ".err", ".note")]
+    paths = [Path(f"{folder}{suffix}") for suffix in (".out", ".err", ".note")]
+    texts = [path.read_text(errors="replace") if path.exists() else "" for path in paths]
     code = -signal.SIGKILL if hung else os.waitstatus_to_exitcode(status)
-    if "HARNESS" in texts[1]:
+    if BROKEN_HARNESS in texts[1]:
         raise RuntimeError(f"{folder}: {texts[1]}")
-    return Result(code, *texts, hung, usage.ru_utime + usage.ru_stime)
+    return Result(code, *texts, hung)
 
 
 def wait(pid, folder):
@@ -344,17 +371,17 @@ def wait(pid, folder):
     return result
 
 
-def learn(folder, script, command):
-    """Run a command on what is whole, and import here what it imported there, so that later children find it."""
+def learn(folder, script, line):
+    """Run a command on whole files, and import here what it imported there, so that later children find it."""
     def work(note):
         before = set(module_files())
-        code = call(script, command)
+        code = call(script, line)
         note(json.dumps([name for name in module_files() if name not in before]))
         return code
 
     result = wait(fork(folder, work), folder)
     if result.code != 0:
-        raise RuntimeError(f"{script} {command} fails on whole files: {result}")
+        raise RuntimeError(f"{script} {line} fails on whole files: {result}")
     for name in json.loads(result.said):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -371,7 +398,8 @@ def make_corpus(folder):
     words = [a + b for a in ("sto", "ri", "bir", "moo", "gra", "lea") for b in ("ne", "ver", "d", "n", "ss", "f")]
     documents = [" ".join(rng.choice(words) for _ in range(30)) + " a naïve stone .\n" for _ in range(60)]
     (folder / "corpus.txt").write_text("".join(documents))
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(documents)))
+    rows = [json.dumps(dict(text=text, id=i)) for i, text in enumerate(documents)]
+    mutations.write_lines(folder / "corpus.jsonl", rows)
     shutil.copy(folder / "corpus.jsonl", folder / "long.jsonl")
     (folder / "prompt.txt").write_text("a stone a bird")
     (folder / "wiki").mkdir()
@@ -396,7 +424,7 @@ def interrupt(folder):
     """Data preparation that stops in the middle: its files may not grow past a limit."""
     def work(note):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-        return call("prepare_fineweb", JOURNAL)
+        return call(GO_ON.script, GO_ON.line)
 
     result = wait(fork(folder, work), folder)
     journal = json.loads((folder / "journal/long.npy.part.json").read_text())
@@ -404,18 +432,18 @@ def interrupt(folder):
 
 
 def make_llamas(folder):
-    import llamas
+    import llamas                                          # imports what only some environments have
     llama = llamas.save_llama(folder / "llama/folder")
     llamas.write_gguf(folder / "llama/tiny.gguf", llama, llamas.byte_level())
     return 0
 
 
-def make_world(folder, with_llamas):
+def make_world(folder, with_llamas, with_tasks):
     """The files that all cases begin with; returns the run folder below plots."""
     folder.mkdir()
     make_corpus(folder)
-    for script, command in WORLD:
-        learn(folder, script, command)
+    for script, line in WORLD:
+        learn(folder, script, line)
     interrupt(folder)
     shutil.copy(REPO / "paper_manifest.json", folder / "manifest.json")
     run = copy_results(folder)
@@ -423,6 +451,13 @@ def make_world(folder, with_llamas):
         (folder / "llama").mkdir()
         result = wait(fork(folder, lambda note: make_llamas(folder)), folder)
         assert result.code == 0, result
+    if with_tasks:
+        (folder / "tasks").mkdir()
+        items = [dict(passage=f"a stone {i}", question="is it", label=i % 2) for i in range(4)]
+        mutations.write_lines(folder / "tasks/boolq_valid.jsonl", [json.dumps(item) for item in items])
+        learn(folder, TASK.script, TASK.line)
+        (folder / "out/eval_tasks.json").rename(folder / "tasks/eval_tasks.json")
+        shutil.rmtree(folder / "out")
     return run
 
 
@@ -444,12 +479,13 @@ def snapshot(folder):
 # -----------------------------------------------------------------------------
 # Judging
 
-LOGS = ("command.txt", "env.json", "resolved_config.json", "train.jsonl")      # a run that fails later may have begun these anew
+# A run that fails later may have begun these anew.
+LOGS = ("command.txt", "env.json", "resolved_config.json", "train.jsonl")
 
 
 def said_lines(text):
     """Lines of a standard error, less the states of progress bars."""
-    return [line for line in re.split(r"[\r\n]", text) if line.strip() and not re.search(r"(tok|docs?|it|B)/s|\?tok", line)]
+    return [line for line in re.split(r"[\r\n]", text) if line.strip() and not re.search(r"[a-z]/s\b|\?tok", line)]
 
 
 def misbehaviour(result):
@@ -467,7 +503,7 @@ def misbehaviour(result):
     if len(errors) != 1 or lines[-1] != errors[0]:
         return f"exit {result.code} with {len(errors)} error lines; the last line: {lines[-1][:200] if lines else None}"
     if len(errors[0]) > ERROR_LENGTH or not errors[0].isprintable():
-        return f"an error line of {len(errors[0])} characters, or with such as can't be printed: {ascii(errors[0])[:200]}"
+        return f"error line of {len(errors[0])} characters, or with unprintable ones: {ascii(errors[0])[:200]}"
     return None
 
 
@@ -481,10 +517,10 @@ def harm(case, code, before, after):
     """Files that a command should have left alone. before, after: {path: bytes}"""
     changed = [path for path, old in before.items() if after.get(path) != old]
     if code == 0:
-        return [path for path in changed if not any(fnmatch.fnmatch(path, pattern) for pattern in case.writes)]
+        return [path for path in changed if not any(fnmatch.fnmatch(path, pattern) for pattern in case.command.writes)]
     begun = {path for path in changed if Path(path).name in LOGS and path in after and (
         not path.endswith("train.jsonl") or kept_log(before[path], after[path]))}
-    return [path for path in changed if path not in begun] + [path for path in after if ".tmp" in path and path not in before]
+    return [path for path in changed if path not in begun] + [path for path in after.keys() - before if ".tmp" in path]
 
 
 def judge(case, folder, result, before, baseline):
@@ -496,11 +532,11 @@ def judge(case, folder, result, before, baseline):
     if result.code:
         return None, True
     try:
-        product = product_of(case, folder, result.stdout)
+        product = product_of(case.command, folder, result.stdout)
     except (ValueError, KeyError, TypeError, OSError) as e:
         return f"exit 0, but no right output: {type(e).__name__} {e}", True
     if case.rule == "same" and product != baseline:
-        return f"exit 0 with another result than that of whole files: {product!s:.100} instead of {baseline!s:.100}", True
+        return f"exit 0, and {product!s:.100} instead of {baseline!s:.100}", True
     return None, product != baseline or bool(result.stderr)
 
 
@@ -528,7 +564,8 @@ def missing_packages(case):
 
 
 def make_variants(seed, count):
-    """So many variants of all cases by their shares, at least two a case; each case goes through its mutators in a random order."""
+    """At least `count` variants of all cases by their shares, two of a case at the least. A case goes through its
+    mutators in a random order."""
     cases = [case for case in CASES if not missing_packages(case)]
     total = sum(case.share for case in cases)
     variants = []
@@ -549,8 +586,8 @@ class Fuzzer:
         self.root, self.seed, self.code, self.template = root, seed, root / "code", root / "world"
         copy_code(self.code)
         import_scripts(self.code)
-        with_llamas = not any(missing_packages(case) for case in CASES if case.needs == LLAMA_PACKAGES)
-        self.run = make_world(self.template, with_llamas)
+        has_all = {needs: all(importlib.util.find_spec(name) for name in needs) for needs in (LLAMA, LM_EVAL)}
+        self.plots = make_world(self.template, has_all[LLAMA], has_all[LM_EVAL])
         self.before, self.baselines = snapshot(self.template), {}
         self.besides = {case.file: next(self.code.rglob(case.file.removeprefix("beside:")))
                         for case in CASES if case.file.startswith("beside:")}
@@ -560,17 +597,17 @@ class Fuzzer:
         return self.besides.get(case.file)
 
     def target(self, case, folder):
-        return self.beside(case) or folder / case.file.format(run=self.run)
+        return self.beside(case) or folder / case.file.format(plots=self.plots)
 
     def baseline(self, case):
         """Product of a case's command on whole files."""
-        key = case.script, case.command
-        if key not in self.baselines:
+        command = case.command
+        if command not in self.baselines:                  # before the variants, so that children find what it imports
             folder = self.root / f"baseline{len(self.baselines)}"
             shutil.copytree(self.template, folder)
-            result = learn(folder, case.script, case.command)
-            self.baselines[key] = product_of(case, folder, result.stdout)
-        return self.baselines[key]
+            result = learn(folder, command.script, command.line)
+            self.baselines[command] = product_of(command, folder, result.stdout)
+        return self.baselines[command]
 
     def start(self, variant, folder):
         """Pid of a child that damages its copy of the world and runs the command on it."""
@@ -583,7 +620,7 @@ class Fuzzer:
             if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 26:
                 shutil.copy(path, f"{folder}.was")
             limit()
-            return call(variant.case.script, variant.case.command)
+            return call(variant.case.command.script, variant.case.command.line)
 
         return fork(folder, work)
 
@@ -594,10 +631,10 @@ class Fuzzer:
         if beside := self.beside(case):
             restore(beside, REPO / beside.relative_to(self.code))
         else:
-            before.pop(case.file.format(run=self.run))
+            before.pop(case.file.format(plots=self.plots))
             if was.exists() and not damaged.is_symlink():
-                before[case.file.format(run=self.run)] = was.read_bytes()
-        wrong, differs = judge(case, folder, result, before, self.baselines[case.script, case.command])
+                before[case.file.format(plots=self.plots)] = was.read_bytes()
+        wrong, differs = judge(case, folder, result, before, self.baselines[case.command])
         return Outcome(variant, result, wrong, differs)
 
 
@@ -611,8 +648,9 @@ class Outcome:
 
     def describe(self, seed):
         case = self.variant.case
-        return (f"{self.variant.key} (seed {seed}): {self.fault}\n    {case.file}: {self.result.said}\n"
-                f"    {case.script} {case.command}")
+        judged = self.fault or f"right, exit {self.result.code}: {said_lines(self.result.stderr)[-1:]}"
+        return (f"{self.variant.key} (seed {seed}): {judged}\n    {case.file}: {self.result.said}\n"
+                f"    {case.command.script} {case.command.line}")
 
 
 def restore(path, original):
@@ -654,9 +692,8 @@ def without_difference(outcomes):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=int(os.environ.get("FUZZ_SEED", SEED)), help=f"of all damages (FUZZ_SEED, else {SEED})")
-    parser.add_argument("--variants", type=int, default=int(os.environ.get("FUZZ_VARIANTS", VARIANTS)),
-                        help=f"at least so many (FUZZ_VARIANTS, else {VARIANTS})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of all damages ({SEED})")
+    parser.add_argument("--variants", type=int, default=VARIANTS, help=f"at least so many ({VARIANTS})")
     parser.add_argument("--only", action="append", default=[], help="a case, or one variant as CASE:INDEX")
     parser.add_argument("--jobs", type=int, default=2, help="variants at once (2)")
     parser.add_argument("--keep", type=Path, help="leave the world and every variant's folder here")
@@ -670,9 +707,10 @@ def main(argv=None):
     skipped = {case.name: missing_packages(case) for case in CASES if missing_packages(case)}
     if args.list:
         for case in CASES:
-            print(f"{case.name}: {case.file} ({case.format}), {case.script} {case.command}")
+            print(f"{case.name}: {case.file} ({case.format}), {case.command.script} {case.command.line}")
         return 0
-    variants = [v for v in make_variants(args.seed, args.variants) if not args.only or {v.key, v.case.name} & set(args.only)]
+    variants = [variant for variant in make_variants(args.seed, args.variants)
+                if not args.only or {variant.key, variant.case.name} & set(args.only)]
     with contextlib.ExitStack() as stack:
         root = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
         root.mkdir(parents=True, exist_ok=True)
@@ -680,31 +718,26 @@ def main(argv=None):
         fuzzer = Fuzzer(root.resolve(), args.seed)
         for variant in variants:
             fuzzer.baseline(variant.case)
-        print(f"world and whole files: {time.monotonic() - started:.0f} s", flush=True)
+        print(f"made the world and ran all commands on whole files in {time.monotonic() - started:.0f} s", flush=True)
 
         def tell(outcome):
-            if outcome.fault:
+            if outcome.fault or args.only:
                 print(outcome.describe(args.seed), flush=True)
-            elif args.only:
-                print(f"{outcome.variant.key}: fine, {outcome.result.said}; exit {outcome.result.code}\n{outcome.result.stderr}")
 
         outcomes = run_variants(fuzzer, variants, args.jobs, args.keep, tell)
     idle = [] if args.only else without_difference(outcomes)
-    codes = Counter("refused" if outcome.result.code else "went on" for outcome in outcomes)
     faults = [outcome for outcome in outcomes if outcome.fault]
-    for name in dict.fromkeys(o.variant.case.name for o in outcomes):
-        c=[o.result.cpu for o in outcomes if o.variant.case.name==name]
-        print(f"CPU {name:40} {len(c)} {sum(c)/len(c):.2f} {max(c):.2f}")
-    print(f"{len(outcomes)} variants in {time.monotonic() - started:.0f} s: {dict(codes)}, {len(faults)} faults")
+    refused = sum(outcome.result.code != 0 for outcome in outcomes)
+    print(f"{len(outcomes)} variants in {time.monotonic() - started:.0f} s: {refused} ended with an error, "
+          f"{len(outcomes) - refused} went on, {len(faults)} faults")
     for name, lacking in skipped.items():
         print(f"skipped: {name}, without {', '.join(lacking)}")
     for name in idle:
         print(f"no damage made a difference: {name}")
     if args.report:
         args.report.write_text(json.dumps(dict(
-            seed=args.seed, variants=len(outcomes), skipped=skipped, idle=idle,
-            faults=[dict(variant=o.variant.key, file=o.variant.case.file, damage=o.result.said, script=o.variant.case.script,
-                         command=o.variant.case.command, fault=o.fault) for o in faults]), indent=1) + "\n")
+            seed=args.seed, variants=len(outcomes), refused=refused, skipped=skipped, idle=idle,
+            faults=[outcome.describe(args.seed) for outcome in faults]), indent=1) + "\n")
     return 1 if faults or idle else 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 DEEP = 100_000                                             # levels of nesting
 SPARSE_BYTES = 3 << 30                                     # a file that must not be read whole
-MARK = "fuzz:"                                             # in a JSON string or a pickle: what replaces it can't be said there
+MARK = "fuzz:"                                             # begins a name of what json or pickle can't write
 
 # -----------------------------------------------------------------------------
 # Any file, as bytes and as a place in the file system
@@ -136,9 +136,9 @@ RAW = {
     "-Infinity": "-Infinity",
 }
 STRANGE_NAMES = {"type", "constructor", "__class__", ""}
-VALUES = [None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, -2**63, 2**70, 0.5, -0.5, 1e-300, 1e308, 710.5, "", "nan", "-1", "1e9",
-          "x" * 100_000, "\ud800", "a\0b", "\x1b[31m\r", "🦙", "../../../etc/passwd", "/dev/zero", ".", "%s{}", [], {},
-          [1, 2, 3], {"a": 1}, [[]], [None], [1] * 10_000]
+VALUES = [None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, -2**63, 2**70, 0.5, -0.5, 1e-300, 1e308, 710.5, "", "nan",
+          "-1", "1e9", "x" * 100_000, "\ud800", "a\0b", "\x1b[31m\r", "🦙", "../../../etc/passwd", "/dev/zero", ".",
+          "%s{}", [], {}, [1, 2, 3], {"a": 1}, [[]], [None], [1] * 10_000]
 
 
 def spot(rng, tree):
@@ -280,10 +280,12 @@ def line_order(rng, path):
 # -----------------------------------------------------------------------------
 # .npy
 
-SHAPES = ("({n},)", "(-1,)", "({n}, 1)", "(1, {n})", "()", "(0,)", "(1000000000000,)", "(9223372036854775808,)", "(2, 4611686018427387904)",
-          "(4294967296, 4294967296)", "(-{n},)", "{n}", "[{n}]", "(True,)", "({n}.0,)", "('{n}',)", "(None,)", "({n}, 0)")
-DESCRIPTIONS = ("'|O'", "'<f8'", "'>u2'", "'<i2'", "'<u8'", "'|V0'", "'|S0'", "'<U100000000'", "'nonsense'", "[('a', '<u2')]", "None", "('<u2', (3,))",
-                "'|u1'", "'<M8[ns]'", "{{'names': [], 'formats': []}}", "'<c16'")
+SHAPES = ("({n},)", "(-1,)", "({n}, 1)", "(1, {n})", "()", "(0,)", "(1000000000000,)", "(9223372036854775808,)",
+          "(2, 4611686018427387904)", "(4294967296, 4294967296)", "(-{n},)", "{n}", "[{n}]", "(True,)", "({n}.0,)",
+          "('{n}',)", "(None,)", "({n}, 0)")
+DESCRIPTIONS = ("'|O'", "'<f8'", "'>u2'", "'<i2'", "'<u8'", "'|V0'", "'|S0'", "'<U100000000'", "'nonsense'",
+                "[('a', '<u2')]", "None", "('<u2', (3,))", "'|u1'", "'<M8[ns]'", "{'names': [], 'formats': []}",
+                "'<c16'")
 
 
 def npy_parts(path):
@@ -303,7 +305,7 @@ def npy_shape(rng, path):
     n, shape, descr = len(body) // 2, rng.choice(SHAPES), "'<u2'"
     if rng.random() < 0.5:
         shape, descr = "({n},)", rng.choice(DESCRIPTIONS)
-    header = f"{{'descr': {descr.format()}, 'fortran_order': False, 'shape': {shape.format(n=n)}, }}".ljust(117) + "\n"
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape.format(n=n)}, }}".ljust(117) + "\n"
     write_npy(path, header, body)
     return f"header {header.strip()}"
 
@@ -311,11 +313,13 @@ def npy_shape(rng, path):
 def npy_header(rng, path):
     magic, header, body = npy_parts(path)
     name, header = rng.choice((
-        ("60,000 brackets", "(" * 60_000), ("60,000 minus signs", "-" * 60_000 + "1"), ("an open string", "{'descr': '<u2"),
-        ("no dict", "[1, 2]\n"), ("an expression", "__import__('os')\n"), ("no shape", "{'descr': '<u2', 'fortran_order': False}\n"),
-        ("strange keys", "{'a': 1, 1: 2}\n"), ("fortran", header.replace("False", "True")), ("order", header.replace("False", "'no'")),
-        ("a huge number", header.replace("'shape': (", "'shape': (" + "9" * 5000)), ("NULs", "\0" * 118), ("nothing", ""),
-        ("65,000 blanks", header.strip() + " " * 65_000 + "\n"), ("odd characters", "\xff\xfe" * 59), ("tokens", "{'descr': \\\n 1e\n'''}")))
+        ("60,000 brackets", "(" * 60_000), ("60,000 minus signs", "-" * 60_000 + "1"), ("nothing", ""),
+        ("an open string", "{'descr': '<u2"), ("no dict", "[1, 2]\n"), ("an expression", "__import__('os')\n"),
+        ("no shape", "{'descr': '<u2', 'fortran_order': False}\n"), ("strange keys", "{'a': 1, 1: 2}\n"),
+        ("fortran", header.replace("False", "True")), ("another order", header.replace("False", "'no'")),
+        ("a huge number", header.replace("'shape': (", "'shape': (" + "9" * 5000)), ("NULs", "\0" * 118),
+        ("65,000 blanks", header.strip() + " " * 65_000 + "\n"), ("odd characters", "\xff\xfe" * 59),
+        ("broken tokens", "{'descr': \\\n 1e\n'''}")))
     write_npy(path, header, body)
     return f"header: {name}"
 
@@ -348,7 +352,8 @@ def npy_ids(rng, path):
         ids = ids[:n] if action == "shorter" else np.concatenate([ids, ids[:n]])
     else:
         ids = ids.astype(np.int64 if action == "signed" else np.uint32)
-    np.save(path, ids)
+    with open(path, "wb") as f:                            # by its path, NumPy would choose the name's end
+        np.save(f, ids)
     return f"ids: {action} at {n}"
 
 
@@ -409,10 +414,10 @@ def odd_value(rng, old):
     if rng.random() < 0.25:
         name = rng.choice(list(PICKLES))
         return name, MARK + name
-    values = [*VALUES, float("nan"), float("inf"), -float("inf"), 10**400, 2 + 1j, b"bytes", (), (1, 2), {1, 2}, {1: 2, None: 3}, {2.5: [1]},
-              cyclic(), collections.OrderedDict(a=1), collections.Counter("aab")]
+    values = [*VALUES, float("nan"), float("inf"), -float("inf"), 10**400, 2 + 1j, b"bytes", (), (1, 2), {1, 2},
+              {1: 2, None: 3}, {2.5: [1]}, collections.OrderedDict(a=1), collections.Counter("aab"), cyclic()]
     value = rng.choice(values)
-    return ("a list of itself", value) if isinstance(value, list) and value and value[0] is value else (short(value), value)
+    return short(value), value
 
 
 def write_checkpoint(path, content):
@@ -542,10 +547,10 @@ FORMATS = {
     "json": JSON,
     "jsonl": [*TEXT, sparse, line_whole, line_whole, line_order, line_order, line_order, *[line_value] * 8],
     "npy": [*BYTES, *PLACES, *[npy_shape] * 4, *[npy_header] * 4, npy_version, npy_length, *[npy_ids] * 4],
-    "checkpoint": [*[checkpoint_value] * 4, *[checkpoint_part(None)] * 3, *[checkpoint_part("config")] * 4, *[checkpoint_part("model")] * 4,
-                   checkpoint_part("tokenizer"), *[archive] * 3],
+    "checkpoint": [*[checkpoint_value] * 4, *[checkpoint_part(None)] * 3, *[checkpoint_part("config")] * 4,
+                   *[checkpoint_part("model")] * 4, checkpoint_part("tokenizer"), *[archive] * 3],
     "gguf": [*BYTES, *PLACES, *[gguf_number] * 6],
     "safetensors": [*BYTES, *PLACES, *[safetensors_header] * 6, safetensors_length],
 }
-FORMATS["last checkpoint"] = [*FORMATS["checkpoint"], *[optimizer_state] * 3, checkpoint_part("optimizer"), checkpoint_part("rng"),
-                              checkpoint_part("data")]
+FORMATS["last checkpoint"] = [*FORMATS["checkpoint"], *[optimizer_state] * 3, checkpoint_part("optimizer"),
+                              checkpoint_part("rng"), checkpoint_part("data")]
