@@ -389,7 +389,7 @@ def decode_times(subject, prompt, formats, args):
     machine's speed meets them all."""
     model, device, runs = subject.model, subject.device, {}
     total = prompt.size(1) + WARM_UP + args.steps
-    kernel, why = resolve_kernel(args.kernel, device, total)
+    kernel, why = resolve_kernel(args.kernel, device)
     for name, each in formats.items():
         runs[name] = Run(new_cache(subject, total, each, kernel=kernel), why)
     with autocast(device, subject.dtype):                  # around all, so that weights are cast once
@@ -458,7 +458,7 @@ def memory_row(subject, tokens, name, formats, args):
     """Bytes of a cache of so many tokens, and the peak while they are read and while the last of them are decoded."""
     model, device = subject.model, subject.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    kernel, _ = resolve_kernel(args.kernel, device, tokens)
+    kernel, _ = resolve_kernel(args.kernel, device)
     with autocast(device, subject.dtype):                  # first without a cache of size, so that weights are cast
         warm = ids[:, :2 * train_dba.PREFILL_CHUNK]
         read_prompt(model, warm, new_cache(subject, warm.size(1), formats))
@@ -524,7 +524,7 @@ def sweep_row(subject, ids, formats, args):
     wrong."""
     model, device, context, seconds = subject.model, subject.device, ids.size(1) - 1, 0.0
     total = context + args.steps
-    kernel, _ = resolve_kernel(args.kernel, device, total)
+    kernel, _ = resolve_kernel(args.kernel, device)
     cache, times = new_cache(subject, total, formats, args.kv_residual, kernel), []
     row = dict(context=context, kernel=kernel.name, cache_bytes=cache.nbytes())
     late = f"stopped: --max-seconds {args.max_seconds} were over"
@@ -758,7 +758,7 @@ def choose_policy(args, sizes, tried, limits, measure_long):
 def kernel_times(subject, policy, tokens):
     """{--kernel: median ms of a decode step at the end of so many tokens} for a policy's formats, or {} where `auto`
     is the torch path at that length."""
-    if resolve_kernel("auto", subject.device, tokens)[0] == train_dba.TORCH:
+    if resolve_kernel("auto", subject.device)[0] == train_dba.TORCH:
         return {}
     times, steps = {}, 16
     prompt = torch.zeros(1, tokens - WARM_UP - steps, dtype=torch.long, device=subject.device)

@@ -33,6 +33,7 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -44,13 +45,16 @@ import pickle
 import platform
 import resource
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import tokenize
 import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, get_args, get_type_hints
 
@@ -275,7 +279,7 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # there, float32's backward is faster than bfloat16's
+    narrow = q.device.type == "cpu" and width <= 16        # with AMX and without, float32's backward is faster there
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
@@ -507,62 +511,6 @@ def count_params(cfg, vocab_size):
     return {**parts, "total": sum(parts.values())}
 
 
-def hadamard(n):
-    """A Hadamard matrix [n, n] of 1 and -1, by Paley's and Sylvester's constructions, or None where these give none."""
-    if n == 1:
-        return torch.ones(1, 1)
-    p = n - 1
-    if n % 4 == 0 and all(p % i for i in range(2, math.isqrt(p) + 1)):          # Paley: p prime, p = 3 mod 4
-        squares = {i * i % p for i in range(1, p)}
-        character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)])
-        matrix = torch.ones(n, n)
-        matrix[1:, 1:] = character[(torch.arange(p) - torch.arange(p)[:, None]) % p] - torch.eye(p)
-        return matrix
-    half = hadamard(n // 2) if n % 2 == 0 else None
-    return None if half is None else torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
-
-
-def rotation(n):
-    """An orthogonal matrix [n, n], float32, that spreads one channel over all: Hadamard's, else the DCT-II."""
-    matrix = hadamard(n)
-    if matrix is None:
-        i = torch.arange(n, dtype=torch.float64)
-        matrix = torch.cos(math.pi / n * i[:, None] * (i + 0.5))
-    return F.normalize(matrix.double(), dim=1).float()
-
-
-@torch.no_grad()
-def rotate_cache(model):
-    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
-    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more."""
-    def rotate(tensor, groups):                            # the rows of [groups·w, ...] or the entries of [groups·w]
-        heads = tensor.view(groups, tensor.size(0) // groups, -1)
-        tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
-
-    for attn in (block.attn for block in model.blocks):
-        shape, groups = attn.shape, {}
-        for path in (path for path in attn.shape.paths if not path.rotate and path.stream != "latent"):
-            groups[path.stream] = path.groups
-            for weight in {attn.q[path.name].weight: attn.n_head, attn.k[path.name].weight: path.groups}.items():
-                rotate(*weight)
-        if shape.latent:                                   # without its gain, the norm commutes with a rotation
-            project, norm = attn.latent
-            if attn.null and not norm.weight.all():
-                raise UserError("--kv-rotate can't fold a norm's gain of 0 into a null token; leave it out")
-            for linear_ in (attn.k["sem"], attn.v):
-                linear_.weight *= norm.weight
-                rotate(linear_.weight.T, 1)
-            for null in (attn.null[shape.v_stream],) if attn.null else ():
-                null /= norm.weight
-            norm.weight.fill_(1.0)
-            rotate(project.weight, 1)
-        else:
-            rotate(attn.v.weight, shape.v_groups)
-            rotate(attn.o.weight.T, attn.n_head)
-        for name in attn.null.keys() & {*groups, shape.v_stream}:
-            rotate(attn.null[name], {**groups, shape.v_stream: 1 if shape.latent else shape.v_groups}[name])
-
-
 # -----------------------------------------------------------------------------
 # What is read from files: of a bounded size, of a shape that is checked in one place, known by its hash
 
@@ -728,7 +676,55 @@ class WordTokenizer:
         return "".join("\n" if i == self.eot else self.words[i] + " " for i in ids).encode()
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+# The character that byte-level BPE writes for each byte: itself where it can be seen, else one from 256 on.
+SEEN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+UNSEEN = [byte for byte in range(256) if byte not in SEEN]
+BYTE_CHARS = [chr(byte if byte in SEEN else 256 + UNSEEN.index(byte)) for byte in range(256)]
+LONGEST_TOKEN = 256                                        # bytes
+
+
+class BPETokenizer:
+    """Byte pairs learned from the training part, by prepare_fineweb.py --tokenizer bpe:N. Ids 0 to 255 are the bytes;
+    `words` lists the merges, [i, j] for tokens i and j, each of which makes the next token unless there is one of the
+    same bytes; the last id ends a document. Text is first cut into words as GPT-2 cuts it."""
+    name = "bpe"
+    __slots__ = ("__dict__", "encoder")                    # the encoder isn't among vars(): equal merges, equal vars()
+
+    def __init__(self, words):
+        self.words, self.encoder = [list(pair) for pair in words], None
+        self.tokens = {bytes([byte]): byte for byte in range(256)}
+        spelled = list(self.tokens)                        # [id] -> bytes
+        for pair in self.words:
+            if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(spelled) for i in pair):
+                raise UserError(f"a bpe vocabulary must list pairs of earlier tokens, not {str(pair)[:60]}")
+            token = spelled[pair[0]] + spelled[pair[1]]
+            if len(token) > LONGEST_TOKEN:
+                raise UserError(f"a bpe vocabulary has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
+            if self.tokens.setdefault(token, len(spelled)) == len(spelled):
+                spelled.append(token)
+        self.eot, self.vocab_size = len(spelled), len(spelled) + 1
+
+    def start_encoder(self):
+        try:
+            from tokenizers import Tokenizer, models, pre_tokenizers
+        except ImportError:
+            raise UserError("the bpe tokenizer needs tokenizers: pip install tokenizers") from None
+        chars = ["".join(BYTE_CHARS[byte] for byte in token) for token in self.tokens]
+        vocabulary = {token: i for i, token in enumerate(chars)}
+        self.encoder = Tokenizer(models.BPE(vocabulary, [(chars[i], chars[j]) for i, j in self.words]))
+        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def encode(self, text):
+        if self.encoder is None:
+            self.start_encoder()
+        return np.array(self.encoder.encode(text).ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def decode(self, ids):
+        spelled = list(self.tokens)
+        return b"".join(spelled[i] for i in ids if i < self.eot)
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 AGAIN = "make it again with prepare_fineweb.py"
 SIDECAR = {"tokenizer": str, "vocab_size": whole_number, "tokens": whole_number, "sha256": str,
            "text_bytes": whole_number, "val": file_name, "vocab?": file_name}
@@ -738,7 +734,7 @@ MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
-    return TOKENIZERS[name](words) if name == "word" else TOKENIZERS[name]()
+    return TOKENIZERS[name]() if words is None else TOKENIZERS[name](words)
 
 
 def tokenizer_hash(tokenizer):
@@ -805,7 +801,7 @@ def open_token_file(path):
     try:
         reading, words = sidecar, None
         info = read_json(sidecar, SIDECAR)
-        if info["tokenizer"] == "word":
+        if info["tokenizer"] in ("word", "bpe"):
             reading = path.parent / info["vocab"]
             words = read_json(reading, list, 2**30)
         tokenizer = make_tokenizer(info["tokenizer"], words)
@@ -977,6 +973,24 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def from_first(self, make):
+        """What rank 0 makes, on every rank."""
+        box = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def agree(self, **facts):
+        """Wait for all ranks. Raises UserError unless they hold the same facts, such as the step of the run folder."""
+        seen = [facts] * self.world
+        if self.world > 1:
+            dist.all_gather_object(seen, facts)
+        differ = [f"{name} {' and '.join(dict.fromkeys(str(other[name]) for other in seen))}" for name in facts
+                  if any(other[name] != facts[name] for other in seen)]
+        if differ:
+            raise UserError(f"the ranks don't see the same run ({'; '.join(differ)}); start them all with the same "
+                            "command, code and data, and a run folder that they share")
+
 
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
@@ -985,7 +999,9 @@ def start_ranks(device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -1008,17 +1024,37 @@ def cpu_features():
     return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 
 
-def pick_dtype(name, device):
-    """Type of the matrix products, and the reason for it."""
+def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
+    """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
+    training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
+    tokens = min(tokens, 256)                              # more would take long and change little
+    flop = 2 * tokens * n_in * n_out * (2 if training else 1)
+    seconds = {"float32": [], "bfloat16": []}
+    operands = {name: [torch.ones(shape, dtype=getattr(torch, name)) for shape in (
+        (tokens, n_in), (n_out, n_in), (tokens, n_out))] for name in seconds}
+    while len(seconds["float32"]) < 4 or sum(map(sum, seconds.values())) < 0.05:
+        for name, (x, w, grad) in operands.items():
+            started = clock()
+            F.linear(x, w)
+            if training:
+                grad.T @ x
+            seconds[name].append(clock() - started)
+    return {name: flop / statistics.median(times[1:]) / 1e12 for name, times in seconds.items()}  # [0] is the warm-up
+
+
+def pick_dtype(name, device, rates=None):
+    """Type of the matrix products, and the reason for it. rates: of product_rates(), which auto goes by on a CPU."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
-    for feature in ("amx_bf16", "avx512_bf16") if device.type == "cpu" else ():
-        if cpu_features().get(feature):
-            return torch.bfloat16, f"this CPU has {feature}"
-    return torch.float32, f"no fast bfloat16 on this {device.type}"
+    if device.type != "cpu":
+        return torch.float32, f"no fast bfloat16 on this {device.type}"
+    rates = rates or product_rates(256, 512, 2048)
+    fast = rates["bfloat16"] > 1.1 * rates["float32"]      # casting weights and activations costs some of the gain
+    return torch.bfloat16 if fast else torch.float32, (
+        f"timed: {rates['float32']:.3g} TFLOP/s in float32, {rates['bfloat16']:.3g} in bfloat16")
 
 
 def autocast(device, dtype):
@@ -1065,20 +1101,14 @@ def lr_at(step, cfg):
 
 
 def compile_model(model):
-    """The same model with its blocks and its loss compiled."""
+    """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
     model.nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
     return model
-
-
-def clip_gradients(params, limit):
-    """Norm of all gradients before they are scaled down to `limit` (0: not at all)."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if limit and norm > limit:
-        torch._foreach_mul_(grads, limit / norm)
-    return norm
 
 
 # -----------------------------------------------------------------------------
@@ -1145,7 +1175,7 @@ def remove_empty(folders):
 
 def save_checkpoint(path, cfg, tokenizer, model, **state):
     """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
-    words = tokenizer.words if tokenizer.name == "word" else None
+    words = getattr(tokenizer, "words", None)
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
                    model=model.state_dict(), **state)
 
@@ -1174,13 +1204,22 @@ def config_of(logged: dict) -> Config:
     return Config(**logged)
 
 
+def checkpoint_file(path):
+    """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
+    path = Path(path)
+    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+        raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
+                        "trains two small ones)")
+    return path
+
+
 def load_checkpoint(path, device="cpu"):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
     unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; give a last.pt or best.pt of a run folder (`make checkpoints` trains "
-                        "those that the figures use)")
+    path = checkpoint_file(path)
     try:
         with open(path, "rb") as f:
             verify_records(f)
@@ -1208,7 +1247,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_model(ckpt):
-    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
+    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode. Raises UserError
+    unless the weights are those of its settings."""
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
             model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
@@ -1288,6 +1328,8 @@ def find_run(cfg, given):
                         "--overwrite") from None
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
+    if cfg.dtype == "auto":                                # a run keeps the type that it began with
+        cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
     may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
@@ -1310,7 +1352,7 @@ def shell_quote(arg):
     return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in plain else f"\\x{b:02x}" for b in os.fsencode(arg)) + "'"
 
 
-def start_folder(cfg, ckpt, device, meta, argv):
+def start_folder(cfg, ckpt, env, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
     try:
@@ -1319,7 +1361,6 @@ def start_folder(cfg, ckpt, device, meta, argv):
         raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
-    env = provenance(device)
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
     launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
     command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
@@ -1335,6 +1376,31 @@ def start_folder(cfg, ckpt, device, meta, argv):
 
 
 # -----------------------------------------------------------------------------
+# Progress
+
+LINE_SECONDS = 30                                          # between lines where standard error is no terminal
+
+
+class PlainLines:
+    """The file of a bar that nobody watches: each of its states becomes a line of standard error."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(total, unit, desc, **how):
+    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. how: more arguments of tqdm."""
+    plain = dict(file=PlainLines(), mininterval=LINE_SECONDS, delay=LINE_SECONDS, miniters=1, bar_format=(
+        "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} " + unit + ", {rate_fmt}, {remaining} left{postfix}"))
+    where = dict(dynamic_ncols=True) if sys.stderr.isatty() else plain
+    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **how)
+
+
+# -----------------------------------------------------------------------------
 # Evaluation
 
 def perplexity(nll: float) -> float | None:
@@ -1343,15 +1409,22 @@ def perplexity(nll: float) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, device, dtype, ranks):
-    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over."""
+def evaluate(model, data, cfg, micro, ranks, dtype):
+    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over. Every rank takes part
+    in each forward pass, of `micro` windows."""
     model.eval()
     nll, count = 0.0, 0
-    for i, (x, y) in enumerate(eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters)):
-        if i % ranks.world == ranks.rank:
-            with autocast(device, dtype):
-                nll += model(x.to(device), y.to(device)).item()
-            count += int((y >= 0).sum())
+    batches = -(-(len(data.val) - 1) // (cfg.batch_size * cfg.block))
+    bar = progress(min(batches, cfg.eval_iters or batches), "batch", "evaluating", leave=False, disable=ranks.rank > 0)
+    for x, y in eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters):
+        spare = -len(x) % (micro * ranks.world)            # rows without a target, so that ranks have as many parts
+        parts = zip(F.pad(x, (0, 0, 0, spare)).split(micro), F.pad(y, (0, 0, 0, spare), value=-1).split(micro))
+        for inputs, targets in list(parts)[ranks.rank::ranks.world]:
+            with autocast(ranks.device, dtype):
+                nll += model(inputs.to(ranks.device), targets.to(ranks.device)).item()
+            count += int((targets >= 0).sum())
+        bar.update()
+    bar.close()
     model.train()
     nll, count = ranks.sum(nll, count)
     return nll / count, int(count)
@@ -1388,12 +1461,14 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
     return total.item()
 
 
-def catch_signals():
-    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once."""
+def catch_signals(waits_for):
+    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once. waits_for() makes
+    the sentence, or "", that a signal is answered with."""
     caught = []
 
     def note(signum, frame):
         caught.append(signum)
+        os.write(2, waits_for().encode())                  # print may be what the signal has interrupted
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -1439,6 +1514,8 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
@@ -1447,20 +1524,25 @@ def restore(ckpt, model, optimizer, rng):
 
 def train(cfg, given, argv):
     """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
-    # --- device, data, run folder
+    # --- device, run folder, data
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
-    dtype, why = pick_dtype(cfg.dtype, device)
-    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    main_rank = ranks.rank == 0
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
-    main_rank = ranks.rank == 0
+    env = provenance(device)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
+    if cfg.dtype == "auto" and device.type == "cpu":
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
+    dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
 
@@ -1474,7 +1556,7 @@ def train(cfg, given, argv):
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:
         runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
-                                         broadcast_buffers=False)
+                                         broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def log(kind, **fields):
         if main_rank:
@@ -1488,17 +1570,20 @@ def train(cfg, given, argv):
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
 
-    ranks.sum(0)                                           # every rank has read the folder before rank 0 writes to it
+    ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
-        start_folder(cfg, ckpt, device, meta, argv)
+        start_folder(cfg, ckpt, env, meta, argv)
     if ckpt is None:
         save_last()                                        # so that a log without a checkpoint means a deleted one
     del ckpt
 
     # --- training loop
-    caught = catch_signals()
-    bar = tqdm(total=cfg.steps * cfg.tokens_per_step, initial=step * cfg.tokens_per_step, unit="tok", unit_scale=True,
-               disable=not main_rank, dynamic_ncols=True)
+    doing = "finishing"
+    caught = catch_signals(lambda: f"\n{doing} step {step}, then saving\n" if main_rank else "")
+    bar = progress(cfg.steps * cfg.tokens_per_step, "tok", "training", initial=step * cfg.tokens_per_step,
+                   disable=not main_rank)
+    if cfg.compile and main_rank:
+        bar.write("compiling: the first step, and the first evaluation, take a minute or more", file=sys.stderr)
     seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
     while step < cfg.steps and not stop_with:
         step += 1
@@ -1510,8 +1595,8 @@ def train(cfg, given, argv):
             group["lr"] = lr
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
-        nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
-        loss, grad_norm = nll / cfg.tokens_per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
+        loss = ranks.sum(nll)[0] / cfg.tokens_per_step
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -1519,7 +1604,6 @@ def train(cfg, given, argv):
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
         bar.update(cfg.tokens_per_step)
 
@@ -1530,16 +1614,21 @@ def train(cfg, given, argv):
                 step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
-            val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
+            doing = "finishing the evaluation after"
+            val_loss, val_tokens = evaluate(model, data, cfg, micro, ranks, dtype)
+            doing = "finishing"
             if not math.isfinite(val_loss):
                 raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
-            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens, best_val_loss=best)
+            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=best)
             if main_rank:
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
+        interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
+        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         if step % cfg.save_every == 0 or last or stop_with:
             save_last()
             saved_at = step
@@ -1664,17 +1753,19 @@ def cache_bytes(cfg, batch, tokens, policy, residual=0):
 class CacheStream:
     """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
     [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
-    [B, C, slots] holds the newest tokens as floats."""
+    [B, C, slots] holds the newest tokens as floats, its slots a multiple of ring_block. Kernels know no more of the
+    formats than what is here: their names, bits, and the levels of nf4."""
+    levels, ring_block = NF4, RING_BLOCK
 
     def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
-        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
-        rows = -(-channels * bits // 8) if scale_bytes else channels
+        self.fmt, self.ring_fmt, self.channels, (self.bits, scale_bytes) = fmt, ring_format(fmt), channels, FORMATS[fmt]
+        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if self.bits == 8 else torch.uint8)
+        rows = -(-channels * self.bits // 8) if scale_bytes else channels
         self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
         self.scales = None
         if scale_bytes:
             self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
-        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
+        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[self.ring_fmt], device=device)
 
     def read(self, part, start, stop):
         """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
@@ -1699,12 +1790,13 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
-    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are seen by
+    every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
     tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
     """
     pos: torch.Tensor
     settled: torch.Tensor
+    seen: int
     end: int
     window: int
     leaving: tuple
@@ -1712,12 +1804,12 @@ class Span:
     staying: tuple
 
     def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
-        position of an empty slot is beyond all queries."""
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache; none
+        begins before `seen` and ends after it. The position of an empty slot is beyond all queries."""
         settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
-        for part, slots in (("settled", self.end), ("ring", self.window)):
-            for start in range(0, slots, most):
-                stop = min(start + most, slots)
+        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), ("ring", 0, self.window)):
+            for start in range(first, end, most):
+                stop = min(start + most, end)
                 slot = torch.arange(start, stop, device=self.pos.device)
                 yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
                                           settled + (slot - settled) % self.window)
@@ -1748,8 +1840,9 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
-                    staying)
+        seen = int(torch.minimum(settled, length + min(T, 1)).min())
+        return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
+                    settling, staying)
 
     def append(self, layer, span, entries):
         """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
@@ -1785,33 +1878,62 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
+FUSED_FROM = 16                                            # queries that share a key, see benchmarks/prefill_speed.py
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend_chunk(q, k, v, visible=None):
+    """Attention over some of the keys, and the log-sum-exp of its scores, to merge it with that over others.
+
+    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible: None for all, or
+    [B, 1, M, S]. Returns float32 [B, G, M, u], [B, G, M, 1]; a query that sees nothing has a log-sum-exp of -1e38 at
+    most. On a CPU its fused kernel serves many queries, though it takes tokens in rows and one width for all.
+    """
+    M, u, least = q[0].size(2), v.size(2), torch.finfo(torch.float32).min / 2
+    if v.device.type != "cpu" or M < FUSED_FROM:
+        scores = sum(a @ b for a, b in zip(q, k))                               # [B, G, M, S]
+        scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=least)
+        p = torch.exp(scores - top)
+        total = p.sum(-1, keepdim=True)
+        return p @ v.mT / total.clamp(min=1e-30), top + total.log()
+    q, k, v = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT
+    width = max(q.size(3), u)
+    q, k, v = (F.pad(x, (0, width - x.size(3))).contiguous() for x in (q, k, v))
+    mask = None if visible is None else torch.where(visible, 0.0, least)
+    out, log_sum = fused_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return out[..., :u], log_sum[..., None]
+
+
 def decode_attention(q, streams, shape, span, null=None):
-    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
+    """Causal attention of new tokens over a cache that already holds them, a chunk of it at a time, so that no float
+    copy of the whole exists.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
     [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
-    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    names = [path.stream for path in shape.paths]
+    q = q.float().reshape(B, G, H // G * T, -1).split([streams[name].channels // G for name in names], 3)
     if null is None:
-        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
+        log_sum, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0
     else:                                                                       # the null token is the first key seen
         score, value = null
-        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
-        out = value.float()[None, :, None]                                      # [1, G, 1, v]
+        log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
+    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
         for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
-            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
-            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
-            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
-            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
-            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
-    return (out / total).reshape(B, H, T, -1)
+            held = {name: stream.read(part, start, stop).unflatten(1, (G, -1)) for name, stream in streams.items()}
+            visible = None
+            if part == "ring" or stop > span.seen:         # not by all queries; and there may be a NaN
+                there = pos[:, None, None] <= span.pos[:, -1:, None, None]                            # [B, 1, 1, S]
+                held = {name: torch.where(there, x, 0.0) for name, x in held.items()}
+                visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
+            more, more_log_sum = attend_chunk(q, [held[name] for name in names], held[shape.v_stream], visible)
+            new = torch.logaddexp(log_sum, more_log_sum)
+            out, log_sum = out * torch.exp(log_sum - new) + more * torch.exp(more_log_sum - new), new
+    return out.reshape(B, H, T, -1)
 
 
 @dataclass(frozen=True)
@@ -1847,17 +1969,36 @@ def pick_token(logits, temperature, top_k, top_p, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
 
 
+def why_not_finite(cache):
+    """Why the logits after a cache of one sequence aren't finite, and what to do: the first stream that is to blame."""
+    settled, length = int(cache.settled[0]), int(cache.length[0])
+    slots = torch.arange(settled, length) % max(1, cache.window)
+    for i, layer in enumerate(cache.layers):
+        for name, stream in layer.items():
+            held = stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., slots]
+            if all(values.isfinite().all() for values in held):
+                continue
+            if stream.fmt in ("fp32", "bf16"):
+                return f"layer {i}'s {name} isn't, before it is cached; try --dtype float32, or another checkpoint"
+            return f"layer {i}'s {name} is beyond float16, which --kv-cache {stream.fmt} uses; give fp32 or bf16"
+    return "what is cached is; try --dtype float32, or another checkpoint"
+
+
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
 
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
-    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens."""
+    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens.
+    Raises UserError where the logits aren't finite."""
     generator = torch.Generator().manual_seed(seed)
     for chunk in prompt.split(PREFILL_CHUNK, 1):
         h = model.hidden(chunk, cache)
     for i in range(max_new_tokens):
-        token = pick_token(model.logits(h[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.logits(h[:, -1])
+        if not logits.isfinite().all():
+            raise UserError(f"the logits of token {cache.length.max() + 1} aren't finite: {why_not_finite(cache)}")
+        token = pick_token(logits, temperature, top_k, top_p, generator)
         yield token
         if i + 1 < max_new_tokens:
             h = model.hidden(token.to(prompt.device), cache)
@@ -1905,12 +2046,13 @@ def auto_policy(cfg, model_cfg):
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
     try:
-        policy = json.loads(path.read_text())
+        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
         formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
         kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
         whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and residual >= 0 and type(kernel) is str)
-    except BROKEN:
+                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
+                 and kernel in ("auto", "torch", "triton", "metal"))
+    except (*BROKEN, RecursionError, OSError):
         whole = False
     if not whole:
         raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
@@ -1921,6 +2063,17 @@ def auto_policy(cfg, model_cfg):
           f"residual {residual}, kernel {kernel}", file=sys.stderr)
     return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual, kernel=kernel,
                                **{f"kv_cache_{name}": fmt for name, fmt in formats.items()})
+
+
+def rotate_cache(model):
+    """rotate_cache() of kernels/rotate.py, for --kv-rotate. Raises UserError where that is missing, or can't."""
+    try:
+        from kernels import rotate
+        rotate.rotate_cache(model)
+    except ModuleNotFoundError as e:
+        raise UserError(f"--kv-rotate: no module {e.name} beside train_dba.py") from None
+    except ValueError as e:
+        raise UserError(f"--kv-rotate: {e}") from None
 
 
 def compare_bytes(cfg, formats):
@@ -1937,32 +2090,54 @@ def compare_bytes(cfg, formats):
             f"head{'s' * (groups > 1)} in {same}")
 
 
-def resolve_kernel(name, device, tokens):
-    """(Kernel, why) of --kernel for a cache of `tokens` tokens. Raises UserError where it can't serve."""
+# Heads that share keys, and whose channels straddle bytes and blocks.
+KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_dim=32, geo_dim=72, attn_dim=104)
+
+
+def resolve_kernel(name, device):
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
+    kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
         import kernels
-        found, why = kernels.choose(name, device, tokens)
+        module, why = kernels.choose(name, device)
     except ModuleNotFoundError as e:
         if name != "auto" or not e.name.startswith("kernels"):
             raise UserError(f"--kernel {name}: no module {e.name}") from None
         return TORCH, f"no module {e.name} beside train_dba.py"
     except ValueError as e:
         raise UserError(f"--kernel {name}: {e}") from None
-    return (Kernel(**found) if found else TORCH), why
+    if module is None:
+        return TORCH, why
+    kernel = Kernel(**module.KERNEL)
+    try:
+        caches = [KVCache(KERNEL_TEST, 2, 640, "hetero", 32, device, each) for each in (kernel, TORCH)]
+        error = kernels.difference(*caches, KERNEL_TEST.n_head)
+        problem = "" if error <= kernels.TOLERANCE else f"it differs from torch by {error:.1e} on a small cache"
+    except module.FAILURES as e:
+        problem = f"it fails here ({str(e).splitlines()[0]})"
+    if not problem:
+        return kernel, f"{why}, agrees with torch on a small cache"
+    if name != "auto":
+        raise UserError(f"--kernel {name}: {problem}; use --kernel torch")
+    print(f"warning: no kernel {kernel.name}: {problem}", file=sys.stderr)
+    return TORCH, f"{kernel.name}: {problem}"
 
 
 def sample(cfg):
     """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
-    dtype, why = pick_dtype(cfg.dtype, device)
+    cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
     ckpt = load_checkpoint(cfg.ckpt, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
+    rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
+    dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
-    kernel, why_kernel = resolve_kernel(cfg.kernel, device, tokens)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device)
     if cfg.kv_rotate:
         rotate_cache(model)
     try:
@@ -2101,12 +2276,21 @@ def make_config(**given):
     return cfg
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("--") else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {message} ({hint}--help lists the flags)\n")
+
+
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
-    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
+    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
@@ -2125,6 +2309,8 @@ def main(argv=None):
     """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
+            sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
         cfg = make_config(**given)
         keep_freed_memory()
