@@ -581,22 +581,25 @@ def read_json(path, shape, limit=2**20):
 
 
 @contextlib.contextmanager
-def exclusive(path, what):
+def exclusive(path, what, wait=False):
     """Hold a lock that the system releases however this process ends; the file at `path` names the process. Raises
-    UserError where another one holds it, OSError where the file can't be made."""
+    UserError where another one holds it (wait: until it doesn't), OSError where the file can't be made."""
     while True:
         with open(path, "a+", encoding="utf-8", errors="replace") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 f.seek(0)
-                raise UserError(f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}; wait "
-                                "for it or stop it") from None
+                message = f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}"
+                if not wait:
+                    raise UserError(f"{message}; wait for it or stop it") from None
+                print(f"{message}; waiting for it", file=sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
             except OSError as e:
                 print(f"note: the file system of {what} can't lock ({e.strerror}): see to it that nothing else writes "
                       "there", file=sys.stderr)
-            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
-                continue                                   # its last holder removed it after we had opened it
+            if os.fstat(f.fileno()).st_nlink == 0:         # its last holder removed it after we had opened it
+                continue
             f.truncate(0)
             with contextlib.suppress(OSError):             # a full disk still locks
                 print(f"process {os.getpid()} on {platform.node()}", file=f, end="", flush=True)
@@ -1514,8 +1517,6 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
-        check(ckpt["model"], model.state_dict(), "model")
-        model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
