@@ -93,7 +93,7 @@ def test_old_checkpoints_are_held_to_what_they_say(folder):
 
 
 def test_moved_data_are_the_same(folder):
-    assert_done(call(f"{RUNS['text']} --steps 4 --out-dir whole", folder))
+    assert_done(call(f"{RUNS['text']} --steps 4 --eval-every 2 --out-dir whole", folder))
     (folder / "moved").mkdir()
     for name in ("text.txt", "val.txt"):
         (folder / name).rename(folder / "moved" / name)
@@ -155,7 +155,7 @@ def test_a_file_that_changed_is_read_again(kept):
     ask(path)
     stat = path.stat()
     data = path.read_bytes()
-    path.write_bytes(data[:-2] + b"\x01\x7f")              # same size, and the same time of change, as `cp -p` may leave
+    path.write_bytes(data[:-2] + b"\x01\x7f")              # of the same size, and then of the same time
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert ask(path) == truth(path) and len(read) == 2 and ask(path)[1] == 0x7f01
     other = path.with_name("other")
@@ -186,8 +186,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_entered(kept, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda entry: b"", lambda entry: entry[:-5], lambda entry: b"\xff" * 3000, lambda entry: b"{}", lambda entry: b"[" * 3000,
-    lambda entry: entry.replace(b"999", b"998"), lambda entry: entry[:100] + bytes([entry[100] ^ 1]) + entry[101:],
+    lambda entry: b"", lambda entry: entry[:-5], lambda entry: b"\xff" * 3000, lambda entry: b"{}",
+    lambda entry: b"[" * 3000, lambda entry: entry.replace(b"999", b"998"), lambda entry: entry[:100] + bytes([entry[100] ^ 1]) + entry[101:],
 ], ids=["empty", "cut", "garbage", "an object", "nested", "another id", "a bit"])
 def test_a_damaged_entry_is_not_trusted(kept, damage):
     path, cache, read = kept

@@ -43,7 +43,7 @@ def endless(folder):
 def test_the_second_process_is_told_of_the_first(folder, endless):
     first = last_step(folder / "run")
     for flags in (ENDLESS, f"{ENDLESS} --overwrite", f"{ENDLESS} --seed 5"):
-        assert_error(cli(flags, folder), "another run is writing run", f"process {endless.pid} on ", "wait for it or stop")
+        assert_error(cli(flags, folder), "another run is writing run", f"process {endless.pid} on ", "wait for it")
     while endless.poll() is None and last_step(folder / "run") < first + 20:
         time.sleep(0.02)
     endless.send_signal(signal.SIGTERM)
@@ -178,7 +178,7 @@ def test_a_path_of_any_bytes(folder):
 
 def test_plain_commands_are_written_as_they_are_typed():
     assert [*map(train_dba.shell_quote, ["--lr", "a b", "ü", "it's", "a\nb"])] == [
-        "--lr", "'a b'", "ü", "'it'\"'\"'s'", "$'a\\x0ab'"]
+        "--lr", "'a b'", "'ü'", "'it'\"'\"'s'", "$'a\\x0ab'"]
 
 
 def git(*args, cwd):
