@@ -1,0 +1,255 @@
+"""
+What is measured and on which tokens: --ckpt to a Subject, --data to token ids; and a result to its file.
+
+load_subject() is the one loader: a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a
+Hugging Face folder.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import train_dba
+from train_dba import (GPT, Config, UserError, cache_formats, load_checkpoint, load_model, pick_device, pick_dtype,
+                       provenance)
+
+MOST_BYTES = 2**28                                         # of a result that is read back
+
+
+@dataclass
+class Subject:
+    """What is measured: a model in eval mode, its tokenizer, where its results go, the device and type of it, and the
+    sha256 of what it was trained on, where that is known."""
+    model: GPT
+    tokenizer: object
+    folder: Path
+    step: int | None
+    sha256: str
+    device: torch.device
+    dtype: torch.dtype
+    data_sha256: str | None = None
+
+    @property
+    def cfg(self) -> Config:
+        return self.model.cfg
+
+
+def file_hash(*paths: Path) -> str:
+    """sha256 of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """The file or Hugging Face folder that a --ckpt names. Raises UserError where there is none."""
+    path = Path(given)
+    missing = "`make checkpoints` trains runs/ckpt_standard and runs/ckpt_decoupled in a few minutes"
+    if not path.exists():
+        raise UserError(f"--ckpt {path} doesn't exist; {missing}")
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path
+    if not (path / "best.pt").is_file():
+        raise UserError(f"--ckpt {path} holds no best.pt; {missing}")
+    return path / "best.pt"
+
+
+def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32") -> Subject:
+    """The Subject of --ckpt, --device and --dtype. Raises UserError."""
+    device = pick_device(device)
+    dtype, _ = pick_dtype(dtype, device)
+    path = find_checkpoint(ckpt)
+    if path.is_dir() or path.suffix == ".gguf":
+        from convert_dba import load_llama
+        model, tokenizer = load_llama(path, device)
+        weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
+    content = load_checkpoint(path, device)
+    trained_on = content.get("data") or {}
+    return Subject(load_model(content), content["tokenizer"], path.parent, content["step"], file_hash(path), device,
+                   dtype, trained_on.get("sha256"))
+
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+class HeldOut(NamedTuple):
+    """Tokens to measure on: ids [N] int64, bytes of their text where they are known, and the sha256 of their file."""
+    ids: torch.Tensor
+    text_bytes: int | None
+    sha256: str
+
+
+def same_vocabulary(one: object, other: object) -> bool:
+    return (one.name, vars(one)) == (other.name, vars(other))
+
+
+def own_validation(subject: Subject) -> HeldOut:
+    """The validation part that a checkpoint was trained with. Raises UserError unless it is the very same, in the ids
+    of the checkpoint's own vocabulary."""
+    cfg = subject.cfg
+    if cfg.data is None:
+        raise UserError("--data is missing: this model doesn't say what it was trained on")
+    if subject.data_sha256 is None:
+        raise UserError("--data is missing: this checkpoint doesn't hold the hash of what it was trained on")
+    data = train_dba.load_data(cfg)
+    if data.sha256 != subject.data_sha256 or not same_vocabulary(data.tokenizer, subject.tokenizer):
+        raise UserError(f"{cfg.data} is no longer what the checkpoint was trained on (sha256 {data.sha256[:12]}, was "
+                        f"{subject.data_sha256[:12]}); put that file back, or name a text to measure by --data")
+    return HeldOut(torch.from_numpy(data.val.astype("int64")), data.val_bytes, data.sha256)
+
+
+def read_data(subject: Subject, path: Path) -> HeldOut:
+    """The tokens of a --data: a .npy by prepare_fineweb.py, or a text in the checkpoint's vocabulary."""
+    if not path.is_file():
+        raise UserError(f"--data {path} is not a file")
+    if path.suffix == ".npy":
+        ids, tokenizer, info = train_dba.open_token_file(path)
+        if not same_vocabulary(tokenizer, subject.tokenizer):
+            raise UserError(f"{path} was made with {tokenizer.name}, {tokenizer.vocab_size} types; the model reads "
+                            f"{subject.tokenizer.name}, {subject.tokenizer.vocab_size}, or other words")
+        return HeldOut(torch.from_numpy(ids.astype("int64")), info["text_bytes"], info["sha256"])
+    text = train_dba.read_text(path)
+    ids = subject.tokenizer.encode(text)
+    return HeldOut(torch.from_numpy(ids.astype("int64")), len(text.encode()), file_hash(path))
+
+
+def held_out(subject: Subject, path: str | None, most: int | None = None) -> HeldOut:
+    """The first `most` tokens of --data or, without it, of the validation part that the checkpoint was trained with.
+    Bytes of a part of a text are known of byte tokens alone. Raises UserError."""
+    ids, text_bytes, sha256 = own_validation(subject) if path is None else read_data(subject, Path(path))
+    if most is not None and most < len(ids):
+        ids, text_bytes = ids[:most], None
+    if len(ids) < 2:
+        raise UserError(f"{len(ids)} tokens to measure: nothing to predict")
+    if subject.tokenizer.name == "byte":
+        text_bytes = int((ids != subject.tokenizer.eot).sum())
+    return HeldOut(ids, text_bytes, sha256)
+
+
+# -----------------------------------------------------------------------------
+# Caches
+
+def formats_of(subject: Subject, name: str) -> dict[str, str]:
+    """{stream: format} of a --kv-cache. Raises UserError where it doesn't fit the model."""
+    formats = cache_formats(subject.cfg, name)
+    if formats is None:
+        raise UserError(f"--kv-cache {name} doesn't fit {subject.cfg.attn_mode} attention")
+    return formats
+
+
+def cache_name(kv_cache: str, rotated: bool, residual: int) -> str:
+    """The name of a cache in tables and file names."""
+    parts = [kv_cache]
+    if rotated:
+        parts.append("rotated")
+    if residual:
+        parts.append(f"residual{residual}")
+    return "_".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+def check_out(out: str | None) -> None:
+    """Make the folder of --out, before hours of work. Raises UserError."""
+    if out is None:
+        return
+    folder = Path(out).parent if out.endswith(".json") else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: can't make the folder {folder} ({e.strerror})") from None
+
+
+def result_path(out: str | None, subject: Subject, name: str) -> Path:
+    """--out, or <name>.json in the folder that --out names, or beside the checkpoint."""
+    path = Path(out or subject.folder)
+    return path if path.suffix == ".json" else path / f"{name}.json"
+
+
+def write_result(path: Path, subject: Subject, flags: dict, result: dict) -> None:
+    """Write a result with the flags that it was asked for by, what was measured, and the hardware."""
+    settings = {name: value for name, value in flags.items() if name not in ("run", "out")}
+    model = dict(step=subject.step, sha256=subject.sha256, config=dataclasses.asdict(subject.cfg))
+    text = json.dumps(dict(settings=settings, model=model, env=provenance(subject.device), **result), indent=1) + "\n"
+    train_dba.write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def text_table(rows: list[tuple]) -> str:
+    """Rows, the head first, as lines with columns flushed right."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [str(cell).rjust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def misfit(value: object, shape: object, place: str = "it") -> str | None:
+    """What in a value read from JSON isn't of a shape, or None. A shape is a type, a tuple of types, [the shape of
+    every item], {str: the shape of every field}, or {name: the shape of that field, ...}."""
+    if isinstance(shape, (type, tuple)):
+        types = shape if isinstance(shape, tuple) else (shape,)
+        return None if type(value) in types else f"{place} is no {' or '.join(t.__name__ for t in types)}"
+    if type(value) is not type(shape):
+        return f"{place} is no {type(shape).__name__}"
+    if isinstance(shape, list):
+        parts = [(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value)]
+    elif str in shape:
+        parts = [(item, shape[str], f"{place}.{name}") for name, item in value.items()]
+    elif missing := shape.keys() - value.keys():
+        return f"{place} lacks {min(missing)}"
+    else:
+        parts = [(value[name], of_field, f"{place}.{name}") for name, of_field in shape.items()]
+    for part in parts:
+        if wrong := misfit(*part):
+            return wrong
+    return None
+
+
+def read_result(path: str | Path, shape: object) -> object:
+    """What a JSON file holds, of a shape as misfit() takes it. Raises UserError for whatever is wrong with the file."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes: too many for a result")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__})") from None
+    if wrong := misfit(value, shape):
+        raise UserError(f"{path} is damaged, or the result of another command ({wrong})")
+    return value
+
+
+# -----------------------------------------------------------------------------
+# Progress
+
+Report = Callable[[int, int], None]                        # (units done, units in all)
+
+
+def quiet(done: int, total: int) -> None:
+    """The Report of who doesn't want one."""
+
+
+@contextlib.contextmanager
+def progress(unit: str, what: str | None = None) -> Iterator[Report]:
+    """A bar with rate and time left on standard error, as a Report."""
+    with tqdm(unit=unit, desc=what, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+        yield report
