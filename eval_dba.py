@@ -9,7 +9,8 @@ Measure a checkpoint.
 --ckpt is a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a Hugging Face folder. A
 command prints a short table and writes a file with its settings, the hash of its data and the hardware, beside the
 checkpoint or where --out says: eval_ppl_<cache>.json for each cache, eval_probes.json (eval_probes_<cache>.json unless
-fp16), kv_policy.json, else eval_<command>.json. <cache> is a --kv-cache, with _rotated and _residual<n> where given.
+fp16), kv_policy.json, else eval_<command>.json, with the spectra of rank in eval_rank.npz. <cache> is a --kv-cache, with
+_rotated and _residual<n> where given.
 """
 
 import argparse

@@ -361,9 +361,9 @@ class Attention(nn.Module):
             y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
             entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
-            cache.append(layer, span, {**entry, shape.v_stream: v})
+            recent = cache.append(layer, span, {**entry, shape.v_stream: v})
             null = (sum(null_score), null_v) if self.null else None
-            y = cache.attend(layer, span, torch.cat(q, -1), null).to(v.dtype)
+            y = cache.attend(layer, span, torch.cat(q, -1), null, recent).to(v.dtype)
             if absorb:
                 y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
@@ -1403,6 +1403,15 @@ class Span:
     pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
     are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
     tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+
+    Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
+    would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring
+    before and of the new tokens; a query reads those from position floats [B, T] on as floats, all others settled.
+
+        window 3, T 2:      settled before   ring before   new
+        position            0  1  2  3       4  5  6       7  8
+        query 7 reads       q  q  q  q       q  f  f       f
+        query 8 reads       q  q  q  q       q  q  f       f  f       and 4, 5 have settled when the pass ends
     """
     pos: torch.Tensor
     settled: torch.Tensor
@@ -1411,23 +1420,32 @@ class Span:
     leaving: tuple
     settling: tuple
     staying: tuple
+    floats: torch.Tensor
+    recent: torch.Tensor | None
 
-    def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache. The
-        position of an empty slot is beyond all queries."""
+    def chunks(self, most, newest="ring"):
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache, the
+        settled ones and those of newest, "ring" or "recent". The position of an empty slot is beyond all queries."""
         settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
-        for part, slots in (("settled", self.end), ("ring", self.window)):
+        newer = self.recent.size(1) if newest == "recent" else self.window
+        for part, slots in (("settled", self.end), (newest, newer)):
             for start in range(0, slots, most):
                 stop = min(start + most, slots)
                 slot = torch.arange(start, stop, device=self.pos.device)
-                yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
-                                          settled + (slot - settled) % self.window)
+                if part == "settled":
+                    pos = torch.where(slot < settled, slot, beyond)
+                elif part == "ring":
+                    pos = settled + (slot - settled) % self.window
+                else:
+                    pos = self.recent[:, start:stop]
+                yield part, start, stop, pos
 
 
 class KVCache:
     """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
-    appended in place; the newest `residual` tokens stay floats. length [B], on the CPU, counts the tokens that all
-    layers hold; a forward pass adds its own at its end. kernel: what reads and writes the settled tokens."""
+    appended in place; of the tokens that a query sees, the newest `residual` are floats, however many come in a pass.
+    length [B], on the CPU, counts the tokens that all layers hold; a forward pass adds its own at its end. kernel: what
+    reads and writes the settled tokens."""
 
     def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
         formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
@@ -1449,24 +1467,41 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
+        floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
+        recent = self.recent_positions(pos).to(self.device) if T > 1 and self.window and (settled > self.settled).any() else None
         return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
-                    staying)
+                    staying, floats, recent)
+
+    def recent_positions(self, pos):
+        """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
+        settled = self.settled[:, None]
+        ring = settled + (torch.arange(self.window) - settled) % self.window
+        ring = torch.where(ring < self.length[:, None], ring, torch.iinfo(torch.long).max)
+        return torch.cat([ring, pos], 1)
 
     def append(self, layer, span, entries):
         """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
-        so that a settled value doesn't depend on when it settled."""
+        so that a settled value doesn't depend on when it settled. Returns {stream: floats [B, C, window + T]} at the
+        positions of span.recent, or None without those."""
+        recent = None if span.recent is None else {}
         for name, x in entries.items():
             stream = self.layers[layer][name]
             if self.window:
                 x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
+                if recent is not None:
+                    recent[name] = torch.cat([stream.ring[..., :self.window], x.mT], 2)
                 self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
             rows, t = span.settling
             self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
             rows, t = span.staying
             stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
+        return recent
 
-    def attend(self, layer, span, q, null):
-        """decode_attention() over one layer, by the kernel unless there are too many queries for it."""
+    def attend(self, layer, span, q, null, recent=None):
+        """decode_attention() over one layer, by the kernel unless there are too many queries for it, or what append()
+        returned holds tokens that some of them see as floats and others settled."""
+        if recent is not None:
+            return decode_attention(q, self.layers[layer], self.shape, span, null, recent)
         G = 1 if self.shape.latent else self.shape.v_groups
         few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
         return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
@@ -1486,12 +1521,18 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
-def decode_attention(q, streams, shape, span, null=None):
+def decode_attention(q, streams, shape, span, null=None, recent=None):
     """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
-    [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
+    [B, H, T], value [G, v]). recent: None, or of every stream the floats [B, C, window + T] at the positions
+    span.recent, which queries read from span.floats on in place of the ring and of what has settled since. Returns
+    [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
+    def read(name, part, start, stop):
+        x = recent[name][..., start:stop].float() if part == "recent" else streams[name].read(part, start, stop)
+        return x.unflatten(1, (G, -1))                                          # [B, G, channels, S]
+
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
     q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
@@ -1503,11 +1544,15 @@ def decode_attention(q, streams, shape, span, null=None):
         top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
         out = value.float()[None, :, None]                                      # [1, G, 1, v]
     with torch.autocast(q[0].device.type, enabled=False):
-        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
-            k = (streams[path.stream].read(part, start, stop).unflatten(1, (G, -1)) for path in shape.paths)
+        most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
+        for part, start, stop, pos in span.chunks(most, newest):
+            visible = pos[:, None] <= span.pos[:, :, None]                                        # [B, T, S]
+            if recent is not None:
+                visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "recent")
+            visible = visible.repeat(1, H // G, 1)[:, None]                                       # [B, 1, H/G·T, S]
+            k = (read(path.stream, part, start, stop) for path in shape.paths)
             scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
-            v = streams[shape.v_stream].read(part, start, stop).unflatten(1, (G, -1))             # [B, G, v, S]
+            v = read(shape.v_stream, part, start, stop)                                           # [B, G, v, S]
             v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
             new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
             p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)

@@ -136,7 +136,7 @@ def policy_logits(subject: Subject, model, ids: torch.Tensor, policy: Policy, la
     cache = KVCache(subject.cfg, len(ids), ids.size(1), dict(policy.formats), policy.residual, subject.device)
     hidden = []
     with autocast(subject.device, subject.dtype):
-        for piece in ids.split(max(1, policy.residual // 8) if policy.residual else train_dba.PREFILL_CHUNK, 1):
+        for piece in ids.split(train_dba.PREFILL_CHUNK, 1):
             hidden.append(model.hidden(piece, cache))
         return model.logits(torch.cat(hidden, 1)[:, -last:])
 

@@ -5,12 +5,14 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from evals.subject import (Report, Subject, check_out, held_out, load_subject, progress, quiet, result_path,
                            text_table, write_result)
-from train_dba import GPT, UserError, autocast
+from train_dba import GPT, UserError, autocast, write_whole
 
 DEFINITIONS = {
     "entropy_rank_sigma": "exp(-sum p ln p), p = sigma / sum(sigma), sigma = sqrt(lambda)",
@@ -26,6 +28,7 @@ DEFINITIONS = {
           "keys; lambda = sigma^2. No change of basis alters them",
     "share": "sum of the first r lambda of QK over all of them: of E[(q.k)^2] over independent queries and keys, what "
              "the best score of width r per head keeps",
+    "left_out": "sum of all but the first 1, 2, ... lambda of QK over all of them, median over the query heads",
     "merged": "all heads as one vector, a key that several heads share once",
     "head": "median over the query heads",
     "path": "sem, geo; total: both paths of a head as one vector (all there is, where a mode has one path)",
@@ -157,12 +160,14 @@ def product_record(heads: list[torch.Tensor]) -> dict:
     for r in SHARE_WIDTHS:
         kept = energy[:, :r].sum(1)
         share[r], least_share[r] = six_digits(kept.quantile(0.5)), six_digits(kept.min())
+    beyond = energy.flip(1).cumsum(1).flip(1)[:, 1:].quantile(0.5, 0)           # [w - 1]
     return dict(of="QK head", channels=energy.size(1), ranks=rank_numbers(energy), share=share,
-                least_share=least_share, spectra=six_digits(energy))
+                least_share=least_share, left_out=six_digits(beyond), spectrum=energy.float().numpy(force=True))
 
 
 def layer_ranks(moments: Moments, cfg, layer: int, centred: bool) -> Iterator[dict]:
-    """Yield a record per path, stage of RoPE and matrix of one layer."""
+    """Yield a record per path, stage of RoPE and matrix of one layer; spectrum: an array [channels] of what is merged,
+    [H, channels] of QK."""
     turned = {path.name: path.rotate for path in cfg.attention.paths}
     turned["total"] = any(turned.values())
     for name, ids in channels(cfg.attention, cfg.n_head).items():
@@ -174,7 +179,7 @@ def layer_ranks(moments: Moments, cfg, layer: int, centred: bool) -> Iterator[di
                 values = eigenvalues_of(moment[merged[:, None], merged])
                 heads.append(moment[own[:, :, None], own[:, None]])             # [H, w, w]
                 yield dict(place, of=f"{of} merged", channels=len(merged), ranks=rank_numbers(values),
-                           spectrum=six_digits(values / values.sum()))
+                           spectrum=(values / values.sum()).float().numpy(force=True))
                 yield dict(place, of=f"{of} head", channels=own.size(1),
                            ranks=rank_numbers(eigenvalues_of(heads[side])))
             yield dict(place, **product_record(heads))
@@ -210,6 +215,25 @@ def spread_windows(ids: torch.Tensor, tokens: int, block: int) -> torch.Tensor:
     count = min(-(-tokens // block), len(ids) // block)
     starts = torch.linspace(0, len(ids) - block, count, dtype=torch.float64).long()
     return torch.stack([ids[start:start + block] for start in starts])
+
+
+def take_spectra(records: dict[str, list[dict]]) -> dict[str, np.ndarray]:
+    """The spectra of {stage: records}, out of the records, as {stage/path/rope/of: [layers, ...]}."""
+    spectra = {}
+    for stage, of_stage in records.items():
+        for record in of_stage:
+            if "spectrum" in record:
+                name = "/".join((stage, record["path"], record["rope"], record["of"]))
+                spectra.setdefault(name, []).append(record.pop("spectrum"))
+    return {name: np.stack(layers) for name, layers in spectra.items()}
+
+
+def write_spectra(path: Path, spectra: dict[str, np.ndarray]) -> None:
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as f:
+            np.savez_compressed(f, **spectra)
+
+    write_whole(path, write)
 
 
 # -----------------------------------------------------------------------------
@@ -271,6 +295,7 @@ def main(args) -> None:
     path = result_path(args.out, subject, "eval_rank")
     print(f"medians over layers, trained / at initialisation; second moments {moment}")
     print(text_table(rank_table(**records)))
+    write_spectra(path.with_suffix(".npz"), take_spectra(records))
     write_result(path, subject, vars(args), dict(definitions=DEFINITIONS, moment=moment, tokens=parts.numel(),
                                                  block=parts.size(1), data_sha256=held.sha256, **records))
     print(f"written to {path}")

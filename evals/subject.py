@@ -183,8 +183,20 @@ def write_result(path: Path, subject: Subject, flags: dict, result: dict) -> Non
     """Write a result with the flags that it was asked for by, what was measured, and the hardware."""
     settings = {name: value for name, value in flags.items() if name not in ("run", "out")}
     model = dict(step=subject.step, sha256=subject.sha256, config=dataclasses.asdict(subject.cfg))
-    text = json.dumps(dict(settings=settings, model=model, env=provenance(subject.device), **result), indent=1) + "\n"
+    text = json_text(dict(settings=settings, model=model, env=provenance(subject.device), **result))
     train_dba.write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def json_text(result: dict) -> str:
+    """A result as JSON in which every record of a list has one line."""
+    fields = []
+    for name, value in result.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def text_table(rows: list[tuple]) -> str:

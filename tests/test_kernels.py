@@ -134,7 +134,7 @@ def test_logits_are_the_reference_s(mode, widths, fmt, residual, plain, monkeypa
     monkeypatch.setattr(cpu_decode, "CHUNK", 5)
     calls = counted(monkeypatch, cpu_decode, "partial_attention")
     kernel = dba.Kernel(**cpu_decode.KERNEL)
-    actual, expected = cached_and_expected(model, given, tokens(2, 17), [11, 1, 2, 1, 2], formats, residual, kernel)
+    actual, expected = cached_and_expected(model, given, tokens(2, 17), [11, 1, 1, 1, 2, 1], formats, residual, kernel)
     close(actual, expected, EXACT)
     assert len(calls) >= 4 * 2 * 3 or mode == "mla", "the kernel had no part in it"  # steps x layers x chunks
 
