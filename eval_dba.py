@@ -1,16 +1,16 @@
 """
 Measure a checkpoint.
 
-    python3 eval_dba.py ppl --ckpt runs/ckpt_decoupled --kv-cache fp16 hetero q4_0
-    python3 eval_dba.py latency --ckpt runs/ckpt_decoupled --prompts 128 1024 8192
-    python3 eval_dba.py tasks --ckpt runs/ckpt_decoupled --tasks piqa boolq --tasks-dir data/eval --limit 200
+    python3 eval_dba.py ppl --ckpt runs/demo/decoupled --kv-cache fp16 hetero q4_0
+    python3 eval_dba.py latency --ckpt runs/demo/decoupled --prompts 128 1024 8192
+    python3 eval_dba.py tasks --ckpt runs/demo/decoupled --tasks piqa boolq --tasks-dir data/eval --limit 200
     python3 eval_dba.py ppl --ckpt SmolLM2.q8_0.gguf --data wiki.test.tokens --kv-cache q4_0
 
 --ckpt is a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a Hugging Face folder. A
 command prints a short table and writes a file with its settings, the hash of its data and the hardware, beside the
 checkpoint or where --out says: eval_ppl_<cache>.json for each cache, eval_probes.json (eval_probes_<cache>.json unless
-fp16), kv_policy.json, else eval_<command>.json, with the spectra of rank in eval_rank.npz. <cache> is a --kv-cache, with
-_rotated and _residual<n> where given.
+fp16), kv_policy.json, else eval_<command>.json, with the spectra of rank in eval_rank.npz. <cache> is a --kv-cache,
+with _rotated and _residual<n> where given.
 """
 
 import argparse

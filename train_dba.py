@@ -33,6 +33,9 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
+import difflib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -42,13 +45,18 @@ import pickle
 import platform
 import resource
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+import tokenize
+import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Callable, get_type_hints
+from typing import Callable, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -271,7 +279,7 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # there, float32's backward is faster than bfloat16's
+    narrow = q.device.type == "cpu" and width <= 16        # with AMX and without, float32's backward is faster there
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
@@ -503,60 +511,100 @@ def count_params(cfg, vocab_size):
     return {**parts, "total": sum(parts.values())}
 
 
-def hadamard(n):
-    """A Hadamard matrix [n, n] of 1 and -1, by Paley's and Sylvester's constructions, or None where these give none."""
-    if n == 1:
-        return torch.ones(1, 1)
-    p = n - 1
-    if n % 4 == 0 and all(p % i for i in range(2, math.isqrt(p) + 1)):          # Paley: p prime, p = 3 mod 4
-        squares = {i * i % p for i in range(1, p)}
-        character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)])
-        matrix = torch.ones(n, n)
-        matrix[1:, 1:] = character[(torch.arange(p) - torch.arange(p)[:, None]) % p] - torch.eye(p)
-        return matrix
-    half = hadamard(n // 2) if n % 2 == 0 else None
-    return None if half is None else torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
+# -----------------------------------------------------------------------------
+# What is read from files: of a bounded size, of a shape that is checked in one place, known by its hash
+
+# What reading damaged data may raise.
+BROKEN = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
+          SyntaxError, tokenize.TokenError)
 
 
-def rotation(n):
-    """An orthogonal matrix [n, n], float32, that spreads one channel over all: Hadamard's, else the DCT-II."""
-    matrix = hadamard(n)
-    if matrix is None:
-        i = torch.arange(n, dtype=torch.float64)
-        matrix = torch.cos(math.pi / n * i[:, None] * (i + 0.5))
-    return F.normalize(matrix.double(), dim=1).float()
+def brief(e):
+    """An exception in a few words, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
-@torch.no_grad()
-def rotate_cache(model):
-    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
-    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more."""
-    def rotate(tensor, groups):                            # the rows of [groups·w, ...] or the entries of [groups·w]
-        heads = tensor.view(groups, tensor.size(0) // groups, -1)
-        tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
+def check(value, shape, name):
+    """Raise ValueError unless a value read from a file has a shape: {key: shape} (a key that ends in "?" may be
+    absent, others may be there), a tensor (a plain one of the same shape and type), a predicate, or a type."""
+    if isinstance(shape, dict):
+        check(value, dict, name)
+        for key, part in shape.items():
+            if (plain := key.removesuffix("?")) in value:
+                check(value[plain], part, f"{name}.{plain}")
+            elif plain == key:
+                raise ValueError(f"{name} lacks {key}")
+        return
+    if isinstance(shape, torch.Tensor):                    # neither sparse, quantised, complex, expanded nor on "meta"
+        fits = (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dtype == shape.dtype
+                and value.shape == shape.shape and value.is_contiguous() and not value.is_meta)
+        expected = f"a plain {str(shape.dtype).removeprefix('torch.')} tensor {list(shape.shape)}"
+    elif isinstance(shape, type) or get_args(shape):       # a type, or int | None
+        kinds = get_args(shape) or (shape,)
+        fits = type(value) is int and float in kinds or isinstance(value, kinds) and (
+            type(value) is not bool or bool in kinds)
+        expected = " or ".join(kind.__name__ for kind in kinds)
+    else:
+        fits, expected = shape(value), shape.__name__.replace("_", " ")
+    if not fits:
+        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+        raise ValueError(f"{name} is no {expected} but {type(value).__name__} {shown}")
 
-    for attn in (block.attn for block in model.blocks):
-        shape, groups = attn.shape, {}
-        for path in (path for path in attn.shape.paths if not path.rotate and path.stream != "latent"):
-            groups[path.stream] = path.groups
-            for weight in {attn.q[path.name].weight: attn.n_head, attn.k[path.name].weight: path.groups}.items():
-                rotate(*weight)
-        if shape.latent:                                   # without its gain, the norm commutes with a rotation
-            project, norm = attn.latent
-            if attn.null and not norm.weight.all():
-                raise UserError("--kv-rotate can't fold a norm's gain of 0 into a null token; leave it out")
-            for linear_ in (attn.k["sem"], attn.v):
-                linear_.weight *= norm.weight
-                rotate(linear_.weight.T, 1)
-            for null in (attn.null[shape.v_stream],) if attn.null else ():
-                null /= norm.weight
-            norm.weight.fill_(1.0)
-            rotate(project.weight, 1)
-        else:
-            rotate(attn.v.weight, shape.v_groups)
-            rotate(attn.o.weight.T, attn.n_head)
-        for name in attn.null.keys() & {*groups, shape.v_stream}:
-            rotate(attn.null[name], {**groups, shape.v_stream: 1 if shape.latent else shape.v_groups}[name])
+
+def whole_number(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def file_name(value):
+    """Of a file in the same folder, or null."""
+    return value is None or type(value) is str and value not in ("", "..") and Path(value).name == value
+
+
+def loss_or_infinity(value):
+    return type(value) is float and value >= 0
+
+
+def read_bytes(path, limit):
+    """What a regular file holds. Raises OSError, or ValueError if it has more than `limit` bytes."""
+    if not os.path.isfile(path):                           # /dev/zero would never end
+        raise FileNotFoundError(errno.ENOENT, "no such regular file", str(path))
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.stat().st_size:,} bytes, more than {limit:,}")
+    return path.read_bytes()
+
+
+def read_json(path, shape, limit=2**20):
+    """The value in a JSON file. Raises OSError, or one of BROKEN where it doesn't have the shape."""
+    value = json.loads(read_bytes(path, limit))
+    check(value, shape, path.name)
+    return value
+
+
+@contextlib.contextmanager
+def exclusive(path, what):
+    """Hold a lock that the system releases however this process ends; the file at `path` names the process. Raises
+    UserError where another one holds it, OSError where the file can't be made."""
+    while True:
+        with open(path, "a+", encoding="utf-8", errors="replace") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                f.seek(0)
+                raise UserError(f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}; wait "
+                                "for it or stop it") from None
+            except OSError as e:
+                print(f"note: the file system of {what} can't lock ({e.strerror}): see to it that nothing else writes "
+                      "there", file=sys.stderr)
+            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                continue                                   # its last holder removed it after we had opened it
+            f.truncate(0)
+            with contextlib.suppress(OSError):             # a full disk still locks
+                print(f"process {os.getpid()} on {platform.node()}", file=f, end="", flush=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 # -----------------------------------------------------------------------------
@@ -607,8 +655,9 @@ class WordTokenizer:
     def __init__(self, words):
         self.words = list(words)
         self.ids = {w: i for i, w in enumerate(self.words)}
+        "".join(self.words).encode()                       # words, of which text can be made
         if len(self.ids) != len(self.words) or not {EOS, UNK} <= self.ids.keys():
-            raise UserError(f"a word vocabulary must list distinct words, {EOS} and {UNK} among them")
+            raise ValueError(f"a vocabulary must list distinct words, {EOS} and {UNK} among them")
         self.vocab_size, self.eot = len(self.words), self.ids[EOS]
 
     @classmethod
@@ -627,48 +676,171 @@ class WordTokenizer:
         return "".join("\n" if i == self.eot else self.words[i] + " " for i in ids).encode()
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+# The character that byte-level BPE writes for each byte: itself where it can be seen, else one from 256 on.
+SEEN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+UNSEEN = [byte for byte in range(256) if byte not in SEEN]
+BYTE_CHARS = [chr(byte if byte in SEEN else 256 + UNSEEN.index(byte)) for byte in range(256)]
+LONGEST_TOKEN = 256                                        # bytes
+
+
+class BPETokenizer:
+    """Byte pairs learned from the training part, by prepare_fineweb.py --tokenizer bpe:N. Ids 0 to 255 are the bytes;
+    `words` lists the merges, [i, j] for tokens i and j, each of which makes the next token unless there is one of the
+    same bytes; the last id ends a document. Text is first cut into words as GPT-2 cuts it."""
+    name = "bpe"
+    __slots__ = ("__dict__", "encoder")                    # the encoder isn't among vars(): equal merges, equal vars()
+
+    def __init__(self, words):
+        self.words, self.encoder = [list(pair) for pair in words], None
+        self.tokens = {bytes([byte]): byte for byte in range(256)}
+        spelled = list(self.tokens)                        # [id] -> bytes
+        for pair in self.words:
+            if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(spelled) for i in pair):
+                raise UserError(f"a bpe vocabulary must list pairs of earlier tokens, not {str(pair)[:60]}")
+            token = spelled[pair[0]] + spelled[pair[1]]
+            if len(token) > LONGEST_TOKEN:
+                raise UserError(f"a bpe vocabulary has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
+            if self.tokens.setdefault(token, len(spelled)) == len(spelled):
+                spelled.append(token)
+        self.eot, self.vocab_size = len(spelled), len(spelled) + 1
+
+    def start_encoder(self):
+        try:
+            from tokenizers import Tokenizer, models, pre_tokenizers
+        except ImportError:
+            raise UserError("the bpe tokenizer needs tokenizers: pip install tokenizers") from None
+        chars = ["".join(BYTE_CHARS[byte] for byte in token) for token in self.tokens]
+        vocabulary = {token: i for i, token in enumerate(chars)}
+        self.encoder = Tokenizer(models.BPE(vocabulary, [(chars[i], chars[j]) for i, j in self.words]))
+        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def encode(self, text):
+        if self.encoder is None:
+            self.start_encoder()
+        return np.array(self.encoder.encode(text).ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def decode(self, ids):
+        spelled = list(self.tokens)
+        return b"".join(spelled[i] for i in ids if i < self.eot)
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 AGAIN = "make it again with prepare_fineweb.py"
-BROKEN = (KeyError, IndexError, ValueError, TypeError, AttributeError)          # what reading damaged data may raise
+SIDECAR = {"tokenizer": str, "vocab_size": whole_number, "tokens": whole_number, "sha256": str,
+           "text_bytes": whole_number, "val": file_name, "vocab?": file_name}
+IDENTITY = {"train_tokens": whole_number, "val_tokens": whole_number, "vocab_size": whole_number, "sha256": str,
+            "val_sha256?": str | None, "tokenizer_sha256?": str}                # the last two are younger
+MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
-    return TOKENIZERS[name](words) if name == "word" else TOKENIZERS[name]()
+    return TOKENIZERS[name]() if words is None else TOKENIZERS[name](words)
+
+
+def tokenizer_hash(tokenizer):
+    """What a tokenizer is: its name and, where it isn't one for all, its vocabulary (tiktoken checks GPT-2's)."""
+    return hashlib.sha256(json.dumps([tokenizer.name, getattr(tokenizer, "words", None)]).encode()).hexdigest()
+
+
+def digest_ids(path, offset, dtype):
+    """(sha256 of a token file, its largest id), in one pass. offset: where the ids begin."""
+    digest, top = hashlib.sha256(), 0
+    with open(path, "rb") as f:
+        digest.update(f.read(offset))
+        while chunk := f.read(2**24):
+            digest.update(chunk)
+            top = max(top, int(np.frombuffer(chunk, dtype).max()))
+    return digest.hexdigest(), top
+
+
+KEPT_FROM = 2**26                                          # bytes: smaller files are read at every start
+
+
+def known_digest(path, offset, dtype):
+    """digest_ids() of a file. For a large one it is kept in ~/.cache/dba (or $XDG_CACHE_HOME), which whoever comes
+    second, say another rank, waits for.
+
+    It costs what SHA-256 does, or the disk: at 0.8 GB/s 50 s for 20B tokens (40 GB), once; 1 ms from then on. An entry
+    is good for the same path, size, times, and inode, under a seal of its own; a file that was changed just now is not
+    entered, since it could change again within a tick of its clock.
+    """
+    def state():
+        stat = path.stat()
+        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+    before, answer = state(), None
+    if before[1] < KEPT_FROM:
+        return digest_ids(path, offset, dtype)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dba"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / hashlib.sha256(os.fsencode(before[0])).hexdigest(), "a+b") as f:
+            with contextlib.suppress(OSError):             # without locks each process reads for itself
+                fcntl.flock(f, fcntl.LOCK_EX)
+            f.seek(0)
+            seal, _, entry = f.read(2**16).partition(b" ")
+            if hashlib.sha256(entry).hexdigest().encode() == seal and json.loads(entry)[0] == before:
+                return tuple(json.loads(entry)[1])
+            print(f"hashing {path} ({before[1] / 1e9:.1f} GB); later starts take it from {cache}", file=sys.stderr)
+            answer = digest_ids(path, offset, dtype)
+            if state() == before and time.time_ns() - max(before[2:4]) > 2e9:
+                entry = json.dumps([before, answer]).encode()
+                f.truncate(0)
+                f.write(hashlib.sha256(entry).hexdigest().encode() + b" " + entry)
+    except OSError as e:
+        print(f"note: {path} is hashed at every start, as {cache} can't be written ({e.strerror})", file=sys.stderr)
+    return answer or digest_ids(path, offset, dtype)
 
 
 def open_token_file(path):
     """(ids as a memory map, tokenizer, sidecar) of a file by prepare_fineweb.py. Raises UserError unless sidecar,
-    length, type and vocabulary agree and every id is within the vocabulary."""
+    length, type, hash and vocabulary agree and every id is within the vocabulary."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         raise UserError(f"{path} has no sidecar {sidecar.name}: an unfinished file? {AGAIN}")
     try:
         reading, words = sidecar, None
-        info = json.loads(sidecar.read_text())
-        info["vocab_size"], info["tokens"], info["sha256"], info["text_bytes"], info["val"]
-        if info["tokenizer"] == "word":
+        info = read_json(sidecar, SIDECAR)
+        if info["tokenizer"] in ("word", "bpe"):
             reading = path.parent / info["vocab"]
-            words = json.loads(reading.read_text())
+            words = read_json(reading, list, 2**30)
         tokenizer = make_tokenizer(info["tokenizer"], words)
         reading = path
-        ids = np.lib.format.open_memmap(path, mode="r")
-        top = max((int(ids[i:i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
+        with open(path, "rb") as f:
+            if np.lib.format.read_magic(f) != (1, 0):
+                raise ValueError("a header of another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            offset, size = f.tell(), path.stat().st_size
+        whole = (dtype in (np.uint16, np.uint32) and shape == (info["tokens"],)
+                 and size == offset + info["tokens"] * dtype.itemsize)
+        if not whole:
+            raise UserError(f"{path} holds {str(dtype):.60} {str(shape):.60} in {size:,} bytes, but its sidecar "
+                            f"promises {info['tokens']} ids as uint16 or uint32; {AGAIN}")
+        sha256, top = known_digest(path, offset, dtype)
+        ids = np.memmap(path, dtype, "r", offset, shape)
     except (*BROKEN, OSError) as e:
-        raise UserError(f"{reading} is damaged ({type(e).__name__} {e}); {AGAIN}") from None
-    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32) or len(ids) != info["tokens"]:
-        raise UserError(f"{path} holds {ids.dtype} {ids.shape}, but its sidecar promises {info['tokens']} ids as "
-                        f"uint16 or uint32; {AGAIN}")
+        raise UserError(f"{reading} is damaged ({brief(e)}); {AGAIN}") from None
     if not top < info["vocab_size"] == tokenizer.vocab_size:
         raise UserError(f"{path} holds ids up to {top}, its sidecar says {info['vocab_size']} types, its vocabulary "
                         f"has {tokenizer.vocab_size}; {AGAIN}")
+    if sha256 != info["sha256"]:
+        raise UserError(f"{path} holds other ids than its sidecar says (sha256 {sha256:.12}, not "
+                        f"{info['sha256']:.12}); {AGAIN}")
     return ids, tokenizer, info
 
 
 def read_text(path):
+    """A text file, without a byte-order mark. Raises UserError for what isn't plain text."""
+    if path.suffix.lower() in MARKUP:
+        raise UserError(f"{path} is not plain text: its markup would be read as words. `prepare_fineweb.py --dataset "
+                        "text` makes token files of .jsonl (its field text), .parquet (its column text) and .txt")
     try:
-        text = path.read_bytes().decode()                  # read_text would change the ends of lines
+        text = read_bytes(path, 2**32).decode("utf-8-sig")                      # read_text would change ends of lines
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); token files end in .npy") from None
+    except (OSError, ValueError, MemoryError) as e:
+        raise UserError(f"{path} can't be read at once ({brief(e)}); prepare_fineweb.py makes token files of large "
+                        "texts") from None
     head = text[:10_000]
     if head.strip() and not head.translate(str.maketrans("", "", "0123456789,;[] \t\r\n")):
         raise UserError(f"{path} holds numbers: token ids? As text they would be numbered anew; prepare_fineweb.py "
@@ -678,25 +850,45 @@ def read_text(path):
 
 @dataclass
 class Data:
-    """Training and validation ids (arrays or memory maps), tokenizer, bytes of the validation text or None, sha256."""
+    """Training and validation ids (arrays or memory maps), tokenizer, bytes of the validation text or None, sha256 of
+    the training file and of the validation file (None: the end of the training file)."""
     train: np.ndarray
     val: np.ndarray
     tokenizer: object
     val_bytes: int | None
     sha256: str
+    val_sha256: str | None
+
+    @property
+    def identity(self) -> dict:
+        """What logs and checkpoints say of the data, wherever the files lie."""
+        return dict(train_tokens=len(self.train), val_tokens=len(self.val), vocab_size=self.tokenizer.vocab_size,
+                    sha256=self.sha256, val_sha256=self.val_sha256, tokenizer_sha256=tokenizer_hash(self.tokenizer))
+
+
+def check_same_data(recorded: dict, data: Data, trained: object, advice: str):
+    """Raise UserError unless data are those that `trained` (a run folder or checkpoint, for the message) records: the
+    `data` of its log or checkpoint. Only what is recorded is compared, since older ones lack keys."""
+    differ = [f"{name} was {recorded[name]!s:.12}, is {value!s:.12}" for name, value in data.identity.items()
+              if recorded.get(name, value) != value]
+    if differ:
+        raise UserError(f"{trained} was trained on other data ({'; '.join(differ)}); {advice}")
 
 
 def load_data(cfg):
     """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty; make or download it again")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
     data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
+    if data.sha256 == data.val_sha256:
+        raise UserError(f"{paths[0]} and its validation data {cfg.val_data or ''} hold the same: the loss would be "
+                        "that of the training data; give another --val-data, or --val-frac")
     if len(data.train) < cfg.block + 1:
         raise UserError(f"--block {cfg.block} is too long for {len(data.train)} training tokens; shorten it")
     if len(data.val) < 2:
@@ -714,32 +906,34 @@ def load_token_files(cfg, paths):
     parts = [open_token_file(path) for path in paths]
     (train, tokenizer, info) = parts[0]
     if len(parts) == 1 and info["val"] and cfg.val_frac is None:
-        parts.append(open_token_file(paths[0].parent / str(info["val"])))
+        parts.append(open_token_file(paths[0].parent / info["val"]))
     if cfg.tokenizer not in ("auto", tokenizer.name):
         raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {tokenizer.name}; leave it out")
-    if any((other.name, vars(other)) != (tokenizer.name, vars(tokenizer)) for _, other, _ in parts):
+    if len({tokenizer_hash(other) for _, other, _ in parts}) > 1:
         raise UserError(f"{paths[0]} and its validation file have different vocabularies; prepare them together")
     if len(parts) == 2:
-        return Data(train, parts[1][0], tokenizer, parts[1][2]["text_bytes"], info["sha256"])
-    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"])
+        val, _, val_info = parts[1]
+        return Data(train, val, tokenizer, val_info["text_bytes"], info["sha256"], val_info["sha256"])
+    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"], None)
 
 
 def load_texts(cfg, paths):
     """Text files, tokenised here; a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
     texts = [read_text(path) for path in paths]
-    sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    hashes = hashes if len(texts) > 1 else [*hashes, None]
     val_bytes = len(texts[1].encode()) if len(texts) > 1 else None
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
         parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
         tokenizer = WordTokenizer.build(parts[0])
-        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, sha256)
+        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
     tokenizer = make_tokenizer(kind, None)
     parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
     parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
     val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
-    return Data(*parts, tokenizer, val_bytes or len(val_text), sha256)
+    return Data(*parts, tokenizer, val_bytes or len(val_text), *hashes)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -779,6 +973,24 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def from_first(self, make):
+        """What rank 0 makes, on every rank."""
+        box = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def agree(self, **facts):
+        """Wait for all ranks. Raises UserError unless they hold the same facts, such as the step of the run folder."""
+        seen = [facts] * self.world
+        if self.world > 1:
+            dist.all_gather_object(seen, facts)
+        differ = [f"{name} {' and '.join(dict.fromkeys(str(other[name]) for other in seen))}" for name in facts
+                  if any(other[name] != facts[name] for other in seen)]
+        if differ:
+            raise UserError(f"the ranks don't see the same run ({'; '.join(differ)}); start them all with the same "
+                            "command, code and data, and a run folder that they share")
+
 
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
@@ -787,7 +999,9 @@ def start_ranks(device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -810,17 +1024,37 @@ def cpu_features():
     return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 
 
-def pick_dtype(name, device):
-    """Type of the matrix products, and the reason for it."""
+def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
+    """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
+    training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
+    tokens = min(tokens, 256)                              # more would take long and change little
+    flop = 2 * tokens * n_in * n_out * (2 if training else 1)
+    seconds = {"float32": [], "bfloat16": []}
+    operands = {name: [torch.ones(shape, dtype=getattr(torch, name)) for shape in (
+        (tokens, n_in), (n_out, n_in), (tokens, n_out))] for name in seconds}
+    while len(seconds["float32"]) < 4 or sum(map(sum, seconds.values())) < 0.05:
+        for name, (x, w, grad) in operands.items():
+            started = clock()
+            F.linear(x, w)
+            if training:
+                grad.T @ x
+            seconds[name].append(clock() - started)
+    return {name: flop / statistics.median(times[1:]) / 1e12 for name, times in seconds.items()}  # [0] is the warm-up
+
+
+def pick_dtype(name, device, rates=None):
+    """Type of the matrix products, and the reason for it. rates: of product_rates(), which auto goes by on a CPU."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
-    for feature in ("amx_bf16", "avx512_bf16") if device.type == "cpu" else ():
-        if cpu_features().get(feature):
-            return torch.bfloat16, f"this CPU has {feature}"
-    return torch.float32, f"no fast bfloat16 on this {device.type}"
+    if device.type != "cpu":
+        return torch.float32, f"no fast bfloat16 on this {device.type}"
+    rates = rates or product_rates(256, 512, 2048)
+    fast = rates["bfloat16"] > 1.1 * rates["float32"]      # casting weights and activations costs some of the gain
+    return torch.bfloat16 if fast else torch.float32, (
+        f"timed: {rates['float32']:.3g} TFLOP/s in float32, {rates['bfloat16']:.3g} in bfloat16")
 
 
 def autocast(device, dtype):
@@ -867,20 +1101,14 @@ def lr_at(step, cfg):
 
 
 def compile_model(model):
-    """The same model with its blocks and its loss compiled."""
+    """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
     model.nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
     return model
-
-
-def clip_gradients(params, limit):
-    """Norm of all gradients before they are scaled down to `limit` (0: not at all)."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if limit and norm > limit:
-        torch._foreach_mul_(grads, limit / norm)
-    return norm
 
 
 # -----------------------------------------------------------------------------
@@ -888,7 +1116,13 @@ def clip_gradients(params, limit):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
+RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
+CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
+CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
+              "step": whole_number, "best_val_loss?": loss_or_infinity, "data?": IDENTITY, "rng?": dict,
+              "optimizer?": {"state": dict, "param_groups": list}}
+LOG_LINE = {"type": str, "step?": whole_number, "config?": dict}
 
 
 def relative(path):
@@ -896,73 +1130,154 @@ def relative(path):
     return os.path.relpath(path) if path and os.path.isabs(path) else path
 
 
+def why_unwritten(e):
+    """Why the system refused to write, which PyTorch tells by where its file ends."""
+    e = e.__context__ if isinstance(e.__context__, OSError) else e
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"disk full: {e.strerror}"
+    return getattr(e, "strerror", None) or brief(e)
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}); {KEPT}") from None
+
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """Make the run folder this process's own: locked, and without what killed runs left half written. A folder that
+    nothing was written to is removed again. Raises UserError where another run holds it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):                 # where no lock can be made, start_folder() says why
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(remove_empty, made)
+            stack.enter_context(exclusive(folder / "lock", folder))
+            for path in (path for name in RUN_FILES for path in folder.glob(f"{name}.*tmp")):
+                path.unlink()
+        yield
+
+
+def remove_empty(folders):
+    with contextlib.suppress(OSError):                     # the first that isn't empty ends it
+        for folder in folders:
+            folder.rmdir()
 
 
 def save_checkpoint(path, cfg, tokenizer, model, **state):
-    """state: step, tokens, best_val_loss, and in last.pt optimizer and rng."""
-    words = tokenizer.words if tokenizer.name == "word" else None
+    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
+    words = getattr(tokenizer, "words", None)
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
                    model=model.state_dict(), **state)
-    write_whole(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary):
+        with open(temporary, "wb") as f:                   # by its path, PyTorch would hide why it can't be written
+            torch.save(content, f)
+
+    write_whole(path, write)
+
+
+def verify_records(f):
+    """Raise ValueError or zipfile.BadZipFile unless each record of an open checkpoint has the CRC-32 that torch.save
+    gave it, which torch.load doesn't look at: a flipped bit would be a weight of 1e36. A second for 1.6 GB."""
+    with zipfile.ZipFile(f) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("compressed records")         # a small file could unpack to any size
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged}")
+    f.seek(0)
+
+
+def config_of(logged: dict) -> Config:
+    """The Config in a log, checkpoint or result; a flag that is younger has today's default. Raises ValueError or
+    TypeError where it isn't one."""
+    check(logged, CONFIG, "config")
+    return Config(**logged)
+
+
+def checkpoint_file(path):
+    """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
+    path = Path(path)
+    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+        raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
+                        "trains two small ones)")
+    return path
 
 
 def load_checkpoint(path, device="cpu"):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
     unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give a last.pt or best.pt of a run folder")
+    path = checkpoint_file(path)
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except (*BROKEN, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged, or holds more than weights and settings ({type(e).__name__}); nothing "
-                        "in it was run") from None
-    if not isinstance(ckpt, dict) or not {"format", "config", "tokenizer", "model", "step"} <= ckpt.keys():
-        raise UserError(f"{path} is not a checkpoint of train_dba.py")
+        with open(path, "rb") as f:
+            verify_records(f)
+            ckpt = torch.load(f, map_location=device, weights_only=True)
+    except (*BROKEN, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged, or holds more than weights and settings ({brief(e)}); nothing in it was "
+                        "run") from None
     try:
-        cfg = ckpt["config"] = Config(**ckpt["config"])    # a flag that is younger than the checkpoint has its default
-        ckpt["tokenizer"] = make_tokenizer(ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"])
+        check(ckpt, CHECKPOINT, "it")
+    except ValueError as e:
+        raise UserError(f"{path} is not a checkpoint of train_dba.py, or not a whole one ({e})") from None
+    try:
+        cfg = ckpt["config"] = config_of(ckpt["config"])
+        tokenizer = ckpt["tokenizer"] = make_tokenizer(ckpt["tokenizer"]["name"], ckpt["tokenizer"]["words"])
         wrong = list(out_of_range(vars(cfg))) or problems(dataclasses.replace(cfg, mode="train"), {})
+        if ckpt["step"] > cfg.steps:
+            wrong.append(f"step {ckpt['step']} of {cfg.steps}")
     except BROKEN as e:
-        wrong = [f"{type(e).__name__}: {e}"]
+        wrong = [brief(e)]
     if wrong:
         raise UserError(f"{path} has broken settings, or those of another version of train_dba.py ({'; '.join(wrong)})")
+    if "data" in ckpt:                                     # a checkpoint that is older than this key has the vocabulary
+        ckpt["data"].setdefault("tokenizer_sha256", tokenizer_hash(tokenizer))
     return ckpt
+
+
+def load_weights(model, weights, **assign):
+    """Put a checkpoint's weights into a model. Raises UserError unless they are its own."""
+    try:
+        check(weights, model.state_dict(), "model")
+        model.load_state_dict(weights, **assign)
+    except (*BROKEN, RuntimeError) as e:
+        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
 
 
 def load_model(ckpt):
     """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
-    cfg, weights = ckpt["config"], ckpt["model"]
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
-            model = GPT(cfg, ckpt["tokenizer"].vocab_size)
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, AttributeError, TypeError) as e:
-        raise UserError(f"the checkpoint's weights don't fit its settings ({' '.join(str(e).split())[:200]})") from None
+            model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
+    except (*BROKEN, RuntimeError) as e:
+        raise UserError(f"the checkpoint's weights can't have its settings ({brief(e)})") from None
+    load_weights(model, ckpt["model"], assign=True)
     return model.eval()
 
 
 def provenance(device):
-    """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit."""
+    """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit. That is
+    unknown where the code was unpacked inside another repository."""
     def git(*args):
         try:
             command = ["git", "-C", str(Path(__file__).parent), *args]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):   # no git, or not a clone
+            return subprocess.run(command, capture_output=True, check=True).stdout.decode().strip()
+        except (OSError, ValueError, subprocess.CalledProcessError):            # no git, or not a clone
             return None
 
-    commit = git("rev-parse", "HEAD")
+    own = git("rev-parse", "--show-prefix") == "" and git("ls-files", Path(__file__).name)
+    commit = git("rev-parse", "HEAD") if own else None
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 platform=platform.system(), cpu=cpu_features().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -975,20 +1290,27 @@ def append_line(path, **line):
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
     except OSError as e:
-        raise UserError(f"can't write {path} ({e.strerror}); {KEPT}") from None
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
 def read_log(path):
     """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        lines = read_bytes(path, 2**30).splitlines()
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is no log ({brief(e)}); use another --out-dir") from None
     parsed = []
     for i, line in enumerate(lines):
         try:
             parsed.append(json.loads(line))
-            parsed[-1]["type"]
-        except (ValueError, TypeError, KeyError):
+            check(parsed[-1], LOG_LINE, "the line")
+        except BROKEN as e:
             if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is no log line; mend it, or start afresh with --overwrite") from None
+                raise UserError(f"{path}:{i + 1} is no log line ({brief(e)}); mend it, or start afresh with "
+                                "--overwrite") from None
+            del parsed[i:]
     return parsed
 
 
@@ -1006,23 +1328,38 @@ def find_run(cfg, given):
                         "from, but not trained on")
     if log and "config" not in log[0]:
         raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
-    saved = {**DEFAULTS, **(dataclasses.asdict(ckpt["config"]) if ckpt else log[0]["config"])}
+    try:
+        saved = dataclasses.asdict(ckpt["config"] if ckpt else config_of(log[0]["config"]))
+    except BROKEN as e:
+        raise UserError(f"{folder}/train.jsonl has broken settings ({brief(e)}); use another --out-dir, or "
+                        "--overwrite") from None
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
+    if cfg.dtype == "auto":                                # a run keeps the type that it began with
+        cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
-    differ = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
-              if name not in MAY_CHANGE and value != saved.get(name)]
+    may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
+    differ = [f"{flag_name(name)} was {saved[name]!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
+              if name not in may_change and value != saved[name]]
     if differ:
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(differ)}); use another --out-dir, or "
                         "--overwrite")
-    finished = bool(log) and log[-1].get("type") == "done" and log[-1].get("step") == cfg.steps
+    finished = bool(log) and log[-1]["type"] == "done" and log[-1].get("step") == cfg.steps
     if ckpt is None and len(log) > 1 and not finished:
         raise UserError(f"{folder} has a log but no last.pt to go on from; use another --out-dir, or --overwrite")
     return cfg, ckpt, finished
 
 
-def start_folder(cfg, ckpt, device, meta, argv):
+def shell_quote(arg):
+    """An argument as a shell reads it, in characters that any file can hold: a path may have bytes that aren't text."""
+    if arg.isprintable():
+        return shlex.quote(arg)
+    plain = b"'\\"
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in plain else f"\\x{b:02x}" for b in os.fsencode(arg)) + "'"
+
+
+def start_folder(cfg, ckpt, env, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
     try:
@@ -1031,11 +1368,10 @@ def start_folder(cfg, ckpt, device, meta, argv):
         raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
-    env = provenance(device)
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
     launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
     command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
-    texts = {"command.txt": shlex.join(command) + "\n",
+    texts = {"command.txt": " ".join(map(shell_quote, command)) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
@@ -1043,22 +1379,59 @@ def start_folder(cfg, ckpt, device, meta, argv):
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, lambda temporary: temporary.write_text(text))
+        write_whole(folder / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# -----------------------------------------------------------------------------
+# Progress
+
+LINE_SECONDS = 30                                          # between lines where standard error is no terminal
+
+
+class PlainLines:
+    """The file of a bar that nobody watches: each of its states becomes a line of standard error."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(total, unit, desc, **how):
+    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. how: more arguments of tqdm."""
+    plain = dict(file=PlainLines(), mininterval=LINE_SECONDS, delay=LINE_SECONDS, miniters=1, bar_format=(
+        "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} " + unit + ", {rate_fmt}, {remaining} left{postfix}"))
+    where = dict(dynamic_ncols=True) if sys.stderr.isatty() else plain
+    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **how)
 
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
+def perplexity(nll: float) -> float | None:
+    """exp of a mean nll in nats; None above 709, where a float has no room for it."""
+    return math.exp(nll) if nll <= 709 else None
+
+
 @torch.no_grad()
-def evaluate(model, data, cfg, device, dtype, ranks):
-    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over."""
+def evaluate(model, data, cfg, micro, ranks, dtype):
+    """Mean nll in nats over the fixed validation windows, and the number of tokens it is over. Every rank takes part
+    in each forward pass, of `micro` windows."""
     model.eval()
     nll, count = 0.0, 0
-    for i, (x, y) in enumerate(eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters)):
-        if i % ranks.world == ranks.rank:
-            with autocast(device, dtype):
-                nll += model(x.to(device), y.to(device)).item()
-            count += int((y >= 0).sum())
+    batches = -(-(len(data.val) - 1) // (cfg.batch_size * cfg.block))
+    bar = progress(min(batches, cfg.eval_iters or batches), "batch", "evaluating", leave=False, disable=ranks.rank > 0)
+    for x, y in eval_batches(data.val, cfg.batch_size, cfg.block, cfg.eval_iters):
+        spare = -len(x) % (micro * ranks.world)            # rows without a target, so that ranks have as many parts
+        parts = zip(F.pad(x, (0, 0, 0, spare)).split(micro), F.pad(y, (0, 0, 0, spare), value=-1).split(micro))
+        for inputs, targets in list(parts)[ranks.rank::ranks.world]:
+            with autocast(ranks.device, dtype):
+                nll += model(inputs.to(ranks.device), targets.to(ranks.device)).item()
+            count += int((targets >= 0).sum())
+        bar.update()
+    bar.close()
     model.train()
     nll, count = ranks.sum(nll, count)
     return nll / count, int(count)
@@ -1095,12 +1468,14 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
     return total.item()
 
 
-def catch_signals():
-    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once."""
+def catch_signals(waits_for):
+    """List that SIGINT and SIGTERM append themselves to; a second SIGINT ends the process at once. waits_for() makes
+    the sentence, or "", that a signal is answered with."""
     caught = []
 
     def note(signum, frame):
         caught.append(signum)
+        os.write(2, waits_for().encode())                  # print may be what the signal has interrupted
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -1122,7 +1497,7 @@ def describe(cfg, data, ranks, dtype, why):
         print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
               flush=True)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
-                data=dict(sizes, sha256=data.sha256))
+                data=data.identity)
 
 
 def build(cfg, vocab_size, device):
@@ -1133,32 +1508,45 @@ def build(cfg, vocab_size, device):
 
 
 def restore(ckpt, model, optimizer, rng):
-    """Put them where a checkpoint left them."""
+    """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
+    load_weights(model, ckpt["model"])
+    groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("another model's parameters")
+        steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
+        for i, p in enumerate(params if ckpt["step"] else []):
+            check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
+            if saved["state"][i]["step"] != steps:
+                raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"last.pt doesn't fit this run ({' '.join(str(e).split())[:200]}); use another --out-dir, or "
-                        "--overwrite") from None
+        raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
 
 
 def train(cfg, given, argv):
     """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
-    # --- device, data, run folder
+    # --- device, run folder, data
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
-    dtype, why = pick_dtype(cfg.dtype, device)
-    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    main_rank = ranks.rank == 0
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
-    main_rank = ranks.rank == 0
+    env = provenance(device)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
+    if cfg.dtype == "auto" and device.type == "cpu":
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
+    dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
 
@@ -1166,15 +1554,13 @@ def train(cfg, given, argv):
     model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device)
     step, best = 0, math.inf
     if ckpt:
-        if ckpt["data"] != meta["data"]:
-            raise UserError(f"{folder} was trained on other data ({ckpt['data']}, not {meta['data']}); use another "
-                            "--out-dir, or --overwrite")
+        check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
         restore(ckpt, model, optimizer, rng)
         step, best = ckpt["step"], ckpt["best_val_loss"]
     runner = compile_model(model) if cfg.compile else model
     if ranks.world > 1:
         runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
-                                         broadcast_buffers=False)
+                                         broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def log(kind, **fields):
         if main_rank:
@@ -1188,17 +1574,20 @@ def train(cfg, given, argv):
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
 
-    ranks.sum(0)                                           # every rank has read the folder before rank 0 writes to it
+    ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
-        start_folder(cfg, ckpt, device, meta, argv)
+        start_folder(cfg, ckpt, env, meta, argv)
     if ckpt is None:
         save_last()                                        # so that a log without a checkpoint means a deleted one
     del ckpt
 
     # --- training loop
-    caught = catch_signals()
-    bar = tqdm(total=cfg.steps * cfg.tokens_per_step, initial=step * cfg.tokens_per_step, unit="tok", unit_scale=True,
-               disable=not main_rank, dynamic_ncols=True)
+    doing = "finishing"
+    caught = catch_signals(lambda: f"\n{doing} step {step}, then saving\n" if main_rank else "")
+    bar = progress(cfg.steps * cfg.tokens_per_step, "tok", "training", initial=step * cfg.tokens_per_step,
+                   disable=not main_rank)
+    if cfg.compile and main_rank:
+        bar.write("compiling: the first step, and the first evaluation, take a minute or more", file=sys.stderr)
     seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
     while step < cfg.steps and not stop_with:
         step += 1
@@ -1210,8 +1599,8 @@ def train(cfg, given, argv):
             group["lr"] = lr
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
-        nll, interrupted, terminated = ranks.sum(nll, signal.SIGINT in caught, signal.SIGTERM in caught)
-        loss, grad_norm = nll / cfg.tokens_per_step, clip_gradients(list(model.parameters()), cfg.grad_clip).item()
+        loss = ranks.sum(nll)[0] / cfg.tokens_per_step
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -1219,7 +1608,6 @@ def train(cfg, given, argv):
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
         bar.update(cfg.tokens_per_step)
 
@@ -1230,17 +1618,21 @@ def train(cfg, given, argv):
                 step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
-            val_loss, val_tokens = evaluate(model, data, cfg, device, dtype, ranks)
+            doing = "finishing the evaluation after"
+            val_loss, val_tokens = evaluate(model, data, cfg, micro, ranks, dtype)
+            doing = "finishing"
             if not math.isfinite(val_loss):
                 raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
             improved, best = val_loss < best, min(val_loss, best)
             bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
-            ppl = math.exp(val_loss) if val_loss < 700 else None
-            log("eval", val_loss=val_loss, val_ppl=ppl, val_bpb=bpb, val_tokens=val_tokens, best_val_loss=best)
+            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=best)
             if main_rank:
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
+        interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
+        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         if step % cfg.save_every == 0 or last or stop_with:
             save_last()
             saved_at = step
@@ -1365,17 +1757,19 @@ def cache_bytes(cfg, batch, tokens, policy, residual=0):
 class CacheStream:
     """One cached tensor of one layer, channel-major, so that tokens are contiguous. Settled tokens are codes
     [B, rows, slots] and scales [B, blocks, slots], as quantize() makes them, or plain floats and None; ring
-    [B, C, slots] holds the newest tokens as floats."""
+    [B, C, slots] holds the newest tokens as floats, its slots a multiple of ring_block. Kernels know no more of the
+    formats than what is here: their names, bits, and the levels of nf4."""
+    levels, ring_block = NF4, RING_BLOCK
 
     def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.channels, (bits, scale_bytes) = fmt, channels, FORMATS[fmt]
-        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if bits == 8 else torch.uint8)
-        rows = -(-channels * bits // 8) if scale_bytes else channels
+        self.fmt, self.ring_fmt, self.channels, (self.bits, scale_bytes) = fmt, ring_format(fmt), channels, FORMATS[fmt]
+        dtype = FLOAT_FORMATS.get(fmt, torch.int8 if self.bits == 8 else torch.uint8)
+        rows = -(-channels * self.bits // 8) if scale_bytes else channels
         self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
         self.scales = None
         if scale_bytes:
             self.scales = torch.empty(batch, -(-channels // 32), settled, dtype=torch.float16, device=device)
-        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[ring_format(fmt)], device=device)
+        self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[self.ring_fmt], device=device)
 
     def read(self, part, start, stop):
         """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
@@ -1400,9 +1794,10 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`; the newer ones, up to `window`,
-    are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
-    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read so
+    by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows,
+    positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t) go into
+    the ring.
 
     Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
     would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring
@@ -1415,6 +1810,7 @@ class Span:
     """
     pos: torch.Tensor
     settled: torch.Tensor
+    seen: int
     end: int
     window: int
     leaving: tuple
@@ -1425,12 +1821,13 @@ class Span:
 
     def chunks(self, most, newest="ring"):
         """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache, the
-        settled ones and those of newest, "ring" or "recent". The position of an empty slot is beyond all queries."""
+        settled ones, none of which begins before `seen` and ends after it, and those of newest, "ring" or "recent". The
+        position of an empty slot is beyond all queries."""
         settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
         newer = self.recent.size(1) if newest == "recent" else self.window
-        for part, slots in (("settled", self.end), (newest, newer)):
-            for start in range(0, slots, most):
-                stop = min(start + most, slots)
+        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), (newest, 0, newer)):
+            for start in range(first, end, most):
+                stop = min(start + most, end)
                 slot = torch.arange(start, stop, device=self.pos.device)
                 if part == "settled":
                     pos = torch.where(slot < settled, slot, beyond)
@@ -1467,10 +1864,12 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
+        seen, recent = int(torch.minimum(settled, length + min(T, 1)).min()), None
+        if T > 1 and self.window and (settled > self.settled).any():
+            seen, recent = int(self.settled.min()), self.recent_positions(pos).to(self.device)
         floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
-        recent = self.recent_positions(pos).to(self.device) if T > 1 and self.window and (settled > self.settled).any() else None
-        return Span(pos.to(self.device), settled.to(self.device), int(settled.max()), self.window, leaving, settling,
-                    staying, floats, recent)
+        return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
+                    settling, staying, floats, recent)
 
     def recent_positions(self, pos):
         """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
@@ -1521,43 +1920,72 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
+FUSED_FROM = 16                                            # queries that share a key, see benchmarks/prefill_speed.py
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend_chunk(q, k, v, visible=None):
+    """Attention over some of the keys, and the log-sum-exp of its scores, to merge it with that over others.
+
+    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible: None for all, or
+    [B, 1, M, S]. Returns float32 [B, G, M, u], [B, G, M, 1]; a query that sees nothing has a log-sum-exp of -1e38 at
+    most. On a CPU its fused kernel serves many queries, though it takes tokens in rows and one width for all.
+    """
+    M, u, least = q[0].size(2), v.size(2), torch.finfo(torch.float32).min / 2
+    if v.device.type != "cpu" or M < FUSED_FROM:
+        scores = sum(a @ b for a, b in zip(q, k))                               # [B, G, M, S]
+        scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=least)
+        p = torch.exp(scores - top)
+        total = p.sum(-1, keepdim=True)
+        return p @ v.mT / total.clamp(min=1e-30), top + total.log()
+    q, k, v = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT
+    width = max(q.size(3), u)
+    q, k, v = (F.pad(x, (0, width - x.size(3))).contiguous() for x in (q, k, v))
+    mask = None if visible is None else torch.where(visible, 0.0, least)
+    out, log_sum = fused_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return out[..., :u], log_sum[..., None]
+
+
 def decode_attention(q, streams, shape, span, null=None, recent=None):
-    """Causal attention of new tokens over a cache that already holds them, by an online softmax over chunks of it.
+    """Causal attention of new tokens over a cache that already holds them, a chunk of it at a time, so that no float
+    copy of the whole exists.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
     [B, H, T], value [G, v]). recent: None, or of every stream the floats [B, C, window + T] at the positions
     span.recent, which queries read from span.floats on in place of the ring and of what has settled since. Returns
     [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
-    def read(name, part, start, stop):
-        x = recent[name][..., start:stop].float() if part == "recent" else streams[name].read(part, start, stop)
-        return x.unflatten(1, (G, -1))                                          # [B, G, channels, S]
-
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
-    q = q.float().reshape(B, G, H // G * T, -1).split([streams[path.stream].channels // G for path in shape.paths], 3)
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    names = [path.stream for path in shape.paths]
+    q = q.float().reshape(B, G, H // G * T, -1).split([streams[name].channels // G for name in names], 3)
     if null is None:
-        top, total, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0, 0.0
+        log_sum, out = q[0].new_full((B, G, H // G * T, 1), torch.finfo(torch.float32).min), 0.0
     else:                                                                       # the null token is the first key seen
         score, value = null
-        top, total = score.float().reshape(B, G, H // G * T, 1), 1.0
-        out = value.float()[None, :, None]                                      # [1, G, 1, v]
+        log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
+    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
         most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
         for part, start, stop, pos in span.chunks(most, newest):
-            visible = pos[:, None] <= span.pos[:, :, None]                                        # [B, T, S]
-            if recent is not None:
-                visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "recent")
-            visible = visible.repeat(1, H // G, 1)[:, None]                                       # [B, 1, H/G·T, S]
-            k = (read(path.stream, part, start, stop) for path in shape.paths)
-            scores = torch.where(visible, sum(a @ b for a, b in zip(q, k)), -torch.inf)           # [B, G, H/G·T, S]
-            v = read(shape.v_stream, part, start, stop)                                           # [B, G, v, S]
-            v = torch.where(pos[:, None, None] <= span.pos[:, -1:, None, None], v, 0.0)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            p, decay = torch.exp(scores - new_top), torch.exp(top - new_top)
-            total, out, top = total * decay + p.sum(-1, keepdim=True), out * decay + p @ v.mT, new_top
-    return (out / total).reshape(B, H, T, -1)
+            if part == "recent":
+                held = {name: x[..., start:stop].float() for name, x in recent.items()}
+            else:
+                held = {name: stream.read(part, start, stop) for name, stream in streams.items()}
+            held = {name: x.unflatten(1, (G, -1)) for name, x in held.items()}                        # [B, G, ., S]
+            visible = None
+            if part != "settled" or stop > span.seen:      # not by all queries; and there may be a NaN
+                there = pos[:, None, None] <= span.pos[:, -1:, None, None]                            # [B, 1, 1, S]
+                held = {name: torch.where(there, x, 0.0) for name, x in held.items()}
+                visible = pos[:, None] <= span.pos[:, :, None]                                        # [B, T, S]
+                if recent is not None:
+                    visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "recent")
+                visible = visible.repeat(1, H // G, 1)[:, None]                                       # [B, 1, H/G·T, S]
+            more, more_log_sum = attend_chunk(q, [held[name] for name in names], held[shape.v_stream], visible)
+            new = torch.logaddexp(log_sum, more_log_sum)
+            out, log_sum = out * torch.exp(log_sum - new) + more * torch.exp(more_log_sum - new), new
+    return out.reshape(B, H, T, -1)
 
 
 @dataclass(frozen=True)
@@ -1593,17 +2021,36 @@ def pick_token(logits, temperature, top_k, top_p, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
 
 
+def why_not_finite(cache):
+    """Why the logits after a cache of one sequence aren't finite, and what to do: the first stream that is to blame."""
+    settled, length = int(cache.settled[0]), int(cache.length[0])
+    slots = torch.arange(settled, length) % max(1, cache.window)
+    for i, layer in enumerate(cache.layers):
+        for name, stream in layer.items():
+            held = stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., slots]
+            if all(values.isfinite().all() for values in held):
+                continue
+            if stream.fmt in ("fp32", "bf16"):
+                return f"layer {i}'s {name} isn't, before it is cached; try --dtype float32, or another checkpoint"
+            return f"layer {i}'s {name} is beyond float16, which --kv-cache {stream.fmt} uses; give fp32 or bf16"
+    return "what is cached is; try --dtype float32, or another checkpoint"
+
+
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
 
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
-    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens."""
+    """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens.
+    Raises UserError where the logits aren't finite."""
     generator = torch.Generator().manual_seed(seed)
     for chunk in prompt.split(PREFILL_CHUNK, 1):
         h = model.hidden(chunk, cache)
     for i in range(max_new_tokens):
-        token = pick_token(model.logits(h[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.logits(h[:, -1])
+        if not logits.isfinite().all():
+            raise UserError(f"the logits of token {cache.length.max() + 1} aren't finite: {why_not_finite(cache)}")
+        token = pick_token(logits, temperature, top_k, top_p, generator)
         yield token
         if i + 1 < max_new_tokens:
             h = model.hidden(token.to(prompt.device), cache)
@@ -1651,12 +2098,13 @@ def auto_policy(cfg, model_cfg):
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
     try:
-        policy = json.loads(path.read_text())
+        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
         formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
         kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
         whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and residual >= 0 and type(kernel) is str)
-    except BROKEN:
+                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
+                 and kernel in ("auto", "torch", "triton", "metal"))
+    except (*BROKEN, RecursionError, OSError):
         whole = False
     if not whole:
         raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
@@ -1667,6 +2115,17 @@ def auto_policy(cfg, model_cfg):
           f"residual {residual}, kernel {kernel}", file=sys.stderr)
     return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual, kernel=kernel,
                                **{f"kv_cache_{name}": fmt for name, fmt in formats.items()})
+
+
+def rotate_cache(model):
+    """rotate_cache() of kernels/rotate.py, for --kv-rotate. Raises UserError where that is missing, or can't."""
+    try:
+        from kernels import rotate
+        rotate.rotate_cache(model)
+    except ModuleNotFoundError as e:
+        raise UserError(f"--kv-rotate: no module {e.name} beside train_dba.py") from None
+    except ValueError as e:
+        raise UserError(f"--kv-rotate: {e}") from None
 
 
 def compare_bytes(cfg, formats):
@@ -1683,32 +2142,54 @@ def compare_bytes(cfg, formats):
             f"head{'s' * (groups > 1)} in {same}")
 
 
-def resolve_kernel(name, device, tokens):
-    """(Kernel, why) of --kernel for a cache of `tokens` tokens. Raises UserError where it can't serve."""
+# Heads that share keys, and whose channels straddle bytes and blocks.
+KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_dim=32, geo_dim=72, attn_dim=104)
+
+
+def resolve_kernel(name, device):
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
+    kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
         import kernels
-        found, why = kernels.choose(name, device, tokens)
+        module, why = kernels.choose(name, device)
     except ModuleNotFoundError as e:
         if name != "auto" or not e.name.startswith("kernels"):
             raise UserError(f"--kernel {name}: no module {e.name}") from None
         return TORCH, f"no module {e.name} beside train_dba.py"
     except ValueError as e:
         raise UserError(f"--kernel {name}: {e}") from None
-    return (Kernel(**found) if found else TORCH), why
+    if module is None:
+        return TORCH, why
+    kernel = Kernel(**module.KERNEL)
+    try:
+        caches = [KVCache(KERNEL_TEST, 2, 640, "hetero", 32, device, each) for each in (kernel, TORCH)]
+        error = kernels.difference(*caches, KERNEL_TEST.n_head)
+        problem = "" if error <= kernels.TOLERANCE else f"it differs from torch by {error:.1e} on a small cache"
+    except module.FAILURES as e:
+        problem = f"it fails here ({str(e).splitlines()[0]})"
+    if not problem:
+        return kernel, f"{why}, agrees with torch on a small cache"
+    if name != "auto":
+        raise UserError(f"--kernel {name}: {problem}; use --kernel torch")
+    print(f"warning: no kernel {kernel.name}: {problem}", file=sys.stderr)
+    return TORCH, f"{kernel.name}: {problem}"
 
 
 def sample(cfg):
     """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
-    dtype, why = pick_dtype(cfg.dtype, device)
+    cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
     ckpt = load_checkpoint(cfg.ckpt, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
+    rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
+    dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
     tokens = len(ids) + cfg.max_new_tokens - 1
-    kernel, why_kernel = resolve_kernel(cfg.kernel, device, tokens)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device)
     if cfg.kv_rotate:
         rotate_cache(model)
     try:
@@ -1847,12 +2328,21 @@ def make_config(**given):
     return cfg
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("--") else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {message} ({hint}--help lists the flags)\n")
+
+
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
-    parser = argparse.ArgumentParser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
+    parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
@@ -1871,10 +2361,16 @@ def main(argv=None):
     """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
+            sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
         cfg = make_config(**given)
         keep_freed_memory()
-        return train(cfg, given, argv) if cfg.mode == "train" else sample(cfg)
+        if cfg.mode == "sample":
+            return sample(cfg)
+        main_rank = os.environ.get("RANK", "0") == "0"
+        with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
+            return train(cfg, given, argv)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1

@@ -51,7 +51,7 @@ def dequantised(q, streams, shape, span):
 def contenders(H, r, p, batch, tokens, device):
     """{name: (call without arguments, bytes of cache that it reads)}"""
     cfg = make_config(data="-", attn_mode="decoupled", n_head=H, sem_dim=H * r, geo_dim=H * p, d_model=64 * H, layers=1)
-    kernel, _ = resolve_kernel("auto", device, 2**20)
+    kernel, _ = resolve_kernel("auto", device)
     cache, span = filled(cfg, batch, tokens, kernel, device)
     q, streams, shape = torch.randn(batch, H, 1, r + p, device=device), cache.layers[0], cache.shape
     half, n = torch.bfloat16 if device.type == "cpu" else torch.float16, train_dba.bytes_per_token(cfg, "hetero")

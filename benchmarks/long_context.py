@@ -45,7 +45,7 @@ def main():
     cfg = make_config(data="-", attn_mode="decoupled", null_attn=True, tie_qk=True)
     model, prompt = GPT(cfg, 256).init_weights().eval(), torch.randint(256, (1, args.tokens))
     total = args.tokens + args.steps + 8
-    kernel, _ = resolve_kernel("auto", device, total)
+    kernel, _ = resolve_kernel("auto", device)
     with autocast(device, dtype):                          # once without a cache of size, so that weights are cast
         warm = KVCache(cfg, 1, PREFILL_CHUNK, "hetero", kernel=kernel)
         model.hidden(prompt[:, :PREFILL_CHUNK], warm)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import (Report, Subject, check_out, held_out, load_subject, progress, quiet, text_table,
+from evals.subject import (Progress, Report, Subject, check_out, held_out, load_subject, quiet, text_table,
                            write_result)
 from evals.timing import WARM_UP, decode_times
 from paper.stats import frontier
@@ -184,7 +184,7 @@ def calibration_windows(ids: torch.Tensor, count: int, length: int) -> torch.Ten
 def kernel_times(subject: Subject, policy: Policy, tokens: int) -> dict[str, float]:
     """{--kernel: median ms of a decode step at the end of so many tokens} for a policy's formats, or {} where `auto`
     is the torch path at that length."""
-    if resolve_kernel("auto", subject.device, tokens)[0] == train_dba.TORCH:
+    if resolve_kernel("auto", subject.device)[0] == train_dba.TORCH:
         return {}
     times, steps = {}, 16
     prompt = torch.zeros(1, tokens - WARM_UP - steps, dtype=torch.long, device=subject.device)
@@ -274,7 +274,7 @@ def main(args) -> None:
         windows = calibration_windows(held.ids, max(1, args.tokens // length), length)
 
         def measure(policies: list[Policy]) -> dict:
-            with progress("window", what) as report:
+            with Progress("window", what) as report:
                 return measure_policies(subject, rotated, policies, windows, last, args.batch_size, report)
         return measure
 

@@ -5,8 +5,8 @@ import math
 import torch
 
 import train_dba
-from evals.subject import (HeldOut, Report, Subject, cache_name, check_out, formats_of, held_out, load_subject,
-                           progress, quiet, result_path, text_table, write_result)
+from evals.subject import (HeldOut, Progress, Report, Subject, cache_name, check_out, formats_of, held_out,
+                           load_subject, quiet, result_path, text_table, write_result)
 from paper.stats import mean_interval, perplexity
 from train_dba import KVCache, UserError, autocast, bytes_per_token, rotate_cache
 
@@ -119,7 +119,7 @@ def main(args) -> None:
     held = held_out(subject, args.data, args.max_tokens)
     if args.kv_rotate:
         rotate_cache(subject.model)
-    with progress("tok") as report:
+    with Progress("tok", "loss") as report:
         results = measure(subject, held, caches, block=block, stride=stride, residual=args.kv_residual,
                           batch_size=args.batch_size, report=report)
     named = {cache_name(name, args.kv_rotate, args.kv_residual): found for name, found in results.items()}

@@ -14,8 +14,9 @@ import torch
 
 import train_dba
 from evals.ppl import window_nll
-from evals.subject import (Report, Subject, cache_name, check_out, formats_of, load_subject, progress, quiet,
-                           read_result, result_path, text_table, write_result)
+from evals.subject import (Progress, Report, Subject, cache_name, check_out, formats_of, load_subject, quiet,
+                           result_path, text_table, write_result)
+from paper.shapes import read_json
 from paper.stats import mcnemar, wilson
 from train_dba import KVCache, UserError, autocast, rotate_cache
 
@@ -38,7 +39,7 @@ RULES = {
 }
 CHECKS = ("exact", "content", "preferred", "loop")
 CASE = dict(set=str, name=str, prompt=str, target=str, distractor=str)
-COMPARABLE = {"cases": [{**CASE, **dict.fromkeys(CHECKS, bool)}]}               # of a result of this command
+COMPARABLE = dict(cases=[{**CASE, **dict.fromkeys(CHECKS, bool)}])              # of a result of this command
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def case_key(case: dict) -> tuple:
 def read_checks(path: str, cases: list[dict]) -> list[dict]:
     """The checks of another result of this command for each of these cases. Raises UserError."""
     others = {}
-    for case in read_result(path, COMPARABLE)["cases"]:
+    for case in read_json(Path(path), COMPARABLE)["cases"]:
         others[case_key(case)] = case
     if others.keys() != {case_key(case) for case in cases}:
         raise UserError(f"--compare {path} has other cases: give both commands the same --instances and --seed")
@@ -372,7 +373,7 @@ def main(args) -> None:
     path = result_path(args.out, subject, "eval_probes" if cache == "fp16" else f"eval_probes_{cache}")
     if args.kv_rotate:
         rotate_cache(subject.model)
-    with progress("case") as report:
+    with Progress("case", "probes") as report:
         results = run_cases(subject, formats, cases, max_new_tokens=args.max_new_tokens, residual=args.kv_residual,
                             batch_size=args.batch_size, report=report)
     counts = count_hits(results)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evals.subject import (Report, Subject, check_out, held_out, load_subject, progress, quiet, result_path,
-                           text_table, write_result)
+from evals.subject import (Progress, Report, Subject, check_out, held_out, load_subject, quiet, result_path, text_table,
+                           write_result)
 from train_dba import GPT, UserError, autocast, write_whole
 
 DEFINITIONS = {
@@ -289,7 +289,7 @@ def main(args) -> None:
     parts = windows_for(subject, held.ids, args.tokens, args.block or subject.cfg.block)            # [n, block]
     batches, records = parts.split(args.batch_size), {}
     for stage, model in (("trained", subject.model), ("initial", initial_model(subject))):
-        with progress("batch or layer", stage) as report:
+        with Progress("batch or layer", stage) as report:
             records[stage] = measure_ranks(subject, model, batches, args.centred, report)
     moment = "about the mean" if args.centred else "not centred"
     path = result_path(args.out, subject, "eval_rank")

@@ -5,30 +5,25 @@ load_subject() is the one loader: a run folder (its best.pt), a checkpoint, or a
 Hugging Face folder.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import train_dba
-from train_dba import (GPT, Config, UserError, cache_formats, load_checkpoint, load_model, pick_device, pick_dtype,
-                       provenance)
-
-MOST_BYTES = 2**28                                         # of a result that is read back
+from train_dba import (GPT, Config, UserError, cache_formats, check_same_data, checkpoint_file, load_checkpoint,
+                       load_model, pick_device, pick_dtype, provenance, tokenizer_hash)
 
 
 @dataclass
 class Subject:
-    """What is measured: a model in eval mode, its tokenizer, where its results go, the device and type of it, and the
-    sha256 of what it was trained on, where that is known."""
+    """What is measured: a model in eval mode, its tokenizer, where its results go, the device and type of it, and what
+    its checkpoint says of the data that it was trained on, where it does."""
     model: GPT
     tokenizer: object
     folder: Path
@@ -36,7 +31,7 @@ class Subject:
     sha256: str
     device: torch.device
     dtype: torch.dtype
-    data_sha256: str | None = None
+    data: dict | None = None
 
     @property
     def cfg(self) -> Config:
@@ -52,33 +47,27 @@ def file_hash(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def find_checkpoint(given: str | Path) -> Path:
-    """The file or Hugging Face folder that a --ckpt names. Raises UserError where there is none."""
-    path = Path(given)
-    missing = "`make checkpoints` trains runs/ckpt_standard and runs/ckpt_decoupled in a few minutes"
-    if not path.exists():
-        raise UserError(f"--ckpt {path} doesn't exist; {missing}")
-    if not path.is_dir() or (path / "config.json").is_file():
-        return path
-    if not (path / "best.pt").is_file():
-        raise UserError(f"--ckpt {path} holds no best.pt; {missing}")
-    return path / "best.pt"
-
-
 def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32") -> Subject:
     """The Subject of --ckpt, --device and --dtype. Raises UserError."""
     device = pick_device(device)
     dtype, _ = pick_dtype(dtype, device)
-    path = find_checkpoint(ckpt)
-    if path.is_dir() or path.suffix == ".gguf":
-        from convert_dba import load_llama
-        model, tokenizer = load_llama(path, device)
-        weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
+    path = Path(ckpt)
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        return load_pretrained(path, device, dtype)
+    path = checkpoint_file(path)
     content = load_checkpoint(path, device)
-    trained_on = content.get("data") or {}
     return Subject(load_model(content), content["tokenizer"], path.parent, content["step"], file_hash(path), device,
-                   dtype, trained_on.get("sha256"))
+                   dtype, content.get("data"))
+
+
+def load_pretrained(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The Subject of a Llama: a .gguf file, or a Hugging Face folder with safetensors. Raises UserError."""
+    from convert_dba import load_llama
+    if not path.exists():
+        raise UserError(f"{path} is not a file")
+    model, tokenizer = load_llama(path, device)
+    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -91,23 +80,17 @@ class HeldOut(NamedTuple):
     sha256: str
 
 
-def same_vocabulary(one: object, other: object) -> bool:
-    return (one.name, vars(one)) == (other.name, vars(other))
-
-
 def own_validation(subject: Subject) -> HeldOut:
     """The validation part that a checkpoint was trained with. Raises UserError unless it is the very same, in the ids
     of the checkpoint's own vocabulary."""
     cfg = subject.cfg
     if cfg.data is None:
         raise UserError("--data is missing: this model doesn't say what it was trained on")
-    if subject.data_sha256 is None:
+    if subject.data is None:
         raise UserError("--data is missing: this checkpoint doesn't hold the hash of what it was trained on")
     data = train_dba.load_data(cfg)
-    if data.sha256 != subject.data_sha256 or not same_vocabulary(data.tokenizer, subject.tokenizer):
-        raise UserError(f"{cfg.data} is no longer what the checkpoint was trained on (sha256 {data.sha256[:12]}, was "
-                        f"{subject.data_sha256[:12]}); put that file back, or name a text to measure by --data")
-    return HeldOut(torch.from_numpy(data.val.astype("int64")), data.val_bytes, data.sha256)
+    check_same_data(subject.data, data, "the checkpoint", "put that file back, or name a text to measure by --data")
+    return HeldOut(torch.from_numpy(data.val.astype("int64")), data.val_bytes, data.val_sha256 or data.sha256)
 
 
 def read_data(subject: Subject, path: Path) -> HeldOut:
@@ -116,7 +99,7 @@ def read_data(subject: Subject, path: Path) -> HeldOut:
         raise UserError(f"--data {path} is not a file")
     if path.suffix == ".npy":
         ids, tokenizer, info = train_dba.open_token_file(path)
-        if not same_vocabulary(tokenizer, subject.tokenizer):
+        if (tokenizer.name, tokenizer_hash(tokenizer)) != (subject.tokenizer.name, tokenizer_hash(subject.tokenizer)):
             raise UserError(f"{path} was made with {tokenizer.name}, {tokenizer.vocab_size} types; the model reads "
                             f"{subject.tokenizer.name}, {subject.tokenizer.vocab_size}, or other words")
         return HeldOut(torch.from_numpy(ids.astype("int64")), info["text_bytes"], info["sha256"])
@@ -209,44 +192,6 @@ def text_table(rows: list[tuple]) -> str:
     return "\n".join(lines)
 
 
-def misfit(value: object, shape: object, place: str = "it") -> str | None:
-    """What in a value read from JSON isn't of a shape, or None. A shape is a type, a tuple of types, [the shape of
-    every item], {str: the shape of every field}, or {name: the shape of that field, ...}."""
-    if isinstance(shape, (type, tuple)):
-        types = shape if isinstance(shape, tuple) else (shape,)
-        return None if type(value) in types else f"{place} is no {' or '.join(t.__name__ for t in types)}"
-    if type(value) is not type(shape):
-        return f"{place} is no {type(shape).__name__}"
-    if isinstance(shape, list):
-        parts = [(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value)]
-    elif str in shape:
-        parts = [(item, shape[str], f"{place}.{name}") for name, item in value.items()]
-    elif missing := shape.keys() - value.keys():
-        return f"{place} lacks {min(missing)}"
-    else:
-        parts = [(value[name], of_field, f"{place}.{name}") for name, of_field in shape.items()]
-    for part in parts:
-        if wrong := misfit(*part):
-            return wrong
-    return None
-
-
-def read_result(path: str | Path, shape: object) -> object:
-    """What a JSON file holds, of a shape as misfit() takes it. Raises UserError for whatever is wrong with the file."""
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file")
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes: too many for a result")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError, MemoryError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__})") from None
-    if wrong := misfit(value, shape):
-        raise UserError(f"{path} is damaged, or the result of another command ({wrong})")
-    return value
-
-
 # -----------------------------------------------------------------------------
 # Progress
 
@@ -257,11 +202,23 @@ def quiet(done: int, total: int) -> None:
     """The Report of who doesn't want one."""
 
 
-@contextlib.contextmanager
-def progress(unit: str, what: str | None = None) -> Iterator[Report]:
-    """A bar with rate and time left on standard error, as a Report."""
-    with tqdm(unit=unit, desc=what, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-        yield report
+class Progress:
+    """A bar with rate and time left, without a terminal lines of them, as a Report; made when the work begins to be
+    counted, and anew where it begins again."""
+
+    def __init__(self, unit: str, what: str):
+        self.unit, self.what, self.bar = unit, what, None
+
+    def __enter__(self) -> Report:
+        return self.report
+
+    def report(self, done: int, total: int) -> None:
+        if self.bar is None or done < self.bar.n:
+            self.__exit__()
+            self.bar = train_dba.progress(total, self.unit, self.what)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()

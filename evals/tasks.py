@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import (Report, Subject, check_out, load_subject, progress, quiet, read_result, result_path,
-                           text_table, write_result)
+from evals.subject import (Progress, Report, Subject, check_out, load_subject, quiet, result_path, text_table,
+                           write_result)
+from paper.shapes import Count, MapOf, read_json
 from paper.stats import mcnemar
 from train_dba import KVCache, UserError, autocast
 
@@ -23,7 +24,7 @@ TASKS = {
     "boolq": ("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
 }
 LOCAL_NAMES = {"validation": "valid", "test": "test"}
-COMPARABLE = {"tasks": {str: {"items": [str], "correct": {str: [int]}}}}        # of a result of this command
+COMPARABLE = dict(tasks=MapOf(dict(items=[str], correct=MapOf([Count]))))       # of a result of this command
 
 Request = tuple[list[int], list[int]]                      # ids of a context, ids of its continuation
 Score = tuple[float, bool]                                 # log-probability in nats, whether greedy decoding writes it
@@ -293,7 +294,7 @@ def main(args) -> None:
         import lm_eval
     except ModuleNotFoundError as e:
         raise UserError(f"tasks needs lm-eval ({e.name} is missing): pip install -r requirements-eval.txt") from None
-    other = read_result(args.compare, COMPARABLE)["tasks"] if args.compare else None
+    other = read_json(Path(args.compare), COMPARABLE)["tasks"] if args.compare else None
     check_out(args.out)
     with tempfile.TemporaryDirectory() as folder:
         loaded, missing = load_tasks(args.tasks, args.tasks_dir, Path(folder))
@@ -302,7 +303,7 @@ def main(args) -> None:
         for task in loaded.values():
             task.set_config("num_fewshot", 0)
         subject = load_subject(args.ckpt, args.device, args.dtype)
-        with progress("request") as report:
+        with Progress("request", "tasks") as report:
             model = lm_eval_model(subject, args.batch_size, report)
             results = lm_eval.evaluate(model, {"tasks": loaded}, limit=args.limit)
     done = {name: task_result(results, name) for name in loaded}

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import train_dba
-from evals.subject import (Report, Subject, check_out, formats_of, held_out, load_subject, progress, quiet,
-                           result_path, text_table, write_result)
+from evals.subject import (Progress, Report, Subject, check_out, formats_of, held_out, load_subject, quiet, result_path,
+                           text_table, write_result)
 from train_dba import (KVCache, UserError, autocast, bytes_per_token, cache_bytes, cache_formats, resolve_kernel,
                        rotate_cache, synchronize)
 
@@ -175,7 +175,7 @@ def decode_times(subject: Subject, prompt: torch.Tensor, formats: dict[str, dict
     machine's speed meets them all."""
     model, device, runs = subject.model, subject.device, {}
     tokens = prompt.size(1) + WARM_UP + steps
-    resolved, why = resolve_kernel(kernel, device, tokens)
+    resolved, why = resolve_kernel(kernel, device)
     for name, streams in formats.items():
         runs[name] = Run(new_cache(subject, tokens, streams, kernel=resolved), why)
     turns = list(runs.values())
@@ -247,7 +247,7 @@ def latency_main(args) -> None:
     formats = compared_formats(subject, args.kv_cache)
     if warning := warning_past_context(subject, max(args.prompts) + WARM_UP + args.steps):
         print(warning, file=sys.stderr)
-    with progress("pass") as report:
+    with Progress("pass", "latency") as report:
         result = latency(subject, args.prompts, formats, kernel=args.kernel, steps=args.steps, prefills=args.prefills,
                          report=report)
     finish(args, subject, "latency", latency_table(result), result)
@@ -270,7 +270,7 @@ def memory_row(subject: Subject, tokens: int, name: str, formats: dict, *, resid
     """Bytes of a cache of so many tokens, and the peak while they are read and while the last of them are decoded."""
     model, device = subject.model, subject.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    resolved, _ = resolve_kernel(kernel, device, tokens)
+    resolved, _ = resolve_kernel(kernel, device)
     with autocast(device, subject.dtype):                  # first without a cache of size, so that weights are cast
         warm = ids[:, :2 * train_dba.PREFILL_CHUNK]
         read_prompt(model, warm, new_cache(subject, warm.size(1), formats))
@@ -322,7 +322,7 @@ def memory_main(args) -> None:
     formats = compared_formats(subject, args.kv_cache)
     if warning := warning_past_context(subject, max(args.tokens)):
         print(warning, file=sys.stderr)
-    with progress("tok") as report:
+    with Progress("tok", "memory") as report:
         result = memory(subject, args.tokens, formats, residual=args.kv_residual, kernel=args.kernel, report=report)
     finish(args, subject, "memory", memory_table(result), result)
 
@@ -357,7 +357,7 @@ def sweep_row(subject: Subject, ids: torch.Tensor, plan: Sweep, report: Report =
     wrong."""
     model, device, context, seconds = subject.model, subject.device, ids.size(1) - 1, 0.0
     total = context + plan.steps
-    kernel, _ = resolve_kernel(plan.kernel, device, total)
+    kernel, _ = resolve_kernel(plan.kernel, device)
     cache, times = new_cache(subject, total, plan.formats, plan.residual, kernel), []
     row = dict(context=context, kernel=kernel.name, cache_bytes=cache.nbytes())
     late = f"stopped: --max-seconds {plan.max_seconds} were over"
@@ -438,7 +438,7 @@ def sweep_main(args) -> None:
         print(f"warning: the text has {len(held.ids):,} tokens and is repeated, so that losses past them are of text "
               "seen before", file=sys.stderr)
     rows = []
-    with progress("tok") as report:
+    with Progress("tok", "sweep") as report:
         for row in sweep_rows(subject, held.ids.repeat(repeats), args.contexts, plan, report):
             rows.append(row)
             tqdm.write(f"{row['context']:,} tokens: {row['status']}", file=sys.stderr)

@@ -1,19 +1,20 @@
-"""Back-ends of the KV cache: `choose` names the one that --kernel gets. Each module has attention() and append() with
-the arguments and results of decode_attention() and append() of train_dba.py; none of them dequantises the cache."""
+"""Back-ends of the KV cache, optional: train_dba.py runs without this folder, and nothing here imports it.
+
+A back-end is a module with KERNEL, the settings of train_dba.Kernel, and FAILURES, the exceptions that its first use on
+a machine may raise. Its attention() and append() have the arguments and results of decode_attention() and append() of
+train_dba.py; none of them dequantises the cache. What they need of a format, a stream of the cache carries.
+"""
 
 import importlib.util
+import math
 import os
-import shutil
 
-COMPILED_FROM = 8192                                       # tokens; for fewer, compiling takes longer than it saves
+import torch
 
 
-def choose(name, device, tokens):
-    """(settings of train_dba.Kernel or None for its own torch path, why).
-
-    name: auto, triton or metal; device: torch.device; tokens: what the cache is for. Raises ValueError if the named
-    kernel can't run here.
-    """
+def choose(name: str, device: torch.device):
+    """(module or None for train_dba's own torch path, why) of --kernel auto, triton or metal. Raises ValueError if the
+    named kernel can't run on this device."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "triton" or name == "auto" and device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -23,26 +24,42 @@ def choose(name, device, tokens):
         if device.type != "cuda" and not interpreted:
             raise ValueError(f"needs a CUDA device, not {device.type} (TRITON_INTERPRET=1 interprets it anywhere)")
         from . import triton_decode
-        return triton_decode.KERNEL, "interpreted" if interpreted else "a CUDA device"
+        return triton_decode, "interpreted" if interpreted else "a CUDA device"
     if name == "metal" or name == "auto" and device.type == "mps":
         if device.type != "mps":
             raise ValueError(f"needs an Apple GPU, not {device.type}")
         from . import metal_decode
-        try:
-            error = metal_decode.self_test()
-            problem = "" if error <= metal_decode.TOLERANCE else f"it differs from torch by {error:.1e} here"
-        except (RuntimeError, SyntaxError) as e:           # what torch.mps.compile_shader raises
-            problem = f"it fails here ({str(e).splitlines()[0]})"
-        if not problem:
-            return metal_decode.KERNEL, "an Apple GPU, a small cache compared with torch"
-        if name == "metal":
-            raise ValueError(f"{problem}; use --kernel torch")
-        return None, f"metal: {problem}"
+        return metal_decode, "an Apple GPU"
     if device.type != "cpu":
         return None, f"no kernel for {device.type}"
-    if tokens < COMPILED_FROM:
-        return None, f"fewer than {COMPILED_FROM} tokens on a CPU"
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        return None, "no C++ compiler for torch.compile"
     from . import cpu_decode
-    return cpu_decode.KERNEL, f"{COMPILED_FROM} tokens or more on a CPU"
+    problem = cpu_decode.missing()
+    return (None, problem) if problem else (cpu_decode, "a CPU and a C++ compiler")
+
+
+TOLERANCE = 1e-3                                           # of difference(); a wrong nibble or scale is off by far more
+
+
+@torch.inference_mode()
+def difference(cache, plain, H: int) -> float:
+    """Largest absolute difference between what two empty caches of two sequences, of different kernels and otherwise
+    equal, make of the same tokens for H query heads; infinite if there is a NaN. The sequences get different lengths,
+    and of the tokens some settle at once, some leave the ring and some stay in it."""
+    shape, T, generator = cache.shape, 2, torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(size, generator=generator).to(cache.device)
+
+    width = sum(path.width for path in shape.paths)
+    q, null = random(2, H, T, width) / width ** 0.5, (random(2, H, T), random(shape.v_groups, shape.v_width))
+    for tokens, kept in ((600, torch.tensor([600, 301])), (T, None)):
+        entries = {name: random(2, tokens, channels) for name, channels in shape.streams.items()}
+        spans = {}
+        for each in (cache, plain):
+            spans[each] = span = each.begin(tokens)
+            each.append(0, span, entries)
+            each.advance(span)
+            if kept is not None:
+                each.truncate(kept)
+    out, expected = (each.attend(0, span, q, null) for each, span in spans.items())
+    return (out - expected).abs().nan_to_num(nan=math.inf).max().item()

@@ -1,83 +1,102 @@
-"""Decode attention on a CPU: multiply and sum over the codes of the cache, which torch.compile fuses into loops that
-read each code once and keep no dequantised copy. A matrix product could not be fused; it would need that copy."""
+"""Decode attention on a CPU, by decode.cpp: it reads each code of the cache once and keeps no dequantised copy.
+
+A C++ compiler makes a library of it at the first use on a machine, in two to five seconds; later processes load that
+file (about 20 ms). Its name is a hash of the source, the command, and what the compiler says of itself and of this CPU,
+so that another source, compiler or CPU gets another library.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
-from train_dba import NF4
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-fno-signed-zeros", "-shared", "-fPIC", "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp"]
+FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_sym", "nf4")             # in the order of decode.cpp
+FAILURES = (RuntimeError, OSError)                         # that the first use may raise
 
 
-CHUNK = 2**17                                              # slots at once: scores take 4 bytes a slot and query
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
-def planes(G, slots, codes, scales, fmt, w):
-    """Yield (channels, codes, scale or None), float32 [B, G, n, S] each, of G heads of w channels: two planes, even and
-    odd channels, where they are the two halves of bytes, else one."""
-    codes = codes[..., slots]
-    if scales is None:
-        yield slice(None), codes.float().unflatten(1, (G, w)), None
-        return
-    step = 2 if fmt != "q8_0" and w % 2 == 0 else 1
-    scale = scales[:, :, None, slots].expand(-1, -1, 32 // step, -1).flatten(1, 2)[:, :G * w // step]
-    scale = scale.float().unflatten(1, (G, w // step))
-    if fmt == "q8_0":
-        yield slice(None), codes.float().unflatten(1, (G, w)), scale
-        return
-    if step == 2:
-        codes = codes.unflatten(1, (G, w // 2))
-        halves = (codes & 15, codes >> 4)
-    else:
-        shift = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
-        halves = ((codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :G * w].unflatten(1, (G, w)),)
-    for i, half in enumerate(halves):
-        yield slice(i, None, step), torch.tensor(NF4)[half.int()] if fmt == "nf4" else half.float() - 8, scale
+def missing() -> str | None:
+    """What keeps this kernel from running here."""
+    return None if shutil.which(compiler()) else f"no C++ compiler ({compiler()})"
 
 
-@torch.compile(dynamic=True, recompile_limit=64)           # one graph for each mix of formats and widths
-def partial_attention(q, keys, values, start, stop, pos, now):
-    """Largest score [B, G, M, 1], sum of exponentials [B, G, M, 1] and their weighted sum of values [B, G, M, v].
-
-    q: per path [B, G, M, w]; keys, values: (codes, scales, format, width per head), of which the S slots start..stop
-    are looked at, at the positions pos [B, S]; now [B, M]: the queries' positions.
-    """
-    G, scores, slots = q[0].size(1), 0.0, slice(start, stop)
-    for part, key in zip(q, keys):
-        for channels, codes, scale in planes(G, slots, *key):
-            x = codes if scale is None else codes * scale
-            scores = scores + (part[:, :, :, channels, None] * x[:, :, None]).sum(3)              # [B, G, M, S]
-    visible = (pos[:, None] <= now[:, :, None])[:, None]                                          # [B, 1, M, S]
-    scores = torch.where(visible, scores, -torch.inf)
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    p, there, out = torch.exp(scores - top), visible[:, :, -1:], []
-    for channels, codes, scale in planes(G, slots, *values):
-        weights = p[:, :, :, None]                                                                # [B, G, M, 1, S]
-        if scale is None:
-            codes = torch.where(there, codes, 0.0)                                                # [B, G, v, S]
-        else:
-            weights = weights * torch.where(there, scale, 0.0)[:, :, None]                        # [B, G, M, n, S]
-        out.append((weights * codes[:, :, None]).sum(-1))                                         # [B, G, M, n]
-    return top, p.sum(-1, keepdim=True), torch.stack(out, -1).flatten(3)
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dba_kernels"
 
 
-def attention(q, streams, shape, span, null=None):
+@functools.cache
+def library(folder: Path | None = None) -> ctypes.CDLL:
+    """decode.cpp as a library in the folder (cache_folder()). Raises RuntimeError where the compiler fails, OSError
+    where the file can't be written or loaded."""
+    command = [compiler(), *FLAGS]
+    here = run([*command, "-dM", "-E", "-x", "c++", os.devnull])                # macros of this compiler and this CPU
+    key = hashlib.sha256("\0".join([*command, here, SOURCE.read_text(encoding="ascii")]).encode()).hexdigest()[:16]
+    path = (folder or cache_folder()) / f"decode-{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as building:          # renamed, so that no one loads half a file
+            run([*command, str(SOURCE), "-o", f"{building}/decode.so"])
+            os.replace(f"{building}/decode.so", path)
+    return ctypes.CDLL(str(path))
+
+
+def run(command: list[str]) -> str:
+    """Output of a command. Raises RuntimeError with the first line of its complaint."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{command[0]}: {(result.stderr.strip() or f'exit {result.returncode}').splitlines()[0]}")
+    return result.stdout
+
+
+def pack(*numbers) -> ctypes.Array:
+    """Whole numbers and addresses as a struct of 8 bytes each."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def describe(stream) -> tuple[int, ...]:
+    """Fields of decode.cpp's Stream."""
+    return (FORMATS.index(stream.fmt), FORMATS.index(stream.ring_fmt), stream.channels, stream.codes.size(2),
+            stream.ring.size(2), stream.codes.data_ptr(), address(stream.scales), stream.ring.data_ptr())
+
+
+def attention(q, streams, shape, span, null=None) -> torch.Tensor:
     """decode_attention() of train_dba.py for few queries."""
     B, H, T, _ = q.shape
-    G = 1 if shape.latent else shape.v_groups
-    names = [path.stream for path in shape.paths]
-    q = q.float().reshape(B, G, H // G * T, -1).split([streams[name].channels // G for name in names], 3)
-    now = span.pos.repeat(1, H // G)                                                              # [B, M]
-    parts = []
-    if null is not None:
-        score, value = null
-        top = score.float().reshape(B, G, H // G * T, 1)
-        parts.append((top, torch.ones_like(top), value.float()[None, :, None].expand(B, -1, top.size(2), -1)))
-    for part, start, stop, pos in span.chunks(CHUNK):
-        held = {name: (stream.codes, stream.scales, stream.fmt) if part == "settled" else (stream.ring, None, None)
-                for name, stream in streams.items()}
-        held = {name: (*tensors, streams[name].channels // G) for name, tensors in held.items()}
-        parts.append(partial_attention(q, [held[name] for name in names], held[shape.v_stream], start, stop, pos, now))
-    tops, totals, outs = (torch.stack(x) for x in zip(*parts))                                    # [parts, B, G, M, .]
-    weights = torch.exp(tops - tops.amax(0))
-    return ((outs * weights).sum(0) / (totals * weights).sum(0)).reshape(B, H, T, -1)
+    G, values = 1 if shape.latent else shape.v_groups, streams[shape.v_stream]
+    keys = [streams[path.stream] for path in shape.paths]
+    q, pos, settled = q.float().contiguous(), span.pos.contiguous(), span.settled.contiguous()
+    score, value = (None, None) if null is None else (x.float().contiguous() for x in null)
+    out = q.new_empty(B, H, T, values.channels // G)
+    fields = [B, H, G, T, span.end, span.window, len(keys), torch.get_num_threads(), pos.data_ptr(), settled.data_ptr(),
+              q.data_ptr(), address(score), address(value), out.data_ptr(), *describe(values)]
+    for key in keys:
+        fields += describe(key)
+    library().attend(pack(*fields))
+    return out
 
 
-KERNEL = dict(name="compiled multiply-and-sum", attention=attention, most_queries=8)
+def append(stream, rows, pos, x) -> None:
+    """append() of train_dba.py."""
+    rows, pos, x = rows.contiguous(), pos.contiguous(), x.float().contiguous()  # names keep them until the call is over
+    library().append(pack(len(x), torch.get_num_threads(), rows.data_ptr(), pos.data_ptr(), x.data_ptr(),
+                          *describe(stream)))
+
+
+KERNEL = dict(name="C++", attention=attention, append=append, most_queries=8)

@@ -13,9 +13,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from train_dba import FORMATS, NF4, RING_BLOCK, append as torch_append, ring_format
-
+from triton.errors import TritonError
 
 LOG2E = tl.constexpr(1.4426950408889634)                   # scores are in units of log 2, for exp2
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)      # the top score where no token is visible
@@ -144,14 +142,14 @@ def combine(partial, null_score, null_value, out, T, tiles, H: tl.constexpr, G: 
 
 
 @functools.cache
-def nf4_levels(device):
-    return torch.tensor(NF4, device=device)
+def level_table(levels, device):
+    return torch.tensor(levels, device=device)
 
 
-def tile_size(formats, slots, queries):
+def tile_size(bits, slots, queries):
     """Slots in a tile: so many that a lane loads 16 bytes of the narrowest codes at once, or half as many where there
     are too few tiles to keep a GPU busy."""
-    most = 32 * 16 * 8 // max(8, min(FORMATS[fmt][0] for fmt in formats))       # 512 for 4 and for 8 bits
+    most = 32 * 16 * 8 // max(8, min(bits))                # 512 for 4 and for 8 bits
     return most if queries * slots >= BUSY * most else most // 2
 
 
@@ -161,11 +159,11 @@ def attention(q, streams, shape, span, null=None):
     G = 1 if shape.latent else shape.v_groups
     held = [streams[name] for name in (shape.v_stream, *(path.stream for path in shape.paths))]
     V, *widths = [stream.channels // G for stream in held]
-    formats = [stream.fmt for stream in held]
-    q, levels, absent = q.float().contiguous(), nf4_levels(q.device), 3 - len(held)
-    parts = ((span.end, None, tile_size(formats, span.end, B * H * T), formats,
+    q, levels, absent = q.float().contiguous(), level_table(held[0].levels, q.device), 3 - len(held)
+    block = tile_size([stream.bits for stream in held], span.end, B * H * T)
+    parts = ((span.end, None, block, [stream.fmt for stream in held],
               [x for stream in held for x in (stream.codes, stream.scales)]),
-             (span.window, span.window, RING_BLOCK, [ring_format(fmt) for fmt in formats],
+             (span.window, span.window, held[0].ring_block, [stream.ring_fmt for stream in held],
               [x for stream in held for x in (stream.ring, None)]))
     first, tiles = 0, sum(triton.cdiv(slots, block) for slots, _, block, _, _ in parts)
     partial = q.new_empty(B, H, T, tiles, V + 2)
@@ -230,13 +228,17 @@ def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capa
 
 def append(stream, rows, pos, x):
     """append() of train_dba.py."""
-    if stream.scales is None or not len(x):
-        return torch_append(stream, rows, pos, x)
+    if stream.scales is None:
+        stream.codes[rows, :, pos] = x.to(stream.codes.dtype)
+    if stream.scales is None or not len(x):                # Triton launches no empty grid
+        return
     (N, C), tokens = x.shape, 16
     quantize_tile[triton.cdiv(N, tokens), triton.cdiv(C, 32)](
-        x, rows, pos, stream.codes, stream.scales, nf4_levels(x.device), N, *x.stride(), stream.codes.size(2), C,
-        stream.fmt, tokens, enable_fp_fusion=False)        # a contracted multiply-add would round once, not twice
+        x, rows, pos, stream.codes, stream.scales, level_table(stream.levels, x.device), N, *x.stride(),
+        stream.codes.size(2), C, stream.fmt, tokens, enable_fp_fusion=False)        # a contracted multiply-add would round once, not twice
 
+
+FAILURES = (RuntimeError, TritonError)                     # that the first launch may raise
 
 # A program reads the codes of its keys for one query; of the queries that share a key all but the first find them in
 # the L2 cache. For more than these (estimated, not measured), dequantising once for a matrix product moves fewer bytes.

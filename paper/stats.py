@@ -1,4 +1,4 @@
-"""Intervals, exact tests, frontiers: the one place for statistics. Values in, values out."""
+"""Intervals, exact tests, corrections, frontiers: the one place for statistics. Values in, values out."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +21,41 @@ def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of two or more values."""
     n, mean = len(values), math.fsum(values) / len(values)
     return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """P(T > t) of Student's t with a whole number of degrees of freedom: the finite series in the angle
+    atan(t / sqrt(degrees)) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    even = degrees % 2 == 0
+    term = 1.0 if even else cosine
+    total = term if even or degrees > 1 else 0.0
+    for k in range(2 if even else 3, degrees - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    inside = sine * total if even else 2 / math.pi * (angle + sine * total)     # P(|T| < |t|), with the sign of t
+    return (1 - inside) / 2
+
+
+def p_below(differences: Sequence[float], margin: float) -> float | None:
+    """One-sided p of the paired t-test that the mean of the differences is below the margin; None for one value."""
+    if len(differences) < 2:
+        return None
+    error, mean = standard_error(differences), math.fsum(differences) / len(differences)
+    if error == 0:
+        return float(mean >= margin)
+    return t_tail((margin - mean) / error, len(differences) - 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the given order: reject where one is at most alpha, and the chance of any false
+    rejection stays below alpha."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:

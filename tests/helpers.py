@@ -1,6 +1,7 @@
 """What the tests of the trainer's command line share: running it, reading its log, making small data."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -94,9 +95,11 @@ def make_text(folder, name="text.txt", count=1500, seed=0):
 def write_tokens(folder, name, ids, dtype=np.uint16, **sidecar):
     """A token file and its sidecar, as prepare_fineweb.py would write them for bytes; sidecar: fields that differ."""
     ids = np.asarray(ids, dtype=dtype)
-    np.save(folder / f"{name}.npy", ids)
+    path = folder / f"{name}.npy"
+    np.save(path, ids)
     info = dict(dataset="made up", revision=None, tokenizer="byte", vocab_size=257, eot=256, tokens=len(ids),
-                documents=1, sha256=f"{name}-0", text_bytes=int((ids != 256).sum()), val=None, vocab=None)
+                documents=1, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                text_bytes=int((ids != 256).sum()), val=None, vocab=None)
     (folder / f"{name}.json").write_text(json.dumps({**info, **sidecar}))
     return ids
 

@@ -34,7 +34,7 @@ def kill_at(process, folder, moment, delay):
     until = time.monotonic() + delay
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
-    while process.poll() is None and (moment == "writing" and not (folder / "last.pt.tmp").exists()
+    while process.poll() is None and (moment == "writing" and not any(folder.glob("last.pt.*.tmp"))
                                       or moment == "best.pt" and changed("best.pt") == best):
         pass                                               # a save lasts for a millisecond or two
     running = process.poll() is None

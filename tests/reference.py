@@ -206,6 +206,34 @@ def quantised(x, fmt):
     return torch.from_numpy(read.astype(np.float32)).reshape(-1, C + -C % 32)[:, :C].reshape(x.shape)
 
 
+def hard_tokens(C):
+    """Tokens [N, C] with ties, halves, zeros of both signs, values midway between codes and scales midway between
+    float16s, scales that are subnormal, zero or infinite, and what is not finite."""
+    generator, channel = torch.Generator().manual_seed(C), torch.arange(C)
+    x = torch.randn(35, C, generator=generator)
+    x[1], x[2, :] = 0, -0.0
+    x[3], x[4] = 1.0 - channel % 2 * 2, channel % 2 * 2 - 1.0
+    x[5] = torch.randint(-254, 255, (C,), generator=generator) / 2
+    x[5, 0] = 127
+    x[6] = torch.randint(-15, 16, (C,), generator=generator) / 2
+    x[6, 0] = -8
+    x[7] *= 1e7
+    x[8] *= 1e38
+    x[9, C - 1], x[10, 0], x[11, C // 2] = float("inf"), -float("inf"), float("nan")
+    x[12] *= 1e-5
+    x[13] *= 1e-7
+    x[14] *= 1e-42
+    x[15], x[16, 0] = -3.0, 65504 * 8
+    levels = torch.tensor(dba.NF4)
+    x[17:22] = ((levels[1:] + levels[:-1]) / 2)[torch.randint(15, (5, C), generator=generator)]
+    x[17:22, 0] = 1
+    most = torch.rand(6, 1, generator=generator) + 1
+    x[22:28] = (torch.randint(-127, 127, (6, C), generator=generator) + 0.5) * (most / 127)
+    x[22:28, :1] = most
+    x[28:34, 0] = 7 * (1 + torch.arange(685, 709, 4) / 2048)                    # where x · (1/7) isn't x / 7
+    return x
+
+
 class Seen:
     """`see` of gpt(): what a model's quantised cache keeps of the keys and values that were put into it.
 

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import reference
 import train_dba as dba
+from kernels import rotate
 from reference import (LEVELS, MODES, QUANTISED, TOP, cached_and_expected, cached_logits, close, config, model_of,
                        null_and_tie, poison_free_slots, poisoned, quantised, settings, tensors, tokens)
 
@@ -445,7 +446,7 @@ def test_a_longer_window_is_nearer_to_float_s():
 # --- Rotation
 
 def test_hadamard_matrices():
-    made = {n: dba.hadamard(n) for n in range(1, 200)} | {512: dba.hadamard(512)}
+    made = {n: rotate.hadamard(n) for n in range(1, 200)} | {512: rotate.hadamard(512)}
     for n, matrix in made.items():
         if matrix is not None:
             assert torch.equal(matrix.abs(), torch.ones(n, n)) and torch.equal(matrix @ matrix.T, n * torch.eye(n)), n
@@ -455,9 +456,9 @@ def test_hadamard_matrices():
 
 def test_rotations_are_orthogonal_and_spread_every_channel():
     for n in range(1, 131):
-        matrix = dba.rotation(n).double()
+        matrix = rotate.rotation(n).double()
         assert (matrix @ matrix.T - torch.eye(n)).abs().max() < 1e-5, n
-        largest = 1 / math.sqrt(n) if dba.hadamard(n) is not None else math.sqrt(2 / n)
+        largest = 1 / math.sqrt(n) if rotate.hadamard(n) is not None else math.sqrt(2 / n)
         assert matrix.abs().max() < largest + 1e-6, n
 
 
@@ -484,7 +485,7 @@ def test_rotation_changes_what_is_cached_and_no_logit(given):
     model, idx = model_of(given), tokens(2, 17)
     gains = [block.attn.latent[1].weight.clone() for block in model.blocks if given["attn_mode"] == "mla"]
     uncached, cached, before = model(idx), cached_logits(model, idx, [5] * 3 + [1, 1]), streams_of(model, idx)
-    dba.rotate_cache(model)
+    rotate.rotate_cache(model)
     after = streams_of(model, idx)
     close(model(idx), uncached, EXACT, "without a cache")
     close(cached_logits(model, idx, [5] * 3 + [1, 1]), cached, EXACT, "with a cache")
@@ -497,7 +498,7 @@ def test_rotation_changes_what_is_cached_and_no_logit(given):
                 close(b, a, EXACT, f"{name}, which RoPE turns")
                 continue
             a = a / gains[layer] if name == "latent" else a
-            close(b, a @ dba.rotation(a.size(-1)).T, EXACT, name)
+            close(b, a @ rotate.rotation(a.size(-1)).T, EXACT, name)
             assert (b - a).abs().max() > 0.1, f"{name} is not rotated"
 
 
@@ -525,7 +526,7 @@ def test_rotation_lowers_the_error_of_an_outlier_channel(mode, widths, fmt):
     exact, error = model(idx), []
     for _ in range(2):
         error.append((cached_logits(model, idx, [30], formats) - exact).square().mean().sqrt())
-        dba.rotate_cache(model)
+        rotate.rotate_cache(model)
     assert error[0] > 1.25 * error[1], error
 
 
@@ -534,6 +535,18 @@ def test_a_rotated_cache_is_the_reference_s_of_the_rotated_model():
     for mode in MODES:
         given = settings(mode, **ODD[mode], null_attn=True)
         model = model_of(given)
-        dba.rotate_cache(model)
+        rotate.rotate_cache(model)
         formats = dict.fromkeys(config(given).attention.streams, "q4_0")
         close(*cached_and_expected(model, given, tokens(2, 15), [8] + [1] * 7, formats, 4), EXACT, mode)
+
+
+@torch.no_grad()
+def test_a_gain_of_zero_under_a_null_token_is_refused_before_anything_changes():
+    model = model_of(settings("mla", null_attn=True))
+    model.blocks[1].attn.latent[1].weight[3] = 0
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="gain of 0"):
+        rotate.rotate_cache(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    with pytest.raises(dba.UserError, match="^--kv-rotate: .*gain of 0"):
+        dba.rotate_cache(model)

@@ -1,8 +1,11 @@
-"""Back-ends of the KV cache: which one is chosen, and the compiled CPU kernel against torch and a float64 reference."""
+"""Back-ends of the KV cache: which one is chosen, and the CPU's against torch and a float64 reference."""
 
 import itertools
+import re
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,36 +14,31 @@ from helpers import TRAINER, TRAIN, assert_done, assert_error, call, cli, make_t
 import kernels
 import train_dba as dba
 from kernels import cpu_decode
-from reference import (MODES, QUANTISED, cached_and_expected, close, config, model_of, poison_free_slots, poisoned,
-                       quantised, settings, tokens)
-from test_cache import EXACT, ODD, entries_of, mixes, put
+from reference import (MODES, QUANTISED, cached_and_expected, close, config, hard_tokens, model_of,
+                       poison_free_slots, poisoned, quantised, settings, tokens)
+from test_cache import EXACT, ODD, entries_of, hard_blocks, mixes, put
 
 CPU = torch.device("cpu")
 
 
 # --- Which kernel
 
-def resolve(name, tokens=100, device=CPU):
-    return dba.resolve_kernel(name, device, tokens)
+def resolve(name, device=CPU):
+    return dba.resolve_kernel(name, device)
 
 
-def test_auto_on_a_cpu_compiles_for_long_caches_only():
-    for n in (1, 8191):
-        kernel, why = resolve("auto", n)
-        assert kernel is dba.TORCH and "8192" in why
-    for n in (8192, 10**6):
-        kernel, why = resolve("auto", n)
-        assert (kernel.attention, kernel.append) == (cpu_decode.attention, dba.append) and "8192" in why
-        assert kernel.name != "torch" and kernel.most_queries == 8
+def test_auto_on_a_cpu():
+    kernel, why = resolve("auto")
+    assert kernel == dba.Kernel(**cpu_decode.KERNEL) and "agrees" in why
 
 
 def test_torch_asked_for_is_torch():
-    assert resolve("torch", 10**6) == (dba.TORCH, "asked for")
+    assert resolve("torch") == (dba.TORCH, "asked for")
 
 
 def test_without_a_compiler_auto_is_torch(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    kernel, why = resolve("auto", 10**6)
+    kernel, why = resolve("auto")
     assert kernel is dba.TORCH and "compiler" in why
 
 
@@ -56,7 +54,7 @@ def test_a_named_kernel_that_this_device_has_not(name, word, monkeypatch):
 
 
 def test_devices_without_a_kernel_use_torch():
-    kernel, why = resolve("auto", 10**6, torch.device("xpu"))
+    kernel, why = resolve("auto", torch.device("xpu"))
     assert kernel is dba.TORCH and "xpu" in why
 
 
@@ -81,7 +79,7 @@ def test_kernels_that_are_missing(gone, monkeypatch):
     with pytest.raises(dba.UserError, match=f"^--kernel {name}: .*{gone}") as e:
         resolve(name, device=torch.device(device))
     assert "\n" not in str(e.value)
-    kernel, why = resolve("auto", 10**6, torch.device(device))
+    kernel, why = resolve("auto", torch.device(device))
     assert kernel is dba.TORCH and "kernels" in why
 
 
@@ -110,40 +108,131 @@ def test_named_kernels_on_a_cpu(trained, name, monkeypatch):
     assert_error(call(f"{sample} --kernel {name}", trained), f"--kernel {name}", "cpu")
 
 
-# --- The compiled CPU kernel; as plain Python, except where a test says that it compiles
+# --- What every kernel must show before it is trusted
 
-@pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(cpu_decode, "partial_attention", cpu_decode.partial_attention._torchdynamo_orig_callable)
+def wrong_attention(*args):
+    return cpu_decode.attention(*args) + 0.01
 
 
-def counted(monkeypatch, module, name):
-    calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
-    return calls
+def nan_attention(*args):
+    return cpu_decode.attention(*args) * torch.nan
+
+
+def wrong_append(stream, rows, pos, x):
+    """Neighbouring channels change places."""
+    cpu_decode.append(stream, rows, pos, x.roll(1, 1))
+
+
+def fails(*args):
+    raise RuntimeError("no such instruction\nand more")
+
+
+WRONG = {"differs from torch by 1": dict(attention=wrong_attention),
+         "differs from torch by inf": dict(attention=nan_attention),
+         "differs from torch": dict(append=wrong_append), "fails here (no such instruction)": dict(attention=fails)}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_kernel_that_differs_or_fails_is_not_trusted(said, monkeypatch, capsys):
+    """auto goes on with torch and says why; a named one, whatever device it is for, is an error."""
+    module = SimpleNamespace(KERNEL={**cpu_decode.KERNEL, **WRONG[said]}, FAILURES=cpu_decode.FAILURES)
+    monkeypatch.setattr(kernels, "choose", lambda name, device: (module, "made up"))
+    kernel, why = resolve("auto")
+    assert kernel is dba.TORCH and said in why
+    printed = capsys.readouterr().err
+    assert printed.startswith("warning: no kernel C++: it ") and said in printed and printed.count("\n") == 1
+    with pytest.raises(dba.UserError, match="^--kernel triton: it .*; use --kernel torch$"):
+        resolve("triton")
+
+
+def test_the_small_cache_has_every_part():
+    """Else the comparison would pass over it: a ring that wraps, heads that straddle blocks, sequences of two lengths."""
+    seen = []
+
+    def spy(q, streams, shape, span, null):
+        seen.append((q, streams, span, null))
+        return dba.decode_attention(q, streams, shape, span, null)
+
+    caches = [dba.KVCache(dba.KERNEL_TEST, 2, 640, "hetero", 32, "cpu", dba.Kernel("spy", spy)) for _ in range(2)]
+    assert kernels.difference(*caches, dba.KERNEL_TEST.n_head) == 0
+    q, streams, span, null = seen[-1]
+    assert {stream.fmt for stream in streams.values()} == {"q4_0", "q8_0"} and null is not None
+    assert span.window == 32 and span.pos.tolist() == [[600, 601], [301, 302]] and span.settled.tolist() == [570, 301]
+    assert q.size(2) * q.size(1) // dba.KERNEL_TEST.kv_head <= 8, "too many queries for a kernel"
+
+
+def test_kernels_import_nothing_of_the_trainer():
+    """It would be loaded a second time beside __main__, with classes of its own."""
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) train_dba", path.read_text(), re.M), path
+
+
+# --- The C++ kernel
+
+@pytest.mark.skipif(cpu_decode.missing() is not None, reason="no C++ compiler")
+class TestLibrary:
+    """decode.cpp as a file that later processes load."""
+
+    def test_is_built_once(self, tmp_path):
+        cpu_decode.library.__wrapped__(tmp_path)
+        built, = tmp_path.iterdir()
+        before = built.stat().st_mtime_ns
+        cpu_decode.library.__wrapped__(tmp_path)
+        assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
+
+    def test_another_source_or_command_is_another_file(self, tmp_path, monkeypatch):
+        cpu_decode.library.__wrapped__(tmp_path)
+        source = tmp_path / "decode.cpp"
+        source.write_text(cpu_decode.SOURCE.read_text() + "// changed\n")
+        monkeypatch.setattr(cpu_decode, "SOURCE", source)
+        cpu_decode.library.__wrapped__(tmp_path)
+        monkeypatch.setattr(cpu_decode, "FLAGS", [*cpu_decode.FLAGS, "-O1"])
+        cpu_decode.library.__wrapped__(tmp_path)
+        assert len(list(tmp_path.glob("*.so"))) == 3
+
+    def test_a_compiler_that_fails_is_one_line(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cpu_decode, "FLAGS", ["--no-such-flag"])
+        with pytest.raises(RuntimeError, match="no-such-flag"):
+            cpu_decode.library.__wrapped__(tmp_path)
+        assert not list(tmp_path.iterdir())
+        cpu_decode.library.cache_clear()
+        kernel, why = resolve("auto")
+        cpu_decode.library.cache_clear()
+        assert kernel is dba.TORCH and why.startswith("C++: it fails here") and "\n" not in why
+
+
+def counting():
+    """The kernel, and a list that grows with every call of it."""
+    calls = []
+
+    def attention(*args):
+        calls.append(args)
+        return cpu_decode.attention(*args)
+
+    return dba.Kernel(**{**cpu_decode.KERNEL, "attention": attention}), calls
 
 
 @pytest.mark.parametrize("residual", (0, 6))
 @pytest.mark.parametrize("fmt", (*QUANTISED, "fp16", "mixed"))
 @pytest.mark.parametrize("widths", (MODES, ODD), ids=("even", "odd"))
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_are_the_reference_s(mode, widths, fmt, residual, plain, monkeypatch):
+def test_logits_are_the_reference_s(mode, widths, fmt, residual):
     given = settings(mode, **widths[mode], null_attn=True, learned_temp=True)
     model, names = model_of(given), list(config(given).attention.streams)
     formats = dict(zip(names, ("q4_sym", "q8_0", "nf4"))) if fmt == "mixed" else dict.fromkeys(names, fmt)
-    monkeypatch.setattr(cpu_decode, "CHUNK", 5)
-    calls = counted(monkeypatch, cpu_decode, "partial_attention")
-    kernel = dba.Kernel(**cpu_decode.KERNEL)
-    actual, expected = cached_and_expected(model, given, tokens(2, 17), [11, 1, 1, 1, 2, 1], formats, residual, kernel)
+    schedule = [11, 1, 1, 1, 1, 2] if residual else [11, 1, 2, 1, 2]           # a window: kernels take single tokens
+    kernel, calls = counting()
+    actual, expected = cached_and_expected(model, given, tokens(2, 17), schedule, formats, residual, kernel)
     close(actual, expected, EXACT)
-    assert len(calls) >= 4 * 2 * 3 or mode == "mla", "the kernel had no part in it"  # steps x layers x chunks
+    assert len(calls) == 4 * 2, "the kernel had no part in it"                  # steps x layers
 
 
-def ragged(cfg, formats, residual, T):
-    """A cache of sequences of 3, 700 and 641 tokens, T of them new, whose buffers hold NaN elsewhere, its span, and
-    what every sequence's tokens read as, {stream: [tokens, C]}."""
-    cache, entries, lengths = poisoned(cfg, 3, 800, formats, residual), entries_of(cfg, 3, 750), [3, 700, 641]
-    put(cache, entries, 0, 750)
+def ragged(cfg, formats, residual, T, lengths):
+    """A cache of three sequences of these lengths, T of their tokens new, whose buffers hold NaN elsewhere, its span,
+    and what every sequence's tokens read as, {stream: [tokens, C]}."""
+    most = max(lengths) + 50
+    cache, entries = poisoned(cfg, 3, most + 50, formats, residual), entries_of(cfg, 3, most)
+    put(cache, entries, 0, most)
     cache.truncate(torch.tensor([n - T for n in lengths]))
     poison_free_slots(cache)
     before = cache.settled.tolist()
@@ -181,12 +270,12 @@ def attention_of(shape, H, q, held, null, row):
     return torch.stack(out)
 
 
-def compare(mode, widths, formats, residual, T, null, seed=0):
+def compare(mode, widths, formats, residual, T, null, lengths=(3, 700, 641), seed=0):
     """The kernel and decode_attention against float64, over a ragged cache."""
     given = settings(mode, **widths[mode], layers=1)
     cfg = config(given)
     shape, H = cfg.attention, given["n_head"]
-    cache, span, held = ragged(cfg, formats, residual, T)
+    cache, span, held = ragged(cfg, formats, residual, T, lengths)
     G, generator = 1 if shape.latent else shape.v_groups, torch.Generator().manual_seed(seed)
     per_head = {name: C // G for name, C in shape.streams.items()}
     width = sum(per_head[path.stream] for path in shape.paths)
@@ -204,19 +293,18 @@ def compare(mode, widths, formats, residual, T, null, seed=0):
 @pytest.mark.parametrize("residual", (0, 37))
 @pytest.mark.parametrize("widths", (MODES, ODD), ids=("even", "odd"))
 @pytest.mark.parametrize("mode", MODES)
-def test_ragged_caches_in_every_mix_of_formats(mode, widths, residual, T, plain, monkeypatch):
-    monkeypatch.setattr(cpu_decode, "CHUNK", 256)
+def test_ragged_caches_in_every_mix_of_formats(mode, widths, residual, T):
     streams = config(settings(mode, **widths[mode])).attention.streams
     for i, formats in enumerate(mixes(streams)):
         compare(mode, widths, formats, residual, T, null=(i + T) % 2 == 0)
 
 
-def test_every_pair_of_formats(plain):
+def test_every_pair_of_formats():
     for k, v in itertools.product(dba.FORMATS, repeat=2):
         compare("gqa", ODD, dict(k=k, v=v), 5, 2, null=True)
 
 
-def test_a_block_without_a_scale_poisons_what_it_holds(plain):
+def test_a_block_without_a_scale_poisons_what_it_holds():
     """32 of the 48 value channels of one sequence, as in decode_attention; not the others, nor the other sequence."""
     cfg = config(settings("decoupled", layers=1))
     for fmt, kernel in itertools.product(QUANTISED, (cpu_decode.attention, dba.decode_attention)):
@@ -228,33 +316,65 @@ def test_a_block_without_a_scale_poisons_what_it_holds(plain):
         assert torch.equal(y.isnan(), torch.tensor([[False] * 48, [True] * 32 + [False] * 16])), fmt
 
 
-def test_many_queries_go_to_torch(monkeypatch, plain):
+def test_many_queries_go_to_torch():
     model = model_of(settings("gqa"))                      # three queries of a token share a key
     for T, compiled in ((2, True), (3, False)):
-        calls = counted(monkeypatch, cpu_decode, "partial_attention")
-        kernel = dba.Kernel(**cpu_decode.KERNEL)
+        kernel, calls = counting()
         cache = poisoned(model.cfg, 1, 40, "q8_0", 0, "cpu", kernel)
         with torch.no_grad():
             model(tokens(1, T), cache=cache)
         assert bool(calls) == compiled
 
 
-def test_compiled(monkeypatch):
-    """Widths of 11, two formats, chunks of 256 slots; the next test has even ones."""
-    monkeypatch.setattr(cpu_decode, "CHUNK", 256)
-    assert hasattr(cpu_decode.partial_attention, "_torchdynamo_orig_callable")
-    compare("gqa", ODD, dict(k="nf4", v="q4_sym"), 0, 2, null=True)
+def test_splits_of_a_long_cache():
+    """More than decode.cpp's SPLIT of 1,024 slots, settled and in the ring, by one thread and by two."""
+    threads = torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        compare("decoupled_gqa", ODD, dict(k_sem="q4_0", k_geo="q8_0", v="nf4"), 1500, 2, null=True,
+                lengths=(3, 4200, 2641))
+    torch.set_num_threads(threads)
 
 
-def test_a_long_prompt_samples_with_the_compiled_kernel(trained, monkeypatch):
-    """The command line takes it where the cache is long enough, and it says the same as torch."""
-    monkeypatch.setattr(kernels, "COMPILED_FROM", 300)
+@pytest.mark.parametrize("fmt", dba.FORMATS)
+@pytest.mark.parametrize("C, dtype", [(64, torch.float32), (40, torch.bfloat16), (33, torch.float32),
+                                      (7, torch.float16), (1, torch.float32)])
+def test_append_is_bit_identical(fmt, C, dtype):
+    x = hard_tokens(C).to(dtype)
+    x = torch.cat([x, x.flip(0), x, x.roll(3, 0)])         # enough for two threads
+    rows, pos = torch.arange(len(x)) % 3, torch.randperm(512, generator=torch.Generator().manual_seed(0))[:len(x)]
+    expected, actual = (dba.CacheStream(3, C, 512, 0, fmt, "cpu") for _ in range(2))
+    for stream in (expected, actual):
+        stream.codes.fill_(1)
+        if stream.scales is not None:
+            stream.scales.fill_(-7)
+    dba.append(expected, rows, pos, x)
+    cpu_decode.append(actual, rows, pos, x.T.contiguous().T)                    # as the ring gives it
+    cpu_decode.append(actual, rows[:0], pos[:0], x[:0])
+    torch.testing.assert_close(actual.codes, expected.codes, rtol=0, atol=0, equal_nan=True)
+    if actual.scales is not None:
+        a, b = actual.scales, expected.scales
+        assert torch.equal(a.isnan(), b.isnan()) and b.isnan().any() and not b.isnan().all()
+        assert torch.equal(a[~a.isnan()].view(torch.int16), b[~b.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("fmt", QUANTISED)
+def test_append_of_blocks_beside_every_boundary(fmt):
+    x = hard_blocks()
+    expected, actual = (dba.CacheStream(1, x.size(1), len(x), 0, fmt, "cpu") for _ in range(2))
+    for append, stream in ((dba.append, expected), (cpu_decode.append, actual)):
+        append(stream, torch.zeros(len(x)).long(), torch.arange(len(x)), x)
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scales.isnan(), expected.scales.isnan())
+    assert torch.equal(actual.scales.nan_to_num(), expected.scales.nan_to_num())
+
+
+def test_samples_like_torch(trained):
+    """The command line takes it, and it says the same as torch."""
     sample = "--mode sample --ckpt run/last.pt --device cpu --dtype float32 --kv-cache q8_0 --kv-cache-v q4_0 " \
              f"--temperature 0 --max-new-tokens 6 --prompt {'ab' * 150}"
-    ran, results = counted(monkeypatch, cpu_decode, "partial_attention"), []
-    for flags, name, steps in (("", "compiled", 5), ("--kernel torch", "torch", 0)):
+    results = []
+    for flags, name in (("", "C++"), ("--kernel torch", "torch")):
         results.append(call(f"{sample} {flags}", trained))
         assert_done(results[-1])
-        assert f"kernel {name}" in results[-1].stderr and len(ran) == steps
-        ran.clear()
+        assert f"kernel {name}" in results[-1].stderr
     assert results[0].stdout == results[1].stdout

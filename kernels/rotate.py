@@ -1,0 +1,88 @@
+"""Rotation of what a KV cache holds, so that no channel is an outlier when it is quantised: a change of a model's
+weights from outside. It works on any model whose blocks have the attributes of train_dba.py's Attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def hadamard(n: int) -> torch.Tensor | None:
+    """A Hadamard matrix [n, n] of 1 and -1, by Paley's and Sylvester's constructions, or None where these give none."""
+    if n == 1:
+        return torch.ones(1, 1)
+    p = n - 1
+    if n % 4 == 0 and all(p % i for i in range(2, math.isqrt(p) + 1)):          # Paley: p prime, p = 3 mod 4
+        squares = {i * i % p for i in range(1, p)}
+        character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)])
+        matrix = torch.ones(n, n)
+        matrix[1:, 1:] = character[(torch.arange(p) - torch.arange(p)[:, None]) % p] - torch.eye(p)
+        return matrix
+    half = hadamard(n // 2) if n % 2 == 0 else None
+    return None if half is None else torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
+
+
+def rotation(n: int) -> torch.Tensor:
+    """An orthogonal matrix [n, n], float32, that spreads one channel over all: Hadamard's, else the DCT-II."""
+    matrix = hadamard(n)
+    if matrix is None:
+        i = torch.arange(n, dtype=torch.float64)
+        matrix = torch.cos(math.pi / n * i[:, None] * (i + 0.5))
+    return F.normalize(matrix.double(), dim=1).float()
+
+
+def rotate(tensor: torch.Tensor, groups: int) -> None:
+    """Rotate, in place, each of the groups of rows of [groups·w, ...], or of entries of [groups·w]."""
+    heads = tensor.view(groups, tensor.size(0) // groups, -1)
+    tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
+
+
+@torch.no_grad()
+def rotate_cache(model: torch.nn.Module) -> None:
+    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
+    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more.
+
+    Raises ValueError, before anything is changed, where a norm's gain of 0 would have to be folded into a null token.
+    """
+    layers = [block.attn for block in model.blocks]
+    if any(attn.shape.latent and attn.null and not attn.latent[1].weight.all() for attn in layers):
+        raise ValueError("a norm's gain of 0 can't be folded into a null token; leave the rotation out")
+    for attn in layers:
+        for stream, groups in (rotate_latent if attn.shape.latent else rotate_heads)(attn).items():
+            if stream in attn.null:
+                rotate(attn.null[stream], groups)
+
+
+def rotate_heads(attn: torch.nn.Module) -> dict[str, int]:
+    """Rotate the keys without RoPE and the values of one layer. Returns {stream: groups} of what was rotated."""
+    shape, rotated = attn.shape, {attn.shape.v_stream: attn.shape.v_groups}
+    for path in shape.paths:
+        if path.rotate:                                    # by position already
+            continue
+        rotated[path.stream] = path.groups
+        rotate(attn.q[path.name].weight, attn.n_head)
+        if not path.tied:                                  # else it is the same weight
+            rotate(attn.k[path.name].weight, path.groups)
+    rotate(attn.v.weight, shape.v_groups)
+    rotate(attn.o.weight.T, attn.n_head)
+    return rotated
+
+
+def rotate_latent(attn: torch.nn.Module) -> dict[str, int]:
+    """The same for MLA: its latent, whose norm commutes with a rotation once its gain is folded into what reads it,
+    and its shared key if that is without RoPE."""
+    shape, rotated = attn.shape, {attn.shape.v_stream: 1}
+    project, norm = attn.latent
+    for reader in (attn.k["sem"], attn.v):
+        reader.weight *= norm.weight
+        rotate(reader.weight.T, 1)
+    if attn.null:
+        attn.null[shape.v_stream] /= norm.weight
+    norm.weight.fill_(1.0)
+    rotate(project.weight, 1)
+    for path in shape.paths:
+        if not path.rotate and path.stream != shape.v_stream:
+            rotated[path.stream] = path.groups
+            rotate(attn.q[path.name].weight, attn.n_head)
+            rotate(attn.k[path.name].weight, path.groups)
+    return rotated
