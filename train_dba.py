@@ -1246,23 +1246,16 @@ def load_checkpoint(path, device="cpu"):
     return ckpt
 
 
-def load_weights(model, weights, **assign):
-    """Put a checkpoint's weights into a model. Raises UserError unless they are its own."""
-    try:
-        check(weights, model.state_dict(), "model")
-        model.load_state_dict(weights, **assign)
-    except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
-
-
 def load_model(ckpt):
-    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
+    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode. Raises UserError
+    unless the weights are those of its settings."""
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
             model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"], assign=True)
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights can't have its settings ({brief(e)})") from None
-    load_weights(model, ckpt["model"], assign=True)
+        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
     return model.eval()
 
 
@@ -1509,7 +1502,6 @@ def build(cfg, vocab_size, device):
 
 def restore(ckpt, model, optimizer, rng):
     """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
-    load_weights(model, ckpt["model"])
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
@@ -1520,6 +1512,8 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
