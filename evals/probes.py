@@ -1,7 +1,6 @@
 """Behavioural cases: copying, spelling, arithmetic, recall; what judges an output, and exact tests between models."""
 
 import collections
-import json
 import math
 import os
 import random
@@ -38,6 +37,7 @@ RULES = {
     "compare": "exact McNemar test, two-sided, over the cases in which the two results differ",
 }
 CHECKS = ("exact", "content", "preferred", "loop")
+LITERAL = dict(kind=str, prompt=str, target=str, distractor=str)
 CASE = dict(set=str, name=str, prompt=str, target=str, distractor=str)
 COMPARABLE = dict(cases=[{**CASE, **dict.fromkeys(CHECKS, bool)}])              # of a result of this command
 
@@ -130,7 +130,11 @@ TEMPLATES = {
 def make_cases(instances: int, seed: int) -> list[dict]:
     """The literal cases, then `instances` different ones of each template: dicts of set, name, kind, prompt, target and
     distractor, the latter two with the space that the prompt leaves to them."""
-    cases = [dict(case, set="literal") for case in json.loads(PROBES.read_text(encoding="utf-8"))]
+    cases = []
+    for case in read_json(PROBES, [LITERAL]):
+        if not (case["prompt"] + case["target"] + case["distractor"]).isascii():
+            raise UserError(f"{PROBES.name}: a case isn't ASCII")
+        cases.append(dict(case, set="literal"))
     for kind, template in TEMPLATES.items():
         rng, made = random.Random(f"{kind} {seed}"), {}
         while len(made) < instances:

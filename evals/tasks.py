@@ -283,7 +283,8 @@ def table(done: dict[str, dict], pairs: dict[tuple, dict]) -> list[tuple]:
         for metric in task["correct"]:
             row = (name, metric, task["n"], f"{task[metric]:.4f}", f"{task[f'{metric}_stderr']:.4f}")
             if pair := pairs.get((name, metric)):
-                row += (pair["pairs"], f"{pair['other']:.4f}", pair["only_this"], pair["only_other"], f"{pair['p']:.4g}")
+                row += (pair["pairs"], f"{pair['other']:.4f}", pair["only_this"], pair["only_other"],
+                        f"{pair['p']:.4g}")
             rows.append(row + ("-",) * (len(rows[0]) - len(row)))
     return rows
 
