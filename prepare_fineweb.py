@@ -4,21 +4,23 @@
     python prepare_fineweb.py --dataset wikitext2 --output data/wikitext2.npy
     python prepare_fineweb.py --dataset wikitext2 --input folder/with/wiki.train.tokens --output data/wikitext2.npy
     python prepare_fineweb.py --dataset text --input notes.txt corpus/ --tokenizer byte --output data/notes.npy
+    python prepare_fineweb.py --dataset text --input corpus/ --tokenizer bpe:8192 --output data/corpus.npy
     python prepare_fineweb.py --dataset sample --output data/sample.npy
 
 NAME.npy holds the token ids of the training documents, one after the other, each ended by the tokenizer's eot;
 NAME.val.npy those of the validation documents. A sidecar .json beside each says what it holds. It is written last:
-a .npy without one is unfinished.
+a .npy without one is unfinished. NAME.vocab.json is the vocabulary of a word or bpe tokenizer, made of the training part.
 
     source -> batches -> worker processes, in order -> NAME.npy.part, NAME.val.npy.part + journal -> .npy -> sidecar
 
 A source yields (text, cursor), where cursor is a JSON value from which the same source goes on after that document.
 The journal says how long the synced parts were at which cursor, so that a run killed at any moment goes on from there,
-to the same bytes.
+to the same bytes. It carries checksums of the parts and of itself: damage is said, not built upon.
 """
 
 import argparse
 import ast
+import codecs
 import collections
 import contextlib
 import errno
@@ -41,6 +43,7 @@ import sysconfig
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from decimal import Decimal
@@ -49,14 +52,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train_dba import EOS, ByteTokenizer, GPT2Tokenizer, UserError, WordTokenizer, split_words
+from train_dba import (BYTE_CHARS, EOS, LONGEST_TOKEN, BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError,
+                       WordTokenizer, split_words)
 
 BATCH_CHARS = 1 << 19                              # text that a worker gets at once
 JOURNAL_SECONDS = 5.0                              # the work that a kill can cost
 HEADER_BYTES = 128                                 # of a 1-D .npy
 CHUNK_BYTES = 1 << 22
-FIXED_TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}     # the vocabulary of "word" grows as it reads
-TEXT_BYTES_PER_TOKEN = {"word": 5, "gpt2": 4, "byte": 1}              # of English, to estimate disk space and time left
+MOST_WORKERS = 1024
+JSON_BYTES = 1 << 24                               # the most that a sidecar or journal may have
+BPE_TEXT_BYTES = 100_000_000                       # training text that a bpe vocabulary is learned from, at most
+BPE_SIZES = range(257, (1 << 20) + 1)              # 256 bytes and end of text at least
+FIXED_TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}     # "word" and "bpe" learn theirs from the text
+TEXT_BYTES_PER_TOKEN = {"word": 5, "gpt2": 4, "bpe": 3, "byte": 1}    # of English, to estimate disk space and time left
 
 # -----------------------------------------------------------------------------
 # Files: all that must survive a kill is synced, then renamed
@@ -64,10 +72,25 @@ TEXT_BYTES_PER_TOKEN = {"word": 5, "gpt2": 4, "byte": 1}              # of Engli
 
 def read_json(path):
     """The object in a JSON file, or None where there is no such file."""
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_bytes()) if path.exists() else None
-    except ValueError as e:
+        if not path.is_file() or path.stat().st_size > JSON_BYTES:
+            raise ValueError("no small regular file")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): delete it and run again") from None
+
+
+def read_sidecar(path):
+    """What a sidecar says of the token file beside it, or None where there is none."""
+    sidecar = read_json(path)
+    if sidecar is not None and type(sidecar.get("tokens")) is not int:
+        raise UserError(f"{path} is damaged (it has no number of tokens): delete it and run again")
+    return sidecar
 
 
 def replace(source, path):
@@ -91,8 +114,10 @@ def write_chunks(path, chunks):
     replace(temporary, path)
 
 
-def write_json(path, value):
-    write_chunks(path, [json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"])
+def write_json(path, value, indent=1):
+    """A name in it whose bytes are no UTF-8 holds lone surrogates, which are written as JSON's escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    write_chunks(path, [text.encode(errors="backslashreplace") + b"\n"])
 
 
 def sha256(path):
@@ -125,7 +150,8 @@ def optional(module, package, purpose):
 
 def read_text(path):
     try:
-        return path.read_bytes().decode()                  # no newline translation: tokens decode to the file's bytes
+        # No newline translation: tokens decode to the file's bytes, less the byte-order mark.
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 (byte {e.start}): convert it first, for instance with iconv") from None
 
@@ -140,6 +166,8 @@ def read_jsonl(path, start):
     """The string under "text" of each line; position: lines read."""
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
+            if n == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if n <= start or not line.strip():
                 continue
             try:
@@ -147,7 +175,7 @@ def read_jsonl(path, start):
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise UserError(f'{path}, line {n}: no string in a field "text"')
                 row["text"].encode()                       # JSON can spell lone surrogates, which UTF-8 can't
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}, line {n}: bad JSON or UTF-8 ({e}): correct or remove the line") from None
             yield row["text"], n
 
@@ -171,7 +199,7 @@ def read_parquet(path, start):
                         if not isinstance(text, str):
                             raise UserError(f'{path}, row {row}: no string in the column "text" but {text!r:.40}')
                         yield text, row
-    except (ValueError, OSError, NotImplementedError) as e:          # which Arrow's own errors derive from
+    except (ValueError, OSError, LookupError, TypeError, NotImplementedError, MemoryError) as e:   # bases of Arrow's own
         raise UserError(f"{path}: can't be read as parquet ({str(e).partition(chr(10))[0]})") from None
 
 
@@ -238,23 +266,61 @@ def content(files):
     return "sha256:" + hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
-def open_text(args, _revision):
-    """--dataset text: every .txt, .jsonl and .parquet that --input names, or that lies below a folder it names."""
+def list_folder(folder):
+    """The files below a folder that READERS read, sorted; what else lies there is named."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    readable = [path for path in files if path.suffix.lower() in READERS]
+    skipped = [path for path in files if path.suffix.lower() not in READERS]
+    if not readable:
+        raise UserError(f"no {', '.join(READERS)} file in {folder}: name another folder with --input")
+    if skipped:
+        kinds = collections.Counter(path.suffix or "no suffix" for path in skipped)
+        names = ", ".join(str(path.relative_to(folder)) for path in skipped[:3])
+        print(f"note: {len(skipped)} files of {folder} are left out ({names}{', ...' if len(skipped) > 3 else ''}); by "
+              f"suffix: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common(8))}", file=sys.stderr)
+    return readable
+
+
+def list_inputs(paths):
+    """The files that --input names, in its order, those of a folder sorted. Raises UserError for one named twice, which
+    could be in the training and the validation part at once, and for what can't be read."""
     files = []
-    for path in args.input:
+    for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
-            if not found:
-                raise UserError(f"no {', '.join(READERS)} file in {path}: name another folder with --input")
-            files += found
+            files += list_folder(path)
         elif not path.exists():
             raise UserError(f"{path} does not exist: correct --input")
-        elif path.suffix not in READERS:
+        elif not path.is_file() or path.suffix.lower() not in READERS:
             raise UserError(f"can't read {path}: --input takes {', '.join(READERS)} files and folders of them")
         else:
             files.append(path)
-    size = sum(p.stat().st_size * (3 if p.suffix == ".parquet" else 1) for p in files)     # parquet is compressed
-    return content(files), size, functools.partial(read_files, files, lambda path: READERS[path.suffix])
+    seen = {}
+    for path in files:
+        status = path.stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
+            raise UserError(f"{path} is {first if path != first else 'named twice'}: name each file once with --input")
+    return files
+
+
+def open_text(args, _revision):
+    """--dataset text: every .txt, .jsonl and .parquet that --input names, or that lies below a folder it names."""
+    files = list_inputs(args.input)
+    sizes = {path: path.stat().st_size for path in files}
+    size = sum(n * 3 if path.suffix.lower() == ".parquet" else n for path, n in sizes.items())     # it is compressed
+    return content(files), size, functools.partial(read_files, files, lambda path: READERS[path.suffix.lower()])
+
+
+def fetch_wikitext(files):
+    """Fetches those of the files, validation, training and test, that aren't there yet."""
+    repo = "Salesforce/wikitext"
+    if all(path.exists() for path in files):               # another run has fetched them while this one waited
+        return
+    revision = hub_revision(repo)
+    for path, split in zip(files, ("validation", "train", "test")):
+        if not path.exists():                              # the hub has "" for a blank line, the original files " \n"
+            rows = read_hub(repo, "wikitext-2-v1", split, revision, None)
+            write_chunks(path, ((text if text.strip() else " \n").encode() for text, _ in rows))
 
 
 def open_wikitext(args, _revision):
@@ -262,14 +328,10 @@ def open_wikitext(args, _revision):
     folder = args.input[0] if args.input else args.output.parent
     files = [folder / f"wiki.{split}.tokens" for split in ("valid", "train", "test")]
     if not args.input and not all(path.exists() for path in files):
-        repo = "Salesforce/wikitext"
-        revision = hub_revision(repo)
-        for path, split in zip(files, ("validation", "train", "test")):
-            if not path.exists():                          # the hub has "" for a blank line, the original files " \n"
-                rows = read_hub(repo, "wikitext-2-v1", split, revision, None)
-                write_chunks(path, ((text if text.strip() else " \n").encode() for text, _ in rows))
+        with exclusive(folder / "wiki.lock", wait=True):   # two runs that fetch at once would write to one file
+            fetch_wikitext(files)
     for path in files[:2]:
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path} does not exist: --input takes the folder of wiki.{{train,valid,test}}.tokens; "
                             "without --input they come from the Hugging Face hub")
     size = files[1].stat().st_size
@@ -334,15 +396,20 @@ DATASETS = {
 # Tokens: worker processes, in the order of the documents
 
 
-TOKENIZER = None                                   # of a worker process; None there for words
+TOKENIZER = None                                   # of a worker process: a function that returns it; None for words
 
 
-def start_worker(name, parent):
-    """Runs first in each worker; builds the tokenizer there, so that spawned workers (macOS) do as forked ones."""
+def start_worker(name, vocabulary, parent):
+    """Runs first in each worker; builds the tokenizer there, so that spawned workers (macOS) do as forked ones.
+    vocabulary: the path of a bpe tokenizer's, which is made later."""
     global TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C goes to the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    TOKENIZER = FIXED_TOKENIZERS[name]() if name != "word" else None
+    if name == "bpe":
+        TOKENIZER = functools.cache(lambda: read_bpe(vocabulary))
+    elif name != "word":
+        tokenizer = FIXED_TOKENIZERS[name]()
+        TOKENIZER = lambda: tokenizer                      # noqa: E731
 
     def watch():                                           # a killed parent can't tell its workers to end
         while os.getppid() == parent:
@@ -366,7 +433,8 @@ def encode_batch(texts):
         elif TOKENIZER is None:
             pieces.append(np.array([words.setdefault(w, len(words)) for w in (*split_words(text), EOS)], np.uint32))
         else:
-            pieces.append(np.append(TOKENIZER.encode(text), np.uint16(TOKENIZER.eot)))
+            ids = TOKENIZER().encode(text)
+            pieces.append(np.append(ids, ids.dtype.type(TOKENIZER().eot)))
     lengths = np.array([len(p) for p in pieces[1:]], np.int64)
     sizes = np.array([len(text.encode()) for text in texts], np.int64) * (lengths > 0)
     return np.concatenate(pieces), lengths, sizes, list(words)
@@ -377,8 +445,11 @@ def worker_pool(args):
     """Worker processes, begun before there is a thread or connection that a fork could break."""
     if args.tokenizer in FIXED_TOKENIZERS:
         FIXED_TOKENIZERS[args.tokenizer]()                 # what it lacks is said here; forked workers find it loaded
+    if args.tokenizer == "bpe":
+        optional("tokenizers", "tokenizers", "--tokenizer bpe")
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(args.workers, context, start_worker, (args.tokenizer, os.getpid()))
+    pool = ProcessPoolExecutor(args.workers, context, start_worker,
+                               (args.tokenizer, beside(args, VOCABULARY), os.getpid()))
     try:
         pool.submit(encode_batch, []).result()
         yield pool
@@ -431,19 +502,22 @@ class Part:
 
     def __init__(self, stack, paths, counts, dtype):
         """stack: closes the files; paths: tokens and, for words, the vocabulary; counts: the journal's, see EMPTY."""
-        self.counts, self.dtype, self.files = dict(counts), dtype, []
-        for path, length in zip(paths, counts["bytes"]):
+        self.counts, self.dtype, self.files, self.crc = dict(counts), dtype, [], list(counts["crc"])
+        for path, length, crc in zip(paths, counts["bytes"], counts["crc"]):
             if not path.exists() and length == 0:
                 path.touch()
-            if not path.exists() or path.stat().st_size < length:
-                raise UserError(f"{path} is missing or shorter than its journal says: delete the .part.json beside it "
-                                "to start afresh")
+            if not path.is_file() or path.stat().st_size < length or checksum(path, length) != crc:
+                raise UserError(f"{path} is not what its journal says: delete the .part.json beside it to start afresh")
             self.files.append(stack.enter_context(open(path, "r+b")))
             self.files[-1].truncate(length)
             self.files[-1].seek(length)
         if counts["bytes"][0] == 0:
-            self.files[0].write(bytes(HEADER_BYTES))
+            self.write(0, bytes(HEADER_BYTES))
         self.ids = {w: i for i, w in enumerate(read_words(paths[1]))} if len(paths) > 1 else None
+
+    def write(self, file, data):
+        self.files[file].write(data)
+        self.crc[file] = zlib.crc32(data, self.crc[file])
 
     def add(self, ids, lengths, sizes, words):
         """Appends documents as encode_batch() returns them."""
@@ -452,10 +526,10 @@ class Part:
             table = np.zeros(len(words), np.uint32)
             for i in known[np.argsort(first)]:
                 if words[i] not in self.ids:
-                    self.files[1].write(words[i].encode() + b"\n")
+                    self.write(1, words[i].encode() + b"\n")
                 table[i] = self.ids.setdefault(words[i], len(self.ids))
             ids = table[ids]
-        self.files[0].write(ids.astype(self.dtype, copy=False).data)
+        self.write(0, ids.astype(self.dtype, copy=False).data)
         self.counts["tokens"] += len(ids)
         self.counts["documents"] += int((lengths > 0).sum())
         self.counts["text_bytes"] += int(sizes.sum())
@@ -465,33 +539,116 @@ class Part:
         for f in self.files:
             f.flush()
             os.fsync(f.fileno())
-        self.counts["bytes"] = [f.tell() for f in self.files]
+        self.counts.update(bytes=[f.tell() for f in self.files], crc=list(self.crc))
         return dict(self.counts)
 
 
 PARTS = ("", ".val")
-EMPTY = {"tokens": 0, "documents": 0, "text_bytes": 0, "bytes": [0, 0]}
+EMPTY = {"tokens": 0, "documents": 0, "text_bytes": 0, "bytes": [0, 0], "crc": [0, 0]}
+JOURNAL, VOCABULARY = ".npy.part.json", ".bpe.part"         # of a run in progress, beside its parts
+
+
+def beside(args, suffix):
+    """The path of NAME + suffix, where --output is NAME.npy."""
+    return args.output.with_name(args.output.name.removesuffix(".npy") + suffix)
+
+
+def checksum(path, length):
+    """CRC-32 of the first `length` bytes of a file."""
+    crc = 0
+    with open(path, "rb") as f:
+        while length > 0 and (chunk := f.read(min(length, CHUNK_BYTES))):
+            crc, length = zlib.crc32(chunk, crc), length - len(chunk)
+    return crc
+
+
+def seal(journal):
+    """The hash of a journal's content, which it carries: a damaged one is noticed whatever was damaged."""
+    content = {key: value for key, value in journal.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_journal(path):
+    journal = read_json(path)
+    if journal is not None and journal.get("seal") != seal(journal):
+        raise UserError(f"{path} is damaged, or by another version of this script: delete it to start afresh")
+    return journal
+
+
+def write_journal(path, journal):
+    write_json(path, {**journal, "seal": seal(journal)})
 
 
 def read_words(path):
     return path.read_bytes().decode().split("\n")[:-1]
 
 
-def stream(args, pool, documents, journal, expected, beside):
+def read_bpe(path):
+    return BPETokenizer(json.loads(path.read_bytes()))
+
+
+def training_texts(documents, val_frac):
+    """The training documents from the start of the source, BPE_TEXT_BYTES of them at most."""
+    size = 0
+    for texts, is_val, _ in batches(documents(None), 0, val_frac):
+        for text, held_out in zip(texts, is_val):
+            if not held_out:
+                size += len(text.encode())
+                if size > BPE_TEXT_BYTES:
+                    return
+                yield text
+
+
+def learn_bpe(args, documents):
+    """Learns the vocabulary of --tokenizer bpe:N from the training part and saves it; a repeat gives the same bytes."""
+    print(f"learning a vocabulary of {args.vocab:,} from the training part")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab - 1, initial_alphabet=BYTE_CHARS, min_frequency=2,
+                                  max_token_length=LONGEST_TOKEN, special_tokens=[], show_progress=False)
+    learner.train_from_iterator(training_texts(documents, args.val_frac), trainer)
+    ids = {char: byte for byte, char in enumerate(BYTE_CHARS)}
+    merges = []
+    for first, second in json.loads(learner.to_str())["model"]["merges"]:
+        merges.append([ids[first], ids[second]])
+        ids.setdefault(first + second, len(ids))
+    if len(ids) + 1 < args.vocab:
+        print(f"note: the text has pairs for {len(ids) + 1:,} of {args.vocab:,} types", file=sys.stderr)
+    write_json(beside(args, VOCABULARY), merges, indent=None)
+
+
+def progress(args, total, done):
+    """The bar of a run that expects `total` training tokens and has `done` of them."""
+    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc=args.output.name,
+                mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def open_parts(args, stack, journal, tokenizer):
+    """The training and the validation Part as the journal has them. tokenizer: None for words, whose ids are as wide as
+    can be until their number is known."""
+    parts = {}
+    for name in PARTS:
+        paths = [beside(args, name + ".npy.part")]
+        if tokenizer is None:
+            paths.append(beside(args, name + ".words.part"))
+        dtype = id_type(tokenizer.vocab_size) if tokenizer else np.uint32
+        parts[name] = Part(stack, paths, journal["parts"][name], dtype)
+    return parts
+
+
+def stream(args, pool, documents, journal, expected, tokenizer):
     """Writes the parts from the journal's cursor to the end of the source, or of the document that reaches --tokens."""
     def commit():
         journal["parts"] = {name: part.sync() for name, part in parts.items()}
-        write_json(beside(".npy.part.json"), journal)
+        write_journal(beside(args, JOURNAL), journal)
 
     with contextlib.ExitStack() as stack:
-        word = args.tokenizer == "word"
-        parts = {name: Part(stack, [beside(name + ".npy.part"), beside(name + ".words.part")][:1 + word],
-                            journal["parts"][name], np.uint32 if word else np.uint16) for name in PARTS}
+        parts = open_parts(args, stack, journal, tokenizer)
         train, val = parts.values()
         commit()
         synced = time.monotonic()
-        bar = stack.enter_context(tqdm(total=expected, initial=train.counts["tokens"], unit="tok", unit_scale=True,
-                                       desc=args.output.name, mininterval=0.5 if sys.stderr.isatty() else 30))
+        bar = stack.enter_context(progress(args, expected, train.counts["tokens"]))
         items = batches(documents(journal["cursor"]), journal["read"], args.val_frac)
         for texts, is_val, cursor, ids, lengths, sizes, words in encode_in_order(pool, items, 2 * args.workers + 2):
             is_val = np.array(is_val)
@@ -514,6 +671,10 @@ def stream(args, pool, documents, journal, expected, beside):
         commit()
 
 
+def id_type(vocab_size):
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
 def place(part, path, tokens, dtype, table):
     """Turns a part into its .npy; table: [part's ids] -> ids, or None. A repeat after a kill gives the same bytes."""
     if not part.exists():                                  # it was renamed before the kill
@@ -533,38 +694,41 @@ def place(part, path, tokens, dtype, table):
     part.unlink()
 
 
-def finish(args, settings, journal, beside):
+def finish(args, settings, journal, tokenizer):
     """Turns completed parts into token files with sidecars. A repeat after a kill gives the same bytes."""
-    tables = {}
+    tables, vocabulary = {}, beside(args, ".vocab.json")
     for name in PARTS:                                     # from here on, what --overwrite replaces is unfinished
-        beside(name + ".json").unlink(missing_ok=True)
-    if args.tokenizer == "word":
-        tokenizer = WordTokenizer.build(read_words(beside(".words.part")))
-        tables = {name: tokenizer.encode_words(read_words(beside(name + ".words.part"))) for name in PARTS}
-        write_json(beside(".vocab.json"), tokenizer.words)
+        beside(args, name + ".json").unlink(missing_ok=True)
+    if tokenizer is None:
+        tokenizer = WordTokenizer.build(read_words(beside(args, ".words.part")))
+        tables = {name: tokenizer.encode_words(read_words(beside(args, name + ".words.part"))) for name in PARTS}
+    if tokenizer.name in FIXED_TOKENIZERS:
+        vocabulary.unlink(missing_ok=True)
     else:
-        tokenizer = FIXED_TOKENIZERS[args.tokenizer]()
-        beside(".vocab.json").unlink(missing_ok=True)
+        write_json(vocabulary, tokenizer.words, indent=1 if tokenizer.name == "word" else None)
     has_val = journal["parts"][".val"]["tokens"] > 0
+    val_path = beside(args, ".val.npy")
     if not has_val:
-        beside(".val.npy").unlink(missing_ok=True)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        val_path.unlink(missing_ok=True)
     for name in (".val", "") if has_val else ("",):
-        counts, path = journal["parts"][name], beside(name + ".npy")
-        place(beside(name + ".npy.part"), path, counts["tokens"], dtype, tables.get(name))
+        counts, path = journal["parts"][name], beside(args, name + ".npy")
+        place(beside(args, name + ".npy.part"), path, counts["tokens"], id_type(tokenizer.vocab_size), tables.get(name))
         sidecar = {**settings, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                    "tokens": counts["tokens"], "documents": counts["documents"], "text_bytes": counts["text_bytes"],
-                   "sha256": sha256(path), "val": beside(".val.npy").name if has_val and not name else None,
-                   "vocab": beside(".vocab.json").name if args.tokenizer == "word" else None}
-        write_json(beside(name + ".json"), sidecar)
+                   "sha256": sha256(path), "val": val_path.name if has_val and not name else None,
+                   "vocab": vocabulary.name if tokenizer.name not in FIXED_TOKENIZERS else None}
+        if tokenizer.name == "bpe":
+            sidecar["vocab_sha256"] = sha256(vocabulary)
+        write_json(beside(args, name + ".json"), sidecar)
         print(f"{path}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
               f"vocabulary {tokenizer.vocab_size:,}")
 
 
-def clear(beside):
+def clear(args):
     """Removes what only a run in progress needs; the journal first, since it vouches for the rest."""
-    for suffix in (".npy.part.json", *(name + part for name in PARTS for part in (".npy.part", ".words.part"))):
-        beside(suffix).unlink(missing_ok=True)
+    parts = [name + part for name in PARTS for part in (".npy.part", ".words.part")]
+    for suffix in (JOURNAL, *parts, VOCABULARY):
+        beside(args, suffix).unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -583,7 +747,8 @@ def check_disk(args, size, journal):
     expected = min(known)
     # Word ids are 4 bytes until their number is known, then up to 4 bytes more in the final file.
     with_val = 1.1 if args.val_frac is None else 1 + args.val_frac
-    need = int(expected * with_val * (8 if args.tokenizer == "word" else 2))
+    id_bytes = 8 if args.tokenizer == "word" else np.dtype(id_type(args.vocab or 0)).itemsize
+    need = int(expected * with_val * id_bytes)
     need -= sum(part["bytes"][0] for part in journal["parts"].values())
     free = shutil.disk_usage(args.output.parent).free
     if need > free:
@@ -593,45 +758,66 @@ def check_disk(args, size, journal):
 
 
 @contextlib.contextmanager
-def exclusive(path):
-    """Holds a lock that the system releases however this process ends: two runs would cut each other's parts."""
-    with open(path, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {path.with_suffix('')}: wait for it or stop it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def exclusive(path, wait=False):
+    """Holds a lock that the system releases however this process ends: two runs would cut each other's parts.
+    wait: for the other run, instead of raising UserError."""
+    while True:
+        with open(path, "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"another run is writing {path.with_suffix('')}: wait for it or stop it") from None
+                print(f"waiting for another run that fetches to {path.parent}", file=sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
+            if not is_at(f, path):                         # its holder removed it at its end: what is locked is no file
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def is_at(f, path):
+    """Whether an open file is the one that the path names."""
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def earlier_run(args, settings):
+    """(sidecar of a finished output, journal of a begun one), each None if there is none or it isn't to be kept."""
+    sidecar = None if args.overwrite else read_sidecar(beside(args, ".json"))
+    journal = read_journal(beside(args, JOURNAL))
+    if journal and journal["read"] == 0 and not journal["complete"]:     # nothing to lose, so nothing to refuse
+        journal = None
+    known = next((old.get("revision") for old in (sidecar, journal) if old and not differences(settings, old)), None)
+    return sidecar, journal, known
 
 
 def prepare(args, pool):
     """Makes args.output, or finishes what an earlier run began. Raises UserError or OSError; what is synced is kept."""
-    def beside(suffix):
-        return args.output.with_name(args.output.name.removesuffix(".npy") + suffix)
-
     settings = {"dataset": args.dataset, "tokenizer": args.tokenizer, "tokens_asked": args.tokens,
                 "val_frac": args.val_frac}
-    journal, sidecar = read_json(beside(".npy.part.json")), None if args.overwrite else read_json(beside(".json"))
-    if journal and journal["read"] == 0 and not journal["complete"]:     # nothing to lose, so nothing to refuse
-        journal = None
-    known = next((old["revision"] for old in (sidecar, journal) if old and not differences(settings, old)), None)
-    revision, size, documents = DATASETS[args.dataset]["open"](args, known)
-    settings["revision"] = revision
+    if args.vocab is not None:
+        settings["vocab_asked"] = args.vocab
+    sidecar, journal, revision = earlier_run(args, settings)
+    settings["revision"], size, documents = DATASETS[args.dataset]["open"](args, revision)
 
     if sidecar and args.output.exists():
         if wrong := differences(settings, sidecar):
             raise UserError(f"{args.output} is finished, with {wrong}: pass --overwrite or another --output")
         print(f"{args.output} is finished already: {sidecar['tokens']:,} tokens")
-        return clear(beside)
+        return clear(args)
     if journal and (wrong := differences(settings, journal)):
         if not args.overwrite:
             raise UserError(f"{args.output} is begun, with {wrong}: pass --overwrite or another --output")
         journal = None
     if not journal and not args.overwrite and args.output.exists():
-        raise UserError(f"{args.output} exists without a sidecar {beside('.json').name}: pass --overwrite or another "
-                        "--output")
+        raise UserError(f"{args.output} exists without a sidecar {beside(args, '.json').name}: pass --overwrite or "
+                        "another --output")
 
     resumed = journal is not None
     if not resumed:
@@ -639,16 +825,32 @@ def prepare(args, pool):
     expected = check_disk(args, size, journal)
     if resumed:
         print(f"going on after document {journal['read']:,}")
+    tokenizer = open_tokenizer(args, documents, journal)
     if not journal["complete"]:
-        stream(args, pool, documents, journal, expected, beside)
+        stream(args, pool, documents, journal, expected, tokenizer)
     tokens = journal["parts"][""]["tokens"]
     if tokens == 0:
-        clear(beside)
+        clear(args)
         raise UserError("no document with text in it to train on: nothing was written")
     if args.tokens is not None and tokens < args.tokens:
         print(f"note: the source ended at {tokens:,} of {args.tokens:,} tokens", file=sys.stderr)
-    finish(args, settings, journal, beside)
-    clear(beside)
+    finish(args, settings, journal, tokenizer)
+    clear(args)
+
+
+def open_tokenizer(args, documents, journal):
+    """The tokenizer, with the vocabulary that a bpe run has or learns now; None for words, whose vocabulary grows."""
+    if args.tokenizer == "word":
+        return None
+    if args.tokenizer in FIXED_TOKENIZERS:
+        return FIXED_TOKENIZERS[args.tokenizer]()
+    path = beside(args, VOCABULARY)
+    if "vocab_sha256" not in journal:
+        learn_bpe(args, documents)
+        journal["vocab_sha256"] = sha256(path)
+    elif not path.is_file() or sha256(path) != journal["vocab_sha256"]:
+        raise UserError(f"{path} is not what its journal says: delete the .part.json beside it to start afresh")
+    return read_bpe(path)
 
 
 def token_count(text):
@@ -658,6 +860,17 @@ def token_count(text):
     if tokens < 1 or tokens != int(tokens):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write 100M, 1B or 250000")
     return int(tokens)
+
+
+def tokenizer_name(text):
+    """'bpe:8192' -> ('bpe', 8192); 'byte' -> ('byte', None)"""
+    name, _, size = text.partition(":")
+    if name == "bpe" and re.fullmatch("[0-9]{1,9}", size) and int(size) in BPE_SIZES:
+        return name, int(size)
+    if text == "word" or text in FIXED_TOKENIZERS:
+        return text, None
+    raise argparse.ArgumentTypeError(f"{text!r} is none of word, {', '.join(FIXED_TOKENIZERS)}, bpe:N with N from "
+                                     f"{BPE_SIZES[0]} to {BPE_SIZES[-1]}")
 
 
 def parse_args(argv=None):
@@ -672,7 +885,8 @@ def parse_args(argv=None):
     parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text: .txt, .jsonl (field text) and "
                         ".parquet (column text) files, or folders of them; wikitext2: a folder of "
                         "wiki.{train,valid,test}.tokens [from the hub, into the folder of --output]")
-    parser.add_argument("--tokenizer", choices=TEXT_BYTES_PER_TOKEN, help=f"[{defaults('tokenizer')}]")
+    parser.add_argument("--tokenizer", type=tokenizer_name, metavar="NAME", help="word, gpt2, byte, or bpe:N, byte pairs "
+                        f"learned from the training part, N types in all [{defaults('tokenizer')}]")
     parser.add_argument("--tokens", type=token_count, metavar="N", help="end with the document that reaches N training "
                         "tokens: 100M, 1B, 250000; validation comes on top [all; fineweb-edu needs it]")
     parser.add_argument("--val-frac", type=float, metavar="F", help="share of the documents held out for "
@@ -694,17 +908,20 @@ def parse_args(argv=None):
              "--dataset wikitext2 has its own validation split: leave out --val-frac"),
             (not 0 <= (args.val_frac or 0) < 1, f"--val-frac must be at least 0 and less than 1, not {args.val_frac}"),
             (name == "fineweb-edu" and not args.tokens, "--dataset fineweb-edu needs --tokens, for instance 100M"),
-            (args.workers < 1, f"--workers must be at least 1, not {args.workers}")):
+            (not 1 <= args.workers <= MOST_WORKERS, f"--workers must be 1 to {MOST_WORKERS}, not {args.workers}")):
         if wrong:
             parser.error(message)
     spec = DATASETS[name]
-    args.tokenizer = args.tokenizer or spec["tokenizer"]
+    args.tokenizer, args.vocab = args.tokenizer or (spec["tokenizer"], None)
     args.val_frac = spec["val_frac"] if args.val_frac is None else args.val_frac
     return args
 
 
 def main(argv=None):
     """Ends the program with 1 for what the user can mend, 2 for a wrong command line, 130 or 143 when stopped."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):           # a path may hold what the terminal's encoding can't
+            output.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
 
     def stop(signum, _frame):
@@ -720,8 +937,11 @@ def main(argv=None):
         sys.exit(f"error: {e}")
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
-        what = "make room" if e.errno == errno.ENOSPC else "correct that"
-        sys.exit(f"error: {e.strerror or e}{where}: {what} and run the same command again")
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"error: disk full{where}: make room and run the same command again to go on")
+        sys.exit(f"error: {e.strerror or e}{where}: correct that and run the same command again")
+    except MemoryError:
+        sys.exit("error: not enough memory: a .txt file is read whole; cut it up, or write it as .jsonl")
     except SystemExit as e:
         print("stopped; run the same command again to go on", file=sys.stderr)
         raise e

@@ -3,12 +3,19 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
 
     python3 run_paper_manifest.py --group cpu_mini --dry-run
     python3 run_paper_manifest.py --group cpu_mini --jobs 2
-    python3 run_paper_manifest.py --group wikitext2 --only fair_standard512 fair_decoupled32_64 --seeds 1337
+    python3 run_paper_manifest.py --group wikitext2 --only fair/standard512 fair/decoupled32_64 --seeds 1337
+    python3 run_paper_manifest.py --group wikitext2 --only compare/ -- --compile --device cuda
+
+Flags of train_dba.py after -- go to every run.
 
 A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates
 (`lrs`, also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is
-the folder <runs>/<group>_<set>_<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run
+the folder <runs>/<group>/<set>/<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run
 that fails is reported at the end, where it left its messages, and makes the exit code 1; the others go on.
+
+A group's `contrasts` are what was decided to be tested before any of its runs: a - b, paired by seed, of two rows of a
+set. `kind` better: the difference is below 0; no_worse: below `margin` nats; equivalent: within it. paper/claims.py
+tests them, corrected by Holm at the group's `alpha`.
 """
 
 import argparse
@@ -26,16 +33,21 @@ import torch
 from tqdm import tqdm
 
 from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, cache_formats, count_params, flag_name,
-                       make_config, pick_device, synchronize)
+                       make_config, parse_args, pick_device, synchronize)
 
 HERE = Path(__file__).parent
+CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": str, "margin": float}
+KINDS = ("better", "no_worse", "equivalent")               # of contrasts
 CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post-ppl measures, where they fit the mode
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its folder's name, the settings that it is given, the Config that they resolve to."""
+    """One training run: its folder's name, <group>/<set>/<row>[_lr<lr>]_s<seed>, and what of it remains without seed,
+    and without learning rate too; the settings that it is given, the Config that they resolve to."""
     name: str
+    series: str
+    row: str
     given: dict
     cfg: Config
     vocab_size: int
@@ -92,6 +104,7 @@ def read_manifest(path):
     try:
         manifest = json.loads(path.read_text())
         for group in manifest.values():
+            check_contrasts(group.get("contrasts", []))
             for part in group["sets"].values():
                 part["base"], part["rows"], part["seeds"], group["data"], group["vocab_size"]
                 if unknown := part.keys() - {"about", "base", "rows", "seeds", "lrs", "data", "vocab_size"}:
@@ -101,33 +114,50 @@ def read_manifest(path):
         raise UserError(f"{path} is no manifest ({type(e).__name__} {e})") from None
 
 
+def check_contrasts(contrasts):
+    """Raises ValueError for a contrast that lacks something or is of no known kind."""
+    for contrast in contrasts:
+        if contrast.keys() != CONTRAST.keys() or not all(isinstance(contrast[k], t) for k, t in CONTRAST.items()):
+            raise ValueError(f"contrast {contrast}: it has {', '.join(CONTRAST)}")
+        if contrast["kind"] not in KINDS or contrast["margin"] <= 0:
+            raise ValueError(f"contrast {contrast['name']}: kind is one of {', '.join(KINDS)}, the margin is above 0")
+
+
 def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
     """Every Run of the groups, resolved. only: beginnings of what follows the group in a run's name. Raises UserError
     for a group that isn't there, and for settings that train_dba.py would refuse."""
     if unknown := set(groups) - manifest.keys():
         raise UserError(f"no group {min(unknown)} in the manifest; it has {', '.join(manifest)}")
-    found = []
-    for group, name, part in ((g, n, p) for g in groups for n, p in manifest[g]["sets"].items()):
-        source = {**manifest[group], **part}
-        for row, settings in part["rows"].items():
-            for lr in settings.get("lrs", part.get("lrs", [None])):
-                for seed in seeds or part["seeds"]:
-                    label = f"{name}_{row}" + (f"_lr{lr:g}" if lr else "") + f"_s{seed}"
-                    if only and not label.startswith(tuple(only)):
-                        continue
-                    given = {**part["base"], **settings, **({"lr": lr} if lr else {}), **dict(overrides), "seed": seed,
-                             "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}_{label}"}
-                    given.pop("lrs", None)
-                    if unknown := given.keys() - DEFAULTS.keys():
-                        raise UserError(f"{group}_{label}: no setting {min(unknown)}")
-                    try:
-                        cfg = make_config(**given)
-                    except UserError as e:
-                        raise UserError(f"{group}_{label}: {e}") from None
-                    found.append(Run(f"{group}_{label}", given, cfg, source["vocab_size"]))
-    if not found:
+    listed = []
+    for group in groups:
+        for name, part in manifest[group]["sets"].items():
+            source = {**manifest[group], **part}
+            for row, settings in part["rows"].items():
+                for lr in settings.get("lrs", part.get("lrs", [None])):
+                    for seed in seeds or part["seeds"]:
+                        series = f"{name}/{row}" + (f"_lr{lr:g}" if lr else "")
+                        if only and not f"{series}_s{seed}".startswith(tuple(only)):
+                            continue
+                        rate = {"lr": lr} if lr else {}
+                        given = {**part["base"], **settings, **rate, **dict(overrides), "seed": seed,
+                                 "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}/{series}_s{seed}"}
+                        given.pop("lrs", None)
+                        listed.append(make_run(group, f"{name}/{row}", series, given, source["vocab_size"]))
+    if not listed:
         raise UserError(f"nothing in {', '.join(groups)} begins with {' or '.join(only)}")
-    return found
+    return listed
+
+
+def make_run(group, row, series, given, vocab_size):
+    """Run of the settings that it is given. Raises UserError, with its name, where train_dba.py would refuse them."""
+    name = f"{group}/{series}_s{given['seed']}"
+    if unknown := given.keys() - DEFAULTS.keys():
+        raise UserError(f"{name}: no setting {min(unknown)}")
+    try:
+        cfg = make_config(**given)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
+    return Run(name, f"{group}/{series}", f"{group}/{row}", given, cfg, vocab_size)
 
 
 def matmul_rate(device, seconds=1.0):
@@ -246,7 +276,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, default=HERE / "paper_manifest.json")
     parser.add_argument("--group", nargs="+", required=True, help="groups of the manifest")
-    parser.add_argument("--only", nargs="+", default=[], help="only runs whose <set>_<row> begins so")
+    parser.add_argument("--only", nargs="+", default=[], help="only runs whose <set>/<row> begins so")
     parser.add_argument("--seeds", type=int, nargs="+", help="these in place of the manifest's")
     parser.add_argument("--steps", type=int, help="so many steps a run, in place of the manifest's")
     parser.add_argument("--data-dir", default="data")
@@ -258,11 +288,13 @@ def main(argv=None):
                         help="then measure each checkpoint's KV memory at 128k tokens")
     parser.add_argument("--post-ppl", action="append_const", dest="post", const=Run.post_ppl,
                         help="then measure each checkpoint's loss through quantised caches")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_dba.py for every run")
     args = parser.parse_args(argv)
     try:
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} must be at least 1")
         overrides = {name: value for name, value in (("steps", args.steps), ("device", args.device)) if value}
+        overrides |= parse_args(args.flags)
         runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
                          overrides.items())
         device = pick_device(args.device)

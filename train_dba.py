@@ -676,7 +676,55 @@ class WordTokenizer:
         return "".join("\n" if i == self.eot else self.words[i] + " " for i in ids).encode()
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+# The character that byte-level BPE writes for each byte: itself where it can be seen, else one from 256 on.
+SEEN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+UNSEEN = [byte for byte in range(256) if byte not in SEEN]
+BYTE_CHARS = [chr(byte if byte in SEEN else 256 + UNSEEN.index(byte)) for byte in range(256)]
+LONGEST_TOKEN = 256                                        # bytes
+
+
+class BPETokenizer:
+    """Byte pairs learned from the training part, by prepare_fineweb.py --tokenizer bpe:N. Ids 0 to 255 are the bytes;
+    `words` lists the merges, [i, j] for tokens i and j, each of which makes the next token unless there is one of the
+    same bytes; the last id ends a document. Text is first cut into words as GPT-2 cuts it."""
+    name = "bpe"
+    __slots__ = ("__dict__", "encoder")                    # the encoder isn't among vars(): equal merges, equal vars()
+
+    def __init__(self, words):
+        self.words, self.encoder = [list(pair) for pair in words], None
+        self.tokens = {bytes([byte]): byte for byte in range(256)}
+        spelled = list(self.tokens)                        # [id] -> bytes
+        for pair in self.words:
+            if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(spelled) for i in pair):
+                raise UserError(f"a bpe vocabulary must list pairs of earlier tokens, not {str(pair)[:60]}")
+            token = spelled[pair[0]] + spelled[pair[1]]
+            if len(token) > LONGEST_TOKEN:
+                raise UserError(f"a bpe vocabulary has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
+            if self.tokens.setdefault(token, len(spelled)) == len(spelled):
+                spelled.append(token)
+        self.eot, self.vocab_size = len(spelled), len(spelled) + 1
+
+    def start_encoder(self):
+        try:
+            from tokenizers import Tokenizer, models, pre_tokenizers
+        except ImportError:
+            raise UserError("the bpe tokenizer needs tokenizers: pip install tokenizers") from None
+        chars = ["".join(BYTE_CHARS[byte] for byte in token) for token in self.tokens]
+        vocabulary = {token: i for i, token in enumerate(chars)}
+        self.encoder = Tokenizer(models.BPE(vocabulary, [(chars[i], chars[j]) for i, j in self.words]))
+        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def encode(self, text):
+        if self.encoder is None:
+            self.start_encoder()
+        return np.array(self.encoder.encode(text).ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def decode(self, ids):
+        spelled = list(self.tokens)
+        return b"".join(spelled[i] for i in ids if i < self.eot)
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 AGAIN = "make it again with prepare_fineweb.py"
 SIDECAR = {"tokenizer": str, "vocab_size": whole_number, "tokens": whole_number, "sha256": str,
            "text_bytes": whole_number, "val": file_name, "vocab?": file_name}
@@ -686,7 +734,7 @@ MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
-    return TOKENIZERS[name](words) if name == "word" else TOKENIZERS[name]()
+    return TOKENIZERS[name]() if words is None else TOKENIZERS[name](words)
 
 
 def tokenizer_hash(tokenizer):
@@ -753,7 +801,7 @@ def open_token_file(path):
     try:
         reading, words = sidecar, None
         info = read_json(sidecar, SIDECAR)
-        if info["tokenizer"] == "word":
+        if info["tokenizer"] in ("word", "bpe"):
             reading = path.parent / info["vocab"]
             words = read_json(reading, list, 2**30)
         tokenizer = make_tokenizer(info["tokenizer"], words)
@@ -1127,7 +1175,7 @@ def remove_empty(folders):
 
 def save_checkpoint(path, cfg, tokenizer, model, **state):
     """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
-    words = tokenizer.words if tokenizer.name == "word" else None
+    words = getattr(tokenizer, "words", None)
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
                    model=model.state_dict(), **state)
 
@@ -1198,23 +1246,16 @@ def load_checkpoint(path, device="cpu"):
     return ckpt
 
 
-def load_weights(model, weights, **assign):
-    """Put a checkpoint's weights into a model. Raises UserError unless they are its own."""
-    try:
-        check(weights, model.state_dict(), "model")
-        model.load_state_dict(weights, **assign)
-    except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
-
-
 def load_model(ckpt):
-    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode."""
+    """The GPT of a loaded checkpoint, on the device that the checkpoint was loaded to, in eval mode. Raises UserError
+    unless the weights are those of its settings."""
     try:
         with torch.device("meta"):                         # nothing is allocated for what a hostile config asks
             model = GPT(ckpt["config"], ckpt["tokenizer"].vocab_size)
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"], assign=True)
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"the checkpoint's weights can't have its settings ({brief(e)})") from None
-    load_weights(model, ckpt["model"], assign=True)
+        raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
     return model.eval()
 
 
@@ -1461,7 +1502,6 @@ def build(cfg, vocab_size, device):
 
 def restore(ckpt, model, optimizer, rng):
     """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
-    load_weights(model, ckpt["model"])
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
@@ -1472,6 +1512,8 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:

@@ -1,8 +1,8 @@
 """
 What a checkpoint attends to: heat maps per layer and head, entropies, the null token's share, mass over depth.
 
-    python3 vis_heatmap.py --ckpt runs/ckpt_decoupled --prompt "The red fox. The blue fox. The red" --anchor "The red"
-    python3 vis_heatmap.py --ckpt runs/ckpt_standard --compare runs/ckpt_decoupled --prompt-file prompt.txt
+    python3 vis_heatmap.py --ckpt runs/checkpoints/decoupled --prompt "The red fox. The blue fox. The red" --anchor "The red"
+    python3 vis_heatmap.py --ckpt runs/checkpoints/standard --compare runs/checkpoints/decoupled --prompt-file prompt.txt
 
 In --out (assets/heatmap_<run>), of each --layers a layer_<n>.png with a row per head and a column per map, and
 

@@ -1,7 +1,7 @@
 """
 What the format of the KV cache costs in quality, against a float32 cache, on validation text.
 
-    python3 benchmarks/cache_quality.py runs/ckpt_standard runs/ckpt_decoupled --out runs/bench/cache_quality.json
+    python3 benchmarks/cache_quality.py runs/checkpoints/standard runs/checkpoints/decoupled --out runs/bench/cache_quality.json
 
 Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
 window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
@@ -75,7 +75,7 @@ def main():
         text = torch.stack([torch.from_numpy(data.val[i:i + model.cfg.block + 1].astype("int64")) for i in starts])
         batches = [(x[:, :-1].to(device), x[:, 1:].to(device)) for x in text.split(BATCH)]
         for row in measure({False: model, True: rotated}, batches):
-            result["rows"].append(dict(run=run.name, step=ckpt["step"], mode=model.cfg.attn_mode, **row))
+            result["rows"].append(dict(run=f"{run.resolve().parent.name}/{run.name}", step=ckpt["step"], mode=model.cfg.attn_mode, **row))
             print(f"{run.name} {row['policy']}{' rotated' * row['rotate']}: {row['bytes_per_token']} B/token, "
                   f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
                   f"top-1 {row['top1']:.4f}", flush=True)

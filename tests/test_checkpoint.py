@@ -134,9 +134,9 @@ EDITS = {
     "unknown setting": (config(no_such_setting=1), "no_such_setting"),
     "missing setting": (lambda c: c["config"].pop("d_ff"), "weights"),
     "no config": (lambda c: c.pop("config"), "not a checkpoint"),
-    "config a list": (lambda c: c.update(config=[1, 2]), "broken settings"),
-    "model a list": (lambda c: c.update(model=[1, 2]), "weights"),
-    "model a number": (lambda c: c.update(model=5), "weights"),
+    "config a list": (lambda c: c.update(config=[1, 2]), "it.config is no dict"),
+    "model a list": (lambda c: c.update(model=[1, 2]), "it.model is no dict"),
+    "model a number": (lambda c: c.update(model=5), "it.model is no dict"),
     "no weights": (lambda c: c["model"].clear(), "weights"),
     "text in a number": (config(d_model="32"), "settings"),
     "nothing in a number": (config(d_model=None), "settings"),
@@ -386,13 +386,13 @@ def test_overwrite_leaves_no_old_best_checkpoint(folder):
 
 @pytest.mark.parametrize("flags, words", {
     "--steps 16 --lr 1e-2": ["lr was 0.0003, is 0.01", "--overwrite"],
-    "--steps 16 --seed 3 --d-ff 32": ["seed was 1337, is 3", "d_ff was 64, is 32"],
-    "--attn-mode mla": ["attn_mode was 'standard', is 'mla'"],
-    "--batch-size 8": ["batch_size was 4, is 8"],
+    "--steps 16 --seed 3 --d-ff 32": ["--seed was 1337, is 3", "--d-ff was 64, is 32"],
+    "--attn-mode mla": ["--attn-mode was 'standard', is 'mla'"],
+    "--batch-size 8": ["--batch-size was 4, is 8"],
     "--dropout 0.1": ["dropout was 0.0, is 0.1"],
     "--block 8": ["block was 16, is 8"],
     "--dtype bfloat16": ["dtype was 'float32', is 'bfloat16'"],
-    "--val-frac 0.3": ["val_frac"],
+    "--val-frac 0.3": ["--val-frac"],
 }.items())
 def test_other_settings_are_listed(folder, flags, words):
     before = snapshot(folder)

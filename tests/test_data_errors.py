@@ -1,5 +1,6 @@
 """Token files and text: what is wrong with them is said in one line; what is right is split as documented."""
 
+import hashlib
 import json
 import math
 import os
@@ -211,6 +212,7 @@ def test_the_sidecar_names_the_validation_file(folder, monkeypatch):
 def test_uint32_tokens_and_their_vocabulary(tmp_path, monkeypatch):
     word_files(tmp_path)
     np.save(tmp_path / "train.npy", np.load(tmp_path / "train.npy").astype(np.uint32))
+    edit_sidecar(tmp_path / "train.json", sha256=hashlib.sha256((tmp_path / "train.npy").read_bytes()).hexdigest())
     data = load(tmp_path, monkeypatch, data="train.npy")
     assert data.tokenizer.words == ["a", "<eos>", "b", "<unk>"]
     assert data.train.dtype == np.uint32

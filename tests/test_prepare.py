@@ -620,7 +620,7 @@ def test_a_full_disk_leaves_a_resumable_state(tmp_path, small, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(fd)
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device: make room and run the same command again" in fails(*args, tmp_path / "o" / "x.npy")
+    assert "disk full: make room and run the same command again" in fails(*args, tmp_path / "o" / "x.npy")
     assert not (tmp_path / "o" / "x.npy").exists()
     run(*args, tmp_path / "o" / "x.npy")
     assert contents(tmp_path / "o") == contents(tmp_path / "whole")

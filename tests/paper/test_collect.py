@@ -1,20 +1,21 @@
-"""What plot_results.py makes of eval_dba.py's files: numbers, figures, the README's section, the claim on ranks."""
+"""What becomes of eval_dba.py's files: numbers, figures, the report's tables, the claims on ranks and loops."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-import claims
-import plot_evals
 import plot_results
+from paper import claims, collect, report
 from train_dba import Config, bytes_per_token, make_config
 
+LEDGER = Path(claims.__file__).with_name("claims.json")
 ENV = dict(device="cpu", cpu="A CPU", threads=2, commit="0123456789", dirty=False)
 
 
 def write(folder, name, command, cfg=None, settings=(), **result):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg or make_config(data="-")
     whole = dict(settings=dict(command=command, dtype="float32", **dict(settings)), env=ENV,
                  model=dict(config=dataclasses.asdict(cfg)), **result)
@@ -28,7 +29,7 @@ def write_ppl(folder, cache, loss, cfg=None):
 
 
 def rank_record(layer, of, value, rope, channels, **more):
-    ranks = {name: value for name in plot_evals.RANKS}
+    ranks = {name: value for name in collect.RANKS}
     return dict(layer=layer, path="total", rope=rope, of=of, channels=channels, ranks=ranks, **more)
 
 
@@ -38,7 +39,7 @@ def write_rank(folder, queries, keys, rope="after", channels=8):
     records = [rank_record(i, of, values[i], rope, channels, **more) for i in range(3) for of, values, more in
                (("Q merged", queries, {}), ("K merged", keys, {}), ("QK head", queries, qk))]
     if rope == "before":                                   # what RoPE makes of them is far from it
-        records += [dict(record, rope="after", ranks=dict.fromkeys(plot_evals.RANKS, 99.0)) for record in records]
+        records += [dict(record, rope="after", ranks=dict.fromkeys(collect.RANKS, 99.0)) for record in records]
     write(folder, "eval_rank", "rank", trained=records, initial=records, moment="not centred", tokens=10, block=5)
 
 
@@ -71,35 +72,44 @@ def write_all(root):
           settings=dict(max_delta_nll=0.005, max_kv_bytes_per_token=None, tokens=64, long_factor=4))
 
 
-def test_every_command_has_its_numbers_in_the_section_and_its_figure(tmp_path):
+def results_of(root, series=()):
+    evals, problems = collect.read_evals(root)
+    assert not problems
+    return dict(runs=[], evals=evals, series=list(series), benchmarks={}, manifest={}, claims=[], contrasts=[])
+
+
+def test_every_command_has_its_numbers_in_the_report_and_its_figure(tmp_path):
     write_all(tmp_path)
-    evals = plot_evals.read_evals(tmp_path)
-    assert {file["command"] for file in evals["a"].values()} == set(plot_evals.KEPT)
-    text = plot_evals.evals_section(dict(evals=evals, series=[], benchmarks={}))
+    results = results_of(tmp_path)
+    assert {file["command"] for file in results["evals"]["a"].values()} == set(collect.KEPT)
+    text = "\n".join(report.eval_lines(results))
     for cell in ("| +0.1250 |", "50.0 ± 19.6 %", "| 3.0 / 3.0 |", "1 (10-60 %)", "exact +1 -2 (p 0.25)", "2.00 (1.00)",
                  "not run: too long", "k q8_0, v nf4, rotated, 32 newest fp16", "torch, auto 2.0 ms, torch 1.5 ms",
                  "| 1,024 | fp16 | 1 | 1.00 | 1.00 | - | 0.50 |", "commit `0123456`"):
         assert cell in text, cell
-    assert "copy" not in text.split("Probes")[1].split("Cache policies")[0]     # single kinds stay in the file
-    assert plot_evals.draw_evals(evals, tmp_path) == []
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for _, name in plot_evals.FIGURES.values())
+    assert "copy" not in text.split("robes")[1].split("olicies")[0]             # single kinds stay in the file
+    missing = plot_results.draw(results, tmp_path)
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {"fig_decode", "fig_tasks", "fig_rank"} and not drawn & set(missing)
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
 
 
 def test_energy_left_out_is_per_head():
     """Not of a median spectrum, which sums to less than 1."""
     spectra = [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]]
-    assert plot_evals.left_out(spectra) == pytest.approx([0.3, 0.1])
+    assert collect.left_out(dict(spectra=spectra)) == pytest.approx([0.3, 0.1])
 
 
 def test_nothing_measured(tmp_path):
-    assert plot_evals.draw_evals({}, tmp_path) == ["fig_decode", "fig_tasks", "fig_rank"]
-    assert plot_evals.evals_section(dict(evals={}, series=[], benchmarks={})) == "Not measured yet."
+    results = results_of(tmp_path)
+    assert set(plot_results.draw(results, tmp_path)) >= {"fig_decode", "fig_tasks", "fig_rank"}
+    assert report.eval_lines(results) == [] and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("cache, bits", (("fp16", 16), ("q8_0", 8.5), ("q4_0", 4.5), ("nf4", 4.5)))
 def test_bits_per_value_count_the_scales(tmp_path, cache, bits):
     write_ppl(tmp_path / "a", cache, 1.0)
-    assert plot_evals.read_evals(tmp_path)["a"][f"ppl_{cache}"]["found"]["bits_per_value"] == bits
+    assert results_of(tmp_path)["evals"]["a"][f"ppl_{cache}"]["result"]["bits_per_value"] == bits
 
 
 def test_differences_between_caches_are_paired_by_seed(tmp_path):
@@ -108,49 +118,70 @@ def test_differences_between_caches_are_paired_by_seed(tmp_path):
     for seed, loss in enumerate(losses):
         write_ppl(tmp_path / f"m_s{seed}", "fp16", loss)
         write_ppl(tmp_path / f"m_s{seed}", "q4_0", loss + 0.1 + 0.01 * seed)
-    shared = dict(series="m", best_of_sweep=None, curve=[], mode="standard", label="m", data="d", context=8, batch=1,
-                  steps=1, lr=1e-3, params=1, kv_bytes_fp16=bytes_per_token(cfg, "fp16"), layers=1,
-                  tokens_per_second=1.0)
-    runs = [dict(shared, run=f"m_s{seed}", seed=seed, last_val_loss=loss, best_val_loss=loss)
-            for seed, loss in enumerate(losses)]
-    one, = plot_results.make_series(runs, plot_evals.read_evals(tmp_path))
-    delta = one["caches"]["q4_0"]["delta"]
+    shared = dict(series="m", row="m", best_of_sweep=None, curve=[], train_curve=[], mode="standard", label="m",
+                  data="d", hashes=dict(sha256="d"), context=8, batch=1, steps=1, lr=1e-3, params=1, layers=1,
+                  kv_bytes_fp16=bytes_per_token(cfg, "fp16"), tokens_per_second=1.0)
+    evals, _ = collect.read_evals(tmp_path)
+    runs = [dict(shared, run=f"m_s{seed}", seed=seed, last_val_loss=loss, best_val_loss=loss,
+                 caches=collect.caches(evals, f"m_s{seed}")) for seed, loss in enumerate(losses)]
+    (series,), problems = collect.make_series(runs)
+    assert not problems
+    delta = series["caches"]["q4_0"]["delta"]
     assert delta["mean"] == pytest.approx(0.11) and delta["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
-    assert "+0.1100 ± 0.0248" in plot_evals.evals_section(dict(
-        evals=plot_evals.read_evals(tmp_path), series=[one], benchmarks={}))
+    lines = report.eval_lines(dict(runs=runs, evals={}, series=[series], benchmarks={}))
+    assert "+0.1100 ± 0.0248" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("run, channels, queries, verdict", (
-    ("compare_standard512", 512, (12.0, 31.0, 90.0), "reproduced"),
-    ("compare_standard512", 512, (12.0, 33.0, 33.0), "undecided"),
-    ("compare_standard512", 512, (2.0, 10.0, 31.0), "undecided"),
-    ("compare_standard512", 256, (12.0, 31.0, 90.0), "not yet run"),            # another width
-    ("ckpt_standard", 512, (12.0, 31.0, 90.0), "not yet run")))
-def test_claim_on_ranks(tmp_path, run, channels, queries, verdict):
+def test_runs_of_other_data_make_no_series():
+    """One file name, two contents."""
+    shared = dict(series="m", row="m", best_of_sweep=None, curve=[[1, 2.0]], train_curve=[], mode="standard", label="m",
+                  data="d", context=8, batch=1, steps=1, lr=1e-3, params=1, layers=1, kv_bytes_fp16=1, caches={},
+                  tokens_per_second=1.0, last_val_loss=2.0, best_val_loss=2.0)
+    runs = [dict(shared, run=f"m_s{seed}", seed=seed, hashes=dict(sha256=f"content {seed}")) for seed in range(2)]
+    (series,), problems = collect.make_series(runs)
+    assert series["seeds"] == [0] and len(problems) == 1 and "m_s1" in problems[0]
+
+
+STANDARD = "wikitext2/compare/standard512_s1337"
+
+
+@pytest.mark.parametrize("run, channels, queries, agrees", (
+    (STANDARD, 512, (12.0, 31.0, 90.0), True), (STANDARD, 512, (12.0, 33.0, 33.0), claims.UNDECIDED),
+    (STANDARD, 512, (2.0, 10.0, 31.0), claims.UNDECIDED), (STANDARD, 256, (12.0, 31.0, 90.0), None),   # another width
+    ("checkpoints/standard", 512, (12.0, 31.0, 90.0), None)))
+def test_claim_on_ranks(tmp_path, run, channels, queries, agrees):
+    """Whatever is found: one checkpoint gives no verdict."""
     write_rank(tmp_path / run, queries, (20.0, 20.0, 20.0), "before", channels)
-    results = dict(runs=[], evals=plot_evals.read_evals(tmp_path), benchmarks={})
+    results = results_of(tmp_path)
+    claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "effective-rank"]
+    assert claims.effective_rank(claim, results).agrees == agrees
     row, = [row for row in claims.ledger(results) if row["id"] == "effective-rank"]
-    assert row["verdict"] == verdict
-    if verdict != "not yet run":
+    assert row["verdict"] == ("not yet run" if agrees is None else "undecided (n = 1)")
+    if agrees is not None:
         assert row["ours"] == max(20.0, sorted(queries)[1])
 
 
-@pytest.mark.parametrize("split, verdict", (([1, 9, 0.02], "reproduced"), ([9, 1, 0.02], "not reproduced"),
-                                            ([1, 9, 0.06], "undecided")))
-def test_claim_on_loops(tmp_path, split, verdict):
-    row = dict(set="template", n=50, loop=split, preferred=[0, 0, 1.0])
-    write(tmp_path / "ckpt_decoupled", "eval_probes", "probes", counts=[], compare=[dict(row, set="literal"), row])
-    results = dict(runs=[], evals=plot_evals.read_evals(tmp_path), benchmarks={})
+@pytest.mark.parametrize("split, agrees", (([1, 9, 0.02], True), ([9, 1, 0.02], False)))
+def test_claim_on_loops(tmp_path, split, agrees):
+    row = dict(set="template", n=50, loop=split, preferred=[0, 0, 1.0], exact=[0, 0, 1.0], content=[0, 0, 1.0])
+    write(tmp_path / "checkpoints/decoupled", "eval_probes", "probes", counts=[],
+          compare=[dict(row, set="literal"), row])
+    results = results_of(tmp_path)
+    claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "loops-here"]
+    finding = claims.probe_difference(claim, results)
+    assert finding.agrees == agrees and finding.value == split[0] - split[1]
     row, = [row for row in claims.ledger(results) if row["id"] == "loops-here"]
-    assert row["verdict"] == verdict and row["ours"] == split[0] - split[1]
+    assert row["verdict"] == "undecided (n = 1)"
 
 
-def test_damaged_files_are_named_and_left_out(tmp_path, capsys):
+def test_damaged_files_are_named_and_left_out(tmp_path):
     write_ppl(tmp_path / "a", "fp16", 2.0)
     (tmp_path / "a/eval_tasks.json").write_text('{"settings"')
     (tmp_path / "a/eval_rank.json").write_text("{}")
-    assert plot_evals.read_evals(tmp_path)["a"].keys() == {"ppl_fp16"}
-    assert capsys.readouterr().err.count("damaged (") == 2
+    (tmp_path / "a/eval_probes.json").write_text("[" * 100_000 + "]" * 100_000)
+    evals, problems = collect.read_evals(tmp_path)
+    assert evals["a"].keys() == {"ppl_fp16"} and len(problems) == 3
+    assert all("damaged" in problem or "eval_rank" in problem for problem in problems)
 
 
 def test_config_of_a_result_is_a_config():

@@ -1,0 +1,1 @@
+"""What the papers claim, what runs/ says of it, and how both are shown."""

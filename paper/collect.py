@@ -1,0 +1,547 @@
+"""
+From run folders to one dict, which figures, tables and the ledger are made of.
+
+    results = collect(Path("runs"), manifest)
+
+runs        every finished run: what it is, its losses, its curve, the losses of its checkpoint through quantised caches
+series      runs that differ in nothing but the seed: means and 95 % t-intervals
+evals       other measurements of eval_dba.py: {run: {file without eval_: {command, result, from}}}
+benchmarks  runs/bench/<name>.json
+manifest    {group/set: [finished, listed]}
+problems    files that were left out, a line each
+
+paper.claims adds contrasts and claims.
+
+A run's name is its folder below the root: <group>/<set>/<row>[_lr<rate>]_s<seed> for what the manifest lists, anything
+for a user's own. What data a run saw is told by the hashes in its log, never by a path: runs of different data share
+neither a series, a panel nor a contrast.
+"""
+
+import statistics
+from pathlib import Path
+
+from paper.shapes import UNREADABLE, All, Count, MapOf, Maybe, Number, check, check_size, read_json, why
+from paper.stats import mean_interval
+from run_paper_manifest import Run
+from train_dba import DEFAULTS, Config, UserError, out_of_range, read_log
+
+RANKS = {"entropy_rank_sigma": "entropy σ", "entropy_rank_lambda": "entropy λ",
+         "participation_ratio": "participation", "stable_rank": "stable", "k90": "k90", "k95": "k95", "k99": "k99"}
+CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "piqa": 0.5, "winogrande": 0.5, "boolq": 0.5}
+LEAST_ENERGY = 1e-5                                        # less than this share of a score is not drawn
+SAME_PARAMETERS = 0.001                                    # relative
+
+# Shapes of what is read; files hold more.
+ENV = dict(cpu=str, device=str, threads=Count, commit=Maybe(str), dirty=Maybe(bool))
+META = dict(config=dict, params=dict(total=Count), kv_bytes_per_token=dict(fp16=Number), data=dict)
+TRAIN = dict(loss=Number, tok_s=Number, mem_bytes=Maybe(Number))
+EVAL = dict(tokens=Count, val_loss=Number, val_tokens=Count, best_val_loss=Number)
+RESULT = dict(settings=dict(command=str, dtype=str), env=ENV, model=dict(config=dict))
+MEASURED = dict(delta_nll=Number, kl=Number, max_delta_logit=Number, tokens=Count)
+RANK_RECORD = dict(path=str, rope=str, of=str, channels=Count, ranks=dict.fromkeys(RANKS, Number))
+CHECKS = ("exact", "content", "preferred", "loop")         # of a probe
+COMMANDS = {                                               # of eval_dba.py, with the shape of its result
+    "ppl": dict(loss=Number, ppl=Maybe(Number), bpb=Maybe(Number), tokens=Count, block=Count, stride=Count,
+                bytes_per_token=Number),
+    "tasks": dict(tasks=MapOf(dict(n=Count, acc=Number, acc_stderr=Number))),
+    "probes": dict(counts=[dict(set=str, kind=str, n=Count, margin=Number, **dict.fromkeys(CHECKS, [Number]))],
+                   compare=[dict(set=str, n=Count, **dict.fromkeys(CHECKS, [Number]))]),
+    "rank": dict(trained=[RANK_RECORD], initial=[RANK_RECORD], moment=str, tokens=Count, block=Count),
+    "latency": dict(rows=[dict(prompt=Count, cache=str, kernel=str, prefill_seconds=Number, ms_per_token=Number,
+                               ratio_to_fp16=Number, share_of_copy=Maybe(Number))]),
+    "memory": dict(rows=[dict(tokens=Count, cache=str, bytes_per_token=Number, formula_bytes=Number, cache_bytes=Number,
+                              fill_extra_bytes=Maybe(Number), decode_extra_bytes=Maybe(Number))]),
+    "sweep": dict(formats=MapOf(str), rows=[dict(context=Count, status=str)]),
+    "policy": dict(formats=MapOf(str), rotate=bool, residual=Count, bytes_per_token=Number, thresholds=dict,
+                   bytes_per_token_with_residual=Number, short=MEASURED, long=Maybe(MEASURED), kernel=str,
+                   kernel_ms=MapOf(Number), tried=list, settings=dict(
+                       max_delta_nll=Maybe(Number), max_kv_bytes_per_token=Maybe(Number), tokens=Count,
+                       long_factor=Number)),
+}
+BENCHMARKS = {                                             # of `make bench` and `make cache_quality`
+    "train_speed": dict(env=ENV, rounds=Count, rows=[dict(name=str, params=Count, times_naive=Number,
+                                                          share_of_matmul_rate=Number)]),
+    "loss_memory": {"chunked": Number, "full logits": Number},
+    "tokenize_speed": dict(cores=Count, ratio=Number),
+    "decode_speed": dict(env=ENV, rounds=Count, rows=[dict(shape=str, tokens=Count, kernel=str, ms=All(
+        dict.fromkeys(("kernel", "torch", "dequantised", "standard"), Number), MapOf(Number)))]),
+    "long_context": dict(tokens=Count, cache_bytes=Number, prefill_seconds=Number, prefill_extra_bytes=Maybe(Number),
+                         decode_ms=Number, decode_extra_bytes=Maybe(Number)),
+    "cache_quality": dict(env=ENV, rows=[dict(run=str, policy=str, rotate=bool, tokens=Count, bytes_per_token=Number,
+                                              delta_nll=Number, standard_error=Number, kl=Number, top1=Number)]),
+    "task_parity": dict(ckpt=str, lm_eval=str, rows=[dict(task=str, metric=str, items=Count, ours=Number, theirs=Number,
+                                                          items_that_differ=Count, largest_difference=Number)]),
+}
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+def label(config: dict) -> str:
+    """Short name of a model: its mode, its widths, what was switched on."""
+    mode, c = config["attn_mode"], config
+    width = {"standard": c["d_model"], "bottleneck": c["attn_dim"], "decoupled": f"{c['sem_dim']}/{c['geo_dim']}",
+             "gqa": f"{c['n_head']}Q/{c['kv_head']}KV", "mla": f"{c['kv_lora_rank']}+{c['rope_dim']}"}[mode]
+    names = [mode, str(width)]
+    if mode == "mla" and c["attn_dim"] not in (None, c["d_model"]):
+        names.append(f"v{c['attn_dim']}")
+    if mode == "decoupled" and c["kv_head"]:
+        names.append(f"{c['kv_head']} groups")
+    for switch, name in (("null_attn", "null"), ("tie_qk", "tied"), ("one_temperature", "one temperature"),
+                         ("learned_temp", "learned temperature")):
+        if c[switch]:
+            names.append(name)
+    if not c["rope"]:
+        names.append("no RoPE")
+    if c["mlp"] == "gelu":
+        names.append("GELU")
+    return " ".join(names)
+
+
+def hardware_name(env: dict) -> str:
+    """The device of an env.json; of a CPU its name, with how many threads."""
+    if env["device"] != "cpu":
+        return env["device"]
+    return f"{env['cpu']}, {env['threads']} thread" + ("s" if env["threads"] > 1 else "")
+
+
+def read_config(logged: dict) -> dict:
+    """Settings of a log as this version has them: a flag that is younger than the log has its default. Raises
+    ValueError for values that no flag allows."""
+    config = {name: logged.get(name, default) for name, default in DEFAULTS.items()}
+    if wrong := list(out_of_range(vars(Config(**config)))):
+        raise ValueError(wrong[0])
+    return config
+
+
+def lines_of(lines: list, kind: str, shape: dict) -> list:
+    """The log's lines of a type. Raises ValueError where one lacks what is read of it."""
+    chosen = [line for line in lines if line["type"] == kind]
+    for line in chosen:
+        check(line, shape, kind)
+    return chosen
+
+
+def read_run(folder: Path, name: str) -> dict | None:
+    """One finished run as a dict of what is reported of it, or None for a run that isn't finished. Raises one of
+    UNREADABLE or UserError for a damaged one."""
+    check_size(folder / "train.jsonl")
+    lines = read_log(folder / "train.jsonl")
+    if not lines or lines[-1]["type"] != "done":
+        return None
+    meta, env = lines[0], read_json(folder / "env.json", ENV)
+    check(meta, META, "meta")
+    last_meta = meta
+    for line in lines_of(lines, "resume_meta", dict(config=dict)):
+        last_meta = line
+    config = read_config(last_meta["config"])
+    train, evals = lines_of(lines, "train", TRAIN), lines_of(lines, "eval", EVAL)
+    check(lines[-1], dict(tokens=Count), "done")
+    hashes = {key: value for key, value in meta["data"].items() if "sha256" in key}
+    series = name.removesuffix(f"_s{config['seed']}")
+    memory = [line["mem_bytes"] for line in train if line["mem_bytes"] is not None]
+    return dict(
+        run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
+        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, hashes=hashes, lr=config["lr"],
+        layers=config["layers"], context=config["block"], batch=config["batch_size"] * config["grad_accum"],
+        seed=config["seed"], steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
+        kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"], val_tokens=evals[-1]["val_tokens"],
+        last_val_loss=evals[-1]["val_loss"], best_val_loss=evals[-1]["best_val_loss"],
+        last_train_loss=train[-1]["loss"] if train else None,
+        tokens_per_second=statistics.median(line["tok_s"] for line in train) if train else None,
+        hardware=hardware_name(env), peak_bytes=max(memory, default=None), dtype=config["dtype"],
+        compiled=config["compile"], commit=env["commit"], dirty=env["dirty"], caches={},
+        curve=[[line["tokens"], line["val_loss"]] for line in evals], train_curve=thin(train))
+
+
+def thin(train: list, most: int = 60) -> list:
+    """[[tokens, mean training loss]] of a log, in at most so many steps of equal length."""
+    size = -(-len(train) // most) or 1
+    points = []
+    for start in range(0, len(train), size):
+        part = train[start:start + size]
+        if "tokens" in part[-1]:
+            points.append([part[-1]["tokens"], float(f"{statistics.mean(line['loss'] for line in part):.5g}")])
+    return points
+
+
+def read_runs(root: Path) -> tuple[list, list]:
+    """(finished runs at any depth under root, or in it, by name; a line on each that was left out)."""
+    runs, problems = [], []
+    for log in sorted(root.rglob("train.jsonl")):
+        folder = log.parent
+        name = folder.name if folder == root else folder.relative_to(root).as_posix()
+        try:
+            if run := read_run(folder, name):
+                runs.append(run)
+            else:
+                problems.append(f"{folder}: not finished, left out")
+        except UserError as e:
+            problems.append(f"{e}; left out")
+        except UNREADABLE as e:
+            problems.append(f"{folder}: damaged ({why(e)}), left out")
+    return runs, problems
+
+
+def same_data(a: dict, b: dict) -> bool:
+    """Whether two runs saw the same data: every hash that both logs name is equal, and one at least is named."""
+    shared = a["hashes"].keys() & b["hashes"].keys()
+    return bool(shared) and all(a["hashes"][key] == b["hashes"][key] for key in shared)
+
+
+def is_swept(run: dict) -> bool:
+    """Whether a run or series is of a sweep over learning rates, by its name."""
+    return run["row"] != run["series"]
+
+
+def choose_rates(runs: list, listed: list[Run]) -> None:
+    """Note in best_of_sweep, for runs at the learning rate with the least mean of best losses among those that the
+    manifest lists for their row, what the row is called. A row lacking a rate has no best one."""
+    rates, losses = {}, {}                                 # {row: its series}, {row: {series: best losses}}
+    for run in listed:
+        if run.row != run.series:
+            rates.setdefault(run.row, set()).add(run.series)
+    for run in runs:
+        if is_swept(run):
+            losses.setdefault(run["row"], {}).setdefault(run["series"], []).append(run["best_val_loss"])
+    best = {}
+    for row, of_series in losses.items():
+        if row in rates and of_series.keys() >= rates[row]:
+            best[min(sorted(of_series), key=lambda series: statistics.mean(of_series[series]))] = row
+    for run in runs:
+        run["best_of_sweep"] = best.get(run["series"])
+
+
+# -----------------------------------------------------------------------------
+# Series
+
+def interval(values) -> dict:
+    mean, half = mean_interval(list(values))
+    return dict(mean=mean, half=half)
+
+
+def alike(run: dict, first: dict) -> bool:
+    """Whether two runs have the data, schedule and points of evaluation in common that one mean of them needs."""
+    if any(run[key] != first[key] for key in ("steps", "batch", "context")) or not same_data(run, first):
+        return False
+    return [point[0] for point in run["curve"]] == [point[0] for point in first["curve"]]
+
+
+def series_caches(members: list) -> dict:
+    """{format of the cache: loss, its difference from fp16, bytes} of the formats that all members were measured in."""
+    caches = {}
+    for name in members[0]["caches"]:
+        if not all(name in run["caches"] and "fp16" in run["caches"] for run in members):
+            continue
+        losses = [run["caches"][name]["loss"] for run in members]
+        plain = [run["caches"]["fp16"]["loss"] for run in members]
+        caches[name] = dict(interval(losses), delta=interval([a - b for a, b in zip(losses, plain)]),
+                            bytes_per_token=members[0]["caches"][name]["bytes_per_token"])
+    return caches
+
+
+def make_series(runs: list) -> tuple[list, list]:
+    """(one dict per series: what its runs share, its seeds, mean and half-width of the interval of its losses, also
+    through formats of the cache; a line on each run that doesn't fit its series)."""
+    grouped, series, problems = {}, [], []
+    for run in runs:
+        for name in (run["series"], run["best_of_sweep"]):
+            if name:
+                grouped.setdefault(name, []).append(run)
+    for name, candidates in grouped.items():
+        first, members = candidates[0], []
+        for run in candidates:
+            if alike(run, first):
+                members.append(run)
+            else:
+                problems.append(f"{run['run']}: other data or settings than {first['run']}, left out of the series")
+        shared = {key: first[key] for key in ("row", "mode", "label", "data", "hashes", "context", "batch", "steps",
+                                              "lr", "params", "kv_bytes_fp16", "layers")}
+        speeds = [run["tokens_per_second"] for run in members if run["tokens_per_second"] is not None]
+        series.append(dict(
+            series=name, **shared, runs=[run["run"] for run in members], seeds=[run["seed"] for run in members],
+            caches=series_caches(members), last_val_loss=interval(run["last_val_loss"] for run in members),
+            best_val_loss=interval(run["best_val_loss"] for run in members),
+            tokens_per_second=statistics.median(speeds) if speeds else None))
+        series[-1].update(mean_curves(members))
+        if name == first["best_of_sweep"]:
+            series[-1]["row"] = name                       # no longer a rate among others
+    mark_matched(series)
+    return series, problems
+
+
+def mean_curves(members: list) -> dict:
+    """Curves of a series: [tokens, mean validation loss, half-width] at every evaluation, [tokens, mean training
+    loss] where all logged the same steps."""
+    curve, train_curve = [], []
+    for points in zip(*(run["curve"] for run in members)):
+        curve.append([points[0][0], *mean_interval([loss for _, loss in points])])
+    for points in zip(*(run["train_curve"] for run in members)):
+        if len({tokens for tokens, _ in points}) == 1:
+            train_curve.append([points[0][0], float(f"{statistics.mean(loss for _, loss in points):.5g}")])
+    return dict(curve=curve, train_curve=train_curve)
+
+
+def mark_matched(series: list) -> None:
+    """Note which series have the parameters of a standard series of the same data and schedule."""
+    for member in series:
+        member["matched"] = False
+        for other in series:
+            if (other["mode"] == "standard" != member["mode"] and comparable(member, other)
+                    and abs(member["params"] / other["params"] - 1) < SAME_PARAMETERS):
+                member["matched"] = True
+        if member["matched"]:
+            member["label"] += " matched"
+
+
+def comparable(a: dict, b: dict) -> bool:
+    """Whether two series share data, batch, context and steps."""
+    return same_data(a, b) and all(a[key] == b[key] for key in ("batch", "context", "steps"))
+
+
+def panels(series: list) -> list:
+    """[(title, series)]: those of one data, context, batch and number of steps. Of sweeps over the learning rate, which
+    have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
+    groups = []
+    for member in series:
+        if is_swept(member) or in_rate_set(member):
+            continue
+        for group in groups:
+            if comparable(member, group[0]):
+                group.append(member)
+                break
+        else:
+            groups.append([member])
+    return titled(groups)
+
+
+def in_rate_set(series: dict) -> bool:
+    """Whether a series is in a set named lr: <group>/lr/<row>."""
+    return series["series"].split("/")[-2:-1] == ["lr"]
+
+
+def rate_panels(series: list) -> list:
+    """[(title, series)] of the sweeps over learning rates."""
+    groups = []
+    for member in series:
+        if is_swept(member):
+            for group in groups:
+                if comparable(member, group[0]):
+                    group.append(member)
+                    break
+            else:
+                groups.append([member])
+    return titled(groups)
+
+
+def titled(groups: list) -> list:
+    """[(title, series)], by title: data, batch and steps, and where two data share a name, the start of their hash."""
+    pairs = []
+    for group in groups:
+        first = group[0]
+        name = first["data"]
+        if any(other[0]["data"] == name and not same_data(other[0], first) for other in groups):
+            name += f" ({min(first['hashes'].values(), default='no hash')[:6]})"
+        pairs.append((f"{name}, {first['batch']} x {first['context']}, {first['steps']:,} steps", group))
+    return sorted(pairs, key=lambda pair: pair[0])
+
+
+# -----------------------------------------------------------------------------
+# Measurements of eval_dba.py
+
+def keep(result: dict, *names: str) -> dict:
+    return {name: result[name] for name in names}
+
+
+def keep_ppl(result: dict) -> dict:
+    model = Config(**read_config(result["model"]["config"]))
+    bits = 8 * result["bytes_per_token"] / sum(model.attention.streams.values()) / model.layers
+    return dict(keep(result, *COMMANDS["ppl"]), bits_per_value=bits)
+
+
+def keep_tasks(result: dict) -> dict:
+    tasks = {}
+    for name, task in result["tasks"].items():
+        tasks[name] = {key: value for key, value in task.items() if key not in ("items", "correct")}
+        if "acc_norm" in task:
+            check(task, dict(acc_norm=Number, acc_norm_stderr=Number), name)
+    return tasks
+
+
+def keep_probes(result: dict) -> dict:
+    for row in [*result["counts"], *result["compare"]]:
+        if any(len(row[name]) != 3 for name in CHECKS):
+            raise ValueError("a count or comparison of probes has three numbers")
+    return dict(compare=result["compare"], counts=[count for count in result["counts"] if count["kind"] == "all"])
+
+
+def left_out(record: dict) -> list:
+    """Energy of a head's score beyond its first 1, 2, ... singular values, the median over heads, as far as it is
+    drawn. A file that holds whole spectra [H][w] in place of it is from before November 25, 2026."""
+    if "left_out" in record:
+        energies = record["left_out"]
+    else:
+        beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in record["spectra"]]
+        energies = [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
+    check(energies, [Number], "left_out")
+    return [energy for energy in energies if energy >= LEAST_ENERGY]
+
+
+def keep_rank(result: dict) -> dict:
+    """Per path, stage of RoPE and matrix: medians over layers of the ranks, trained and at initialisation; of QK what
+    narrower scores leave out, layer by layer."""
+    places = {}
+    for stage in ("trained", "initial"):
+        for record in result[stage]:
+            place = record["path"], record["rope"], record["of"]
+            row = places.setdefault(place, dict(keep(record, "path", "rope", "of", "channels"), trained=[], initial=[]))
+            row[stage].append(record)
+    for row in places.values():
+        for stage in ("trained", "initial"):
+            row[stage] = stage_medians(row[stage])
+    return dict(keep(result, "moment", "tokens", "block"), rows=list(places.values()))
+
+
+def stage_medians(records: list) -> dict:
+    """Medians over the records of layers, and what narrower scores leave out of each."""
+    medians = {}
+    for name in RANKS:
+        medians[name] = statistics.median(record["ranks"][name] for record in records)
+    if "share" in records[0]:
+        medians["share"] = {}
+        for width in records[0]["share"]:
+            check([record["share"][width] for record in records], [Number], "share")
+            medians["share"][width] = statistics.median(record["share"][width] for record in records)
+        medians["left_out"] = [left_out(record) for record in records]
+    return medians
+
+
+def keep_policy(result: dict) -> dict:
+    kept = keep(result, "formats", "rotate", "residual", "bytes_per_token", "bytes_per_token_with_residual",
+                "thresholds", "short", "long", "kernel", "kernel_ms")
+    settings = keep(result["settings"], *COMMANDS["policy"]["settings"])
+    return dict(kept, tried=len(result["tried"]), settings=settings)
+
+
+def keep_rows(result: dict) -> list:
+    return result["rows"]
+
+
+def keep_latency(result: dict) -> list:
+    """The rows, which must hold every format, fp16 among them, at every length of prompt."""
+    rows = result["rows"]
+    formats = {row["cache"] for row in rows}
+    for prompt in {row["prompt"] for row in rows}:
+        if "fp16" not in formats or {row["cache"] for row in rows if row["prompt"] == prompt} != formats:
+            raise ValueError(f"not every format was timed at {prompt} tokens")
+    return rows
+
+
+def keep_sweep(result: dict) -> dict:
+    for row in result["rows"]:
+        for key in ("cache_bytes", "prefill_seconds", "ms_per_token", "loss"):
+            if key in row:
+                check(row[key], Number, key)
+    return keep(result, "formats", "rows")
+
+
+KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": keep_rank, "policy": keep_policy,
+        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep}
+
+
+def read_evals(root: Path) -> tuple[dict, list]:
+    """({run folder: {file without eval_: its command, what is kept of its result, and `from`: hardware, commit}}, a
+    line on each file that was left out)."""
+    evals, problems = {}, []
+    for path in sorted([*root.rglob("eval_*.json"), *root.rglob("kv_policy.json")]):
+        folder = path.parent
+        try:
+            result = read_json(path, RESULT)
+            env, command = result["env"], result["settings"]["command"]
+            check(result, COMMANDS[command], path.stem)
+            kept = {"command": command, "result": KEPT[command](result), "from": dict(
+                keep(env, "commit", "dirty"), hardware=hardware_name(env), dtype=result["settings"]["dtype"],
+                context=result["model"]["config"]["block"])}
+        except UserError as e:
+            problems.append(f"{e}; left out")
+        except UNREADABLE as e:
+            problems.append(f"{path} is damaged ({why(e)}); left out")
+        else:
+            name = folder.name if folder == root else folder.relative_to(root).as_posix()
+            evals.setdefault(name, {})[path.stem.removeprefix("eval_")] = kept
+    return evals, problems
+
+
+def of_command(evals: dict, command: str):
+    """Yield (run folder, name, result) of every result of a command."""
+    for run, files in evals.items():
+        for name, file in files.items():
+            if file["command"] == command:
+                yield run, name, file["result"]
+
+
+def caches(evals: dict, run: str) -> dict:
+    """{cache: what ppl measured} of a run folder."""
+    return {name.removeprefix("ppl_"): result for folder, name, result in of_command(evals, "ppl") if folder == run}
+
+
+def take_caches(evals: dict, run: str) -> dict:
+    """The same, taken out of evals: what was measured of a finished run stands with the run."""
+    taken = caches(evals, run)
+    for cache in taken:
+        del evals[run][f"ppl_{cache}"]
+    if run in evals and not evals[run]:
+        del evals[run]
+    return taken
+
+
+def read_benchmarks(folder: Path) -> tuple[dict, list]:
+    """({name: result} of the benchmarks that were measured, a line on each damaged one)."""
+    benchmarks, problems = {}, []
+    for name, shape in BENCHMARKS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            try:
+                benchmarks[name] = read_json(path, shape)
+            except UserError as e:
+                problems.append(f"{e}; left out")
+    return benchmarks, problems
+
+
+# -----------------------------------------------------------------------------
+# All of it
+
+def finished(runs: list, listed: dict[str, list[Run]]) -> dict:
+    """{group/set: (finished, listed)} of {group: runs that the manifest lists}."""
+    names, counts = {run["run"] for run in runs}, {}
+    for members in listed.values():
+        for run in members:
+            name = run.row.rsplit("/", 1)[0]
+            done, total = counts.get(name, (0, 0))
+            counts[name] = (done + int(run.name in names), total + 1)
+    return counts
+
+
+def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
+    """Everything under root. listed: {group: runs of the manifest}."""
+    runs, problems = read_runs(root)
+    evals, damaged = read_evals(root)
+    benchmarks, broken = read_benchmarks(root / "bench")
+    for run in runs:
+        run["caches"] = take_caches(evals, run["run"])
+    choose_rates(runs, [run for members in listed.values() for run in members])
+    series, odd = make_series(runs)
+    return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=finished(runs, listed),
+                problems=[*problems, *damaged, *broken, *odd])
+
+
+def split_by_group(results: dict) -> dict:
+    """{file name: content}: results.json, and every run beside it, runs_<group>.json or, of runs without one,
+    runs.json."""
+    files = {"results.json": {key: value for key, value in results.items() if key not in ("runs", "problems")}}
+    for run in results["runs"]:
+        parts = run["run"].split("/")
+        name = f"runs_{parts[0]}.json" if len(parts) > 1 else "runs.json"
+        kept = {key: value for key, value in run.items() if key != "train_curve"}
+        files.setdefault(name, {"runs": []})["runs"].append(kept)
+    return files

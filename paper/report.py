@@ -1,0 +1,646 @@
+"""From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
+
+from paper.claims import (ERROR, FAILS, HOLDS, NOT_RUN, ONE, REFUTED, REPRODUCED, UNDECIDED, UNSUPPORTED, VERDICTS,
+                          pair_runs)
+from paper.collect import CHANCE, CHECKS, RANKS, caches, of_command, panels
+from paper.stats import mean_interval
+from paper.style import MARKERS, latex_table, markdown, number, pm
+from train_dba import UserError
+
+PATHS = {"sem": "semantic", "geo": "geometric", "total": "all"}
+BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
+SECTIONS = {                                               # of the ledger: {title: rules}
+    "Losses": ("loss", "below", "not_worse", "overfits"),
+    "Speed and memory of training": ("speed_ratio", "memory_ratio", "percent_more"),
+    "Size of the KV cache": ("cache_gib", "cache_ratio", "cache_ratio_below_one", "cache_layer_bytes"),
+    "Parameters, perplexities, percentages": ("parameters", "perplexity", "perplexity_gap", "share",
+                                              "mean_difference"),
+    "Probes and benchmarks": ("best_case", "probe_difference"),
+    "Quantised caches and ranks": ("cache_quality", "effective_rank"),
+    "Announced without results": ("not_run",),
+}
+FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
+            ("mla", False): "MLA", ("decoupled", False): "DBA", ("decoupled", True): "DBA with grouped keys"}
+KINDS = {"better": "below 0", "no_worse": "below {margin}", "equivalent": "within ± {margin}"}
+
+
+def plural(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
+def signed(delta: dict) -> str:
+    """A mean difference with its half-width, where it has one."""
+    return pm(delta, 4, "+")
+
+
+# -----------------------------------------------------------------------------
+# The headline: the best series per mode at equal parameters
+
+def family(series: dict) -> tuple:
+    return series["mode"], "groups" in series["label"]
+
+
+def headline(series: list) -> list:
+    """The best series per mode of the panel that compares most of them at the parameters of standard attention, over
+    most seeds; standard first. Empty where nothing is comparable."""
+    best = []
+    for _, members in panels(series):
+        chosen = {}
+        for member in members:
+            if member["mode"] == "standard" or member["matched"]:
+                rival = chosen.get(family(member))
+                if rival is None or member["best_val_loss"]["mean"] < rival["best_val_loss"]["mean"]:
+                    chosen[family(member)] = member
+        rows = sorted(chosen.values(), key=lambda member: list(FAMILIES).index(family(member)))
+        if len(rows) > 1 and weight(rows) > weight(best):
+            best = rows
+    return best
+
+
+def weight(rows: list) -> tuple:
+    """How much a comparison tells: seeds that all have, then the number of models."""
+    return min((len(row["seeds"]) for row in rows), default=0), len(rows)
+
+
+def difference(results: dict, a: dict, b: dict) -> tuple:
+    """(mean, half-width, seeds) of a - b of best losses, paired by seed."""
+    pairs = pair_runs(results, a["series"], b["series"], "best_val_loss")
+    if not pairs:
+        return None, None, 0
+    mean, half = mean_interval([left["best_val_loss"] - right["best_val_loss"] for left, right in pairs])
+    return mean, half, len(pairs)
+
+
+def headline_table(results: dict) -> list[str]:
+    """At most 8 rows: model, parameters, bytes of cache, loss with its interval, difference from standard, and what
+    a 4-bit cache adds."""
+    rows, chosen = [], headline(results["series"])
+    for member in chosen:
+        mean, half, _ = difference(results, member, chosen[0])
+        q4 = member["caches"].get("q4_0")
+        rows.append((member["label"].removesuffix(" matched"), f"{member['params'] / 1e6:.2f}M",
+                     f"{member['kv_bytes_fp16']:,}", pm(member["best_val_loss"]), len(member["seeds"]),
+                     "-" if member is chosen[0] or mean is None else signed(dict(mean=mean, half=half)),
+                     f"{q4['bytes_per_token']:,}" if q4 else "-", signed(q4["delta"]) if q4 else "-"))
+    if not rows:
+        return []
+    head = ("model", "parameters", "cache, B/token", "validation loss", "seeds", "minus standard", "in q4_0, B/token",
+            "loss that q4_0 adds")
+    first = chosen[0]
+    note = (f"Best of each mode at equal parameters: {first['data']}, {first['steps']:,} steps of {first['batch']} x "
+            f"{first['context']} tokens; nats per token, ± 95 % t-intervals over seeds, differences paired by seed, not "
+            "corrected for choosing the best.")
+    return [*markdown(head, rows[:8]), "", note]
+
+
+# -----------------------------------------------------------------------------
+# What we found, in four sentences
+
+def find_losses(results: dict) -> str | None:
+    chosen = {family(member): member for member in headline(results["series"])}
+    dba, gqa = chosen.get(("decoupled", True)), chosen.get(("gqa", False))
+    standard = chosen.get(("standard", False))
+    if not (dba and gqa and standard):
+        return None
+    mean, half, seeds = difference(results, dba, gqa)
+    decided = "no interval" if half is None else f"a difference of {signed(dict(mean=mean, half=half))}"
+    if half is not None and mean - half < 0 < mean + half:
+        decided += ", which the seeds do not decide"
+    return (f"At {dba['params'] / 1e6:.2f}M parameters and {dba['kv_bytes_fp16']:,} bytes of cache per token, DBA with "
+            f"grouped keys ends at {pm(dba['best_val_loss'])} nats and GQA at {pm(gqa['best_val_loss'])} ({decided}; "
+            f"{plural(seeds, 'seed')}); standard attention, whose cache is "
+            f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
+            f"{pm(standard['best_val_loss'])}.")
+
+
+def find_contrasts(results: dict) -> str | None:
+    rows = results["contrasts"]
+    if not rows:
+        return None
+    counts = {name: sum(row["verdict"] == name for row in rows) for name in (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)}
+    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    chosen = {family(member): member for member in headline(results["series"])}
+    sentence = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text}"
+    if ("mla", False) in chosen and ("standard", False) in chosen:
+        mean, half, _ = difference(results, chosen["mla", False], chosen["standard", False])
+        if mean is not None:
+            sentence += (f"; the positive control warns of the scale: MLA, which the literature has level with standard "
+                         f"attention, is {signed(dict(mean=mean, half=half))} from it here")
+    return sentence + "."
+
+
+def find_arithmetic(results: dict) -> str | None:
+    claims = {row["id"]: row for row in results["claims"]}
+    if not claims:
+        return None
+    return (f"The December paper's cache that is {claims['compression-168']['reported']} times smaller is "
+            f"{number(claims['compression-168']['ours'])} times smaller at the width that its text names and "
+            f"{number(claims['compression-96-q4']['ours'])} times at the width that its number is from, and its "
+            f"perplexity gap of {claims['fineweb-gap']['reported']} % is {number(claims['fineweb-gap']['ours'])} %: "
+            f"{sum(row['verdict'] == ERROR for row in claims.values())} of the papers' numbers don't follow from their "
+            "own premises.")
+
+
+def find_caches(results: dict) -> str | None:
+    chosen = {family(member): member for member in headline(results["series"])}
+    dba, standard = chosen.get(("decoupled", True)), chosen.get(("standard", False))
+    if not (dba and standard and "q4_0" in dba["caches"] and "q4_0" in standard["caches"]):
+        return None
+    ours, theirs = dba["caches"]["q4_0"], standard["caches"]["q4_0"]
+    return (f"A cache in 4 bits (q4_0) costs DBA with grouped keys {signed(ours['delta'])} nats and standard attention "
+            f"{signed(theirs['delta'])}, at {ours['bytes_per_token']:,} and {theirs['bytes_per_token']:,} bytes per "
+            "token.")
+
+
+def findings(results: dict) -> list[str]:
+    sentences = [find(results) for find in (find_losses, find_contrasts, find_arithmetic, find_caches)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def ledger_counts(claims: list) -> str:
+    """The ledger's counts, as a line."""
+    parts = []
+    for title, control in (("claims of the papers", False), ("controls", True)):
+        rows = [row for row in claims if (row["source"] == "control") == control]
+        counts = {name: sum(row["verdict"] == name for row in rows) for name in VERDICTS}
+        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        parts.append(f"{len(rows)} {title}: {text}")
+    return "; ".join(parts) + "."
+
+
+def readme_block(results: dict) -> str:
+    """What the README shows of the results: four sentences, one table, the ledger's counts."""
+    lines = [f"- {sentence}" for sentence in findings(results)]
+    lines += ["", *headline_table(results), "", f"The ledger: {ledger_counts(results['claims'])} Every row, with the "
+              "contrasts that were fixed before their runs: [assets/report.md](assets/report.md)."]
+    return "\n".join(lines)
+
+
+def replace_block(text: str, content: str) -> str:
+    """text with what stands between the README's marks replaced. Raises UserError where it lacks them."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise UserError(f"the README lacks the marks {BEGIN} and {END}; add them, once each, where the results belong")
+    return f"{text[:text.index(BEGIN) + len(BEGIN)]}\n{content}\n{text[text.index(END):]}"
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+def run_lines(results: dict) -> list[str]:
+    """A line per series, sweeps of the learning rate left out."""
+    rows, by_name = [], {run["run"]: run for run in results["runs"]}
+    for title, members in panels(results["series"]):
+        for member in members:
+            runs = [by_name[name] for name in member["runs"]]
+            commits = sorted({commit(run) for run in runs})
+            rows.append((f"`{member['series']}`", member["label"], title, f"{member['params'] / 1e6:.2f}M",
+                         f"{member['kv_bytes_fp16']:,}", f"{runs[0]['tokens'] / 1e6:.2f}M", len(member["seeds"]),
+                         pm(member["last_val_loss"]), pm(member["best_val_loss"]), ", ".join(commits)))
+    hardware = set()
+    for run in results["runs"]:
+        hardware.add(f"{run['hardware']}, {run['dtype']}" + (", compiled" if run["compiled"] else ""))
+    head = ("runs", "model", "data, batch, steps", "parameters", "KV B/token fp16", "tokens", "seeds", "last val loss",
+            "best", "commit")
+    return [*markdown(head, rows), "", f"Hardware: {'; '.join(sorted(hardware))}. ±: 95 % t-interval over seeds; a line "
+            "of one seed carries none. A commit with + had uncommitted changes.", ""]
+
+
+def commit(run: dict) -> str:
+    if run["commit"] is None:
+        return "`unknown`"
+    return f"`{run['commit'][:7]}" + ("+`" if run["dirty"] else "`")
+
+
+def scale_table(series: list, small: bool) -> str:
+    """LaTeX of the models below 100M parameters, or of the others; sweeps that only chose a rate left out."""
+    rows = []
+    for _, members in panels(series):
+        for member in members:
+            if (member["params"] < 1e8) == small:
+                tokens = member["steps"] * member["batch"] * member["context"]
+                rows.append((member["label"], member["data"], f"{member['params'] / 1e6:.1f}M",
+                             member["kv_bytes_fp16"], f"{tokens / 1e6:.1f}M", len(member["seeds"]),
+                             pm(member["last_val_loss"]), pm(member["best_val_loss"])))
+    head = ("model", "data", "parameters", "KV B/token", "tokens", "seeds", "last loss", "best loss")
+    caption = "Validation loss in nats per token, mean and 95 % t-interval over seeds."
+    return latex_table(head, rows, caption) if rows else "% no such run is finished\n"
+
+
+# -----------------------------------------------------------------------------
+# The ledger
+
+def ours_of(row: dict) -> str:
+    return number(row["ours"]) + ("" if row["interval"] is None else f" ± {number(row['interval'])}")
+
+
+def ledger_lines(claims: list) -> list[str]:
+    """The ledger in sections of short rows, details below each."""
+    lines = []
+    for title, rules in SECTIONS.items():
+        for control in (False, True):
+            chosen = [row for row in claims if row["rule"] in rules and (row["source"] == "control") == control]
+            if chosen:
+                lines += [f"### {title}" + (", controls that nobody claimed" if control else ""), ""]
+                table = [(row["statement"], number(row["reported"]), ours_of(row), f"**{row['verdict']}**")
+                         for row in chosen]
+                lines += [*markdown(("claim", "reported", "ours", "verdict"), table), ""]
+                lines += ["<details><summary>Units, sources, where it was measured</summary>", ""]
+                lines += [detail(row) for row in chosen]
+                lines += ["", "</details>", ""]
+    return lines
+
+
+def detail(row: dict) -> str:
+    parts = [row["unit"], "" if row["source"] == "control" else row["source"], row["where"], row["note"]]
+    return f"- `{row['id']}`: " + "; ".join(part for part in parts if part)
+
+
+def contrast_lines(contrasts: list) -> list[str]:
+    rows = []
+    for row in contrasts:
+        measured = "-" if row["mean"] is None else signed(row)
+        p = "-" if row["p"] is None else f"{row['p']:.2g} / {row['p_holm']:.2g}"
+        rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p, row["pairs"],
+                     f"**{row['verdict']}**"))
+    if not rows:
+        return []
+    return ["Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
+            "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
+            *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), ""]
+
+
+def scale_lines(results: dict) -> list[str]:
+    """What was measured at which scale, a line per panel."""
+    lines = []
+    for title, members in panels(results["series"]):
+        sizes = [member["params"] / 1e6 for member in members]
+        seeds = [len(member["seeds"]) for member in members]
+        span = f"{min(sizes):.2f}M" if len(sizes) == 1 else f"{min(sizes):.2f}M to {max(sizes):.2f}M"
+        lines.append(f"- {title}: {plural(len(members), 'model')} of {span} parameters, "
+                     f"{plural(min(seeds), 'seed')}" + ("" if min(seeds) == max(seeds) else f" to {max(seeds)}"))
+    return lines
+
+
+def first_page(results: dict) -> list[str]:
+    """What holds, what doesn't, and what nobody knows yet."""
+    lines = [f"- {sentence}" for sentence in findings(results)] + [""]
+    claims = results["claims"]
+    for title, verdicts in (("What holds", (REPRODUCED, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
+                            ("What the papers' own counts cannot show", (UNSUPPORTED,)),
+                            ("What was measured and does not hold", (REFUTED, FAILS)),
+                            ("What is undecided", (UNDECIDED, ONE)), ("What was not run", (NOT_RUN,))):
+        chosen = [row for row in claims if row["verdict"] in verdicts]
+        lines += [f"### {title} ({len(chosen)})", ""]
+        lines += [summary(row) for row in chosen] or ["Nothing."]
+        lines.append("")
+        if UNDECIDED in verdicts:
+            lines += ["### What we measured, and at which scale", "", *scale_lines(results), "",
+                      "Nothing here speaks of models of a billion parameters.", ""]
+    return lines
+
+
+def summary(row: dict) -> str:
+    """A claim in a line: what it says, and what we have instead."""
+    text = row["statement"]
+    if row["verdict"] in (ERROR, REFUTED, FAILS, UNDECIDED, ONE, UNSUPPORTED):
+        name = "p at best" if row["rule"] == "best_case" else "ours"
+        text += f": {name} {ours_of(row)}" + (" (n = 1)" if row["verdict"] == ONE else "")
+    return f"- {text}" + (" (control)" if row["source"] == "control" else "")
+
+
+# -----------------------------------------------------------------------------
+# Speed, memory and quality of the cache
+
+def speed_lines(benchmarks: dict) -> list[str]:
+    """Ratios to baselines of the same process; a rate of a shared machine is none of a model."""
+    lines = []
+    if speed := benchmarks.get("train_speed"):
+        rows = [(row["name"], f"{row['params'] / 1e6:.1f}M", f"{row['times_naive']:.2f}",
+                 f"{row['times_llama']:.2f}" if "times_llama" in row else "", f"{row['share_of_matmul_rate']:.2f}")
+                for row in speed["rows"]]
+        lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as times "
+                  f"the speed of baselines in the same process, medians of {speed['rounds']}; {speed['env']['cpu']}, "
+                  f"{speed['env']['threads']} threads.", "",
+                  *markdown(("", "parameters", "x naive", "x Llama", "share of matrix-product rate"), rows), ""]
+    if memory := benchmarks.get("loss_memory"):
+        chunked, full = memory["chunked"] / 2**20, memory["full logits"] / 2**20
+        lines += [f"A training step of that model takes {chunked:,.0f} MiB more than before the first step with the "
+                  f"chunked cross-entropy, {full:,.0f} MiB with all logits in memory.", ""]
+    if tokens := benchmarks.get("tokenize_speed"):
+        lines += [f"`prepare_fineweb.py` tokenises, from .jsonl to a finished file, at {tokens['ratio']:.2f} times the "
+                  f"speed of tiktoken itself in memory, on {tokens['cores']} cores.", ""]
+    return lines
+
+
+def quality_lines(quality: dict) -> list[str]:
+    rows = []
+    for row in quality["rows"]:
+        if row["policy"] != "fp32":
+            rows.append((f"`{row['run']}`", row["policy"] + (", rotated" if row["rotate"] else ""),
+                         f"{row['bytes_per_token']:,}", f"{row['delta_nll']:+.4f} ± {row['standard_error']:.4f}",
+                         f"{row['kl']:.5f}", f"{100 * row['top1']:.2f} %"))
+    tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in quality["rows"]}))
+    return [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values (no "
+            "residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the next token's "
+            "distribution, share of tokens with the same likeliest next token:", "",
+            *markdown(("run", "cache", "B/token", "ΔNLL", "KL", "same top-1"), rows), ""]
+
+
+def kernel_lines(speed: dict) -> list[str]:
+    names = list(speed["rows"][0]["ms"])
+    plain = next((name for name in names if name not in ("kernel", "torch", "dequantised", "standard")), "standard")
+    rows = []
+    for row in speed["rows"]:
+        ms = row["ms"]
+        rows.append((row["shape"], f"{row['tokens']:,}", *(f"{ms[name]:.2f}" for name in names),
+                     f"{ms['dequantised'] / ms['kernel']:.1f}", f"{ms['kernel'] / ms[plain]:.2f}"))
+    return ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), hetero "
+            f"cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
+            f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; `dequantised`: "
+            f"the whole cache in float32 first; `{plain}`: PyTorch's fused attention over an unquantised cache of the "
+            "same widths; `standard`: the same at 64 channels a head.", "",
+            *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {plain}"), rows), ""]
+
+
+def cache_lines(benchmarks: dict) -> list[str]:
+    """Formats of the KV cache: quality, decode time, memory of long contexts."""
+    lines = []
+    if "cache_quality" in benchmarks:
+        lines += quality_lines(benchmarks["cache_quality"])
+    if benchmarks.get("decode_speed", {}).get("rows"):
+        lines += kernel_lines(benchmarks["decode_speed"])
+    if long := benchmarks.get("long_context"):
+        prefill, decode = mib(long["prefill_extra_bytes"], 0), mib(long["decode_extra_bytes"], 0)
+        lines += [f"A prompt of {long['tokens']:,} tokens (decoupled 32/64, d_model 512, 6 layers, hetero cache of "
+                  f"{mib(long['cache_bytes'], 1)} MiB): prefill in chunks peaks at {prefill} MiB beyond the cache and "
+                  f"takes {long['prefill_seconds']:.0f} s; a decode step after it at {decode} MiB and "
+                  f"{long['decode_ms']:.0f} ms.", ""]
+    return lines
+
+
+def mib(size: float | None, digits: int) -> str:
+    return "-" if size is None else f"{size / 2**20:.{digits}f}"
+
+
+# -----------------------------------------------------------------------------
+# Evaluations
+
+def loss_lines(results: dict) -> list[str]:
+    """Loss through each format of the cache: one table of single checkpoints, one of series, as means over seeds."""
+    single, measured = {}, []
+    for run in dict.fromkeys(name for name, _, _ in of_command(results["evals"], "ppl")):
+        single[run] = caches(results["evals"], run)
+    by_name = {run["run"]: run for run in results["runs"]}
+    for series in results["series"]:
+        if series["caches"] and len(series["runs"]) == 1:
+            single[series["runs"][0]] = by_name[series["runs"][0]]["caches"]
+        elif series["caches"]:
+            measured.append(series)
+    return single_lines(single) + series_lines(measured)
+
+
+def single_lines(single: dict) -> list[str]:
+    rows, windows = [], set()
+    for run, of_run in sorted(single.items()):
+        fp16 = of_run.get("fp16")
+        for name, cache in sorted(of_run.items(), key=lambda item: -item[1]["bytes_per_token"]):
+            windows.add(f"{run}: {cache['tokens']:,} tokens, window {cache['block']:,}, stride {cache['stride']:,}")
+            compared = ("-", "-", "-")
+            if fp16:
+                both = fp16["ppl"] and cache["ppl"]
+                compared = (f"{cache['loss'] - fp16['loss']:+.4f}",
+                            f"{cache['ppl'] / fp16['ppl']:.4f}" if both else "-",
+                            f"{fp16['bytes_per_token'] / cache['bytes_per_token']:.2f}")
+            rows.append((f"`{run}`", name, f"{cache['bits_per_value']:.2f}", f"{cache['bytes_per_token']:,}",
+                         f"{cache['loss']:.4f}", "-" if cache["ppl"] is None else f"{cache['ppl']:.4f}", *compared))
+    if not rows:
+        return []
+    return ["Loss through the cache (`eval_dba.py ppl`), every token read through keys and values in its format; ΔNLL in "
+            f"nats per token and ratio of perplexities against fp16. {'; '.join(sorted(windows))}.", "",
+            *markdown(("run", "cache", "bits/value", "B/token", "loss", "perplexity", "ΔNLL", "ratio",
+                       "times smaller"), rows), ""]
+
+
+def series_lines(measured: list) -> list[str]:
+    names = [name for name in MARKERS if any(name in series["caches"] for series in measured)]
+    rows = []
+    for series in sorted(measured, key=lambda series: series["caches"]["fp16"]["mean"]):
+        cells = []
+        for name in names:
+            if cache := series["caches"].get(name):
+                value = f"{cache['mean']:.3f}" if name == "fp16" else signed(cache["delta"])
+                cells.append(f"{value}, {cache['bytes_per_token']:,} B")
+            else:
+                cells.append("-")
+        rows.append((series["label"], len(series["seeds"]), *cells))
+    if not rows:
+        return []
+    return ["The same for the manifest's runs: loss with fp16, then ΔNLL per format, mean and 95 % t-interval over seeds "
+            "of the differences, and bytes per token:", "", *markdown(("model", "seeds", *names), rows), ""]
+
+
+def task_lines(evals: dict, benchmarks: dict) -> list[str]:
+    rows = []
+    for run, _, tasks in of_command(evals, "tasks"):
+        for name, task in tasks.items():
+            for metric in ("acc", "acc_norm"):
+                if metric in task:
+                    rows.append((f"`{run}`", name, metric, task["n"],
+                                 f"{100 * task[metric]:.1f} ± {196 * task[f'{metric}_stderr']:.1f} %"))
+    lines = []
+    if rows:
+        names = [name for name in dict.fromkeys(row[1] for row in rows) if name in CHANCE]
+        guess = ", ".join(f"{100 * CHANCE[name]:.0f} % on {name}" for name in names)
+        lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {guess}:", "",
+                  *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
+    if parity := benchmarks.get("task_parity"):
+        rows = [(row["task"], row["metric"], row["items"], f"{100 * row['ours']:.2f} %",
+                 f"{100 * row['theirs']:.2f} %", row["items_that_differ"], f"{row['largest_difference']:.1e}")
+                for row in parity["rows"]]
+        lines += [f"The same weights ({parity['ckpt']}) in our model and adapter, and in transformers by lm-eval's own "
+                  f"adapter (lm-eval {parity['lm_eval']}), both float32:", "",
+                  *markdown(("task", "metric", "items", "ours", "theirs", "items that differ",
+                             "largest difference of a log-probability"), rows), ""]
+    return lines
+
+
+def last_stage(rows: list, of: str) -> dict:
+    """{path: row} of a rank result, after RoPE where the path is rotated."""
+    return {row["path"]: row for row in rows if row["of"] == of and row["rope"] in ("after", "none")}
+
+
+def rank_lines(evals: dict) -> list[str]:
+    rows = []
+    for run, _, result in of_command(evals, "rank"):
+        for of in ("Q merged", "K merged", "QK head"):
+            for path, row in last_stage(result["rows"], of).items():
+                cells = [f"{row['trained'][name]:.1f} / {row['initial'][name]:.1f}" for name in RANKS]
+                share = row["trained"].get("share")
+                rows.append((f"`{run}`", PATHS[path], of, row["channels"], *cells,
+                             f"{share['8']:.3f}" if share and "8" in share else ""))
+    if not rows:
+        return []
+    return ["Effective ranks of queries and keys after RoPE (medians over layers; trained / at initialisation), by "
+            "definitions that disagree: each is named. `QK head`: of Σq^½ Σk^½ of one head, which no change of basis "
+            "alters, with the energy that its first 8 channels hold. Second moments, not centred.", "",
+            *markdown(("run", "path", "of", "channels", *RANKS.values(), "share 8"), rows), ""]
+
+
+def latency_lines(evals: dict) -> list[str]:
+    lines = []
+    for run, name, result in of_command(evals, "latency"):
+        names, rows = list(dict.fromkeys(row["cache"] for row in result)), []
+        for prompt in dict.fromkeys(row["prompt"] for row in result):
+            of_prompt = {row["cache"]: row for row in result if row["prompt"] == prompt}
+            fp16 = of_prompt["fp16"]
+            times = []
+            for cache in names:
+                row = of_prompt[cache]
+                times.append(f"{row['ms_per_token']:.2f} ({row['ratio_to_fp16']:.2f})")
+            copied = "-" if fp16["share_of_copy"] is None else f"{100 * fp16['share_of_copy']:.0f} %"
+            rows.append((f"{prompt:,}", fp16["kernel"], f"{fp16['prefill_seconds']:.2f}", *times, copied))
+        source = evals[run][name]["from"]
+        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}: ms per token "
+                  "(times fp16), and the bytes that a step with fp16 must read, per second, as a share of the rate of "
+                  "a plain copy:", "",
+                  *markdown(("prompt", "kernel", "prefill s", *names, "of copy rate"), rows), ""]
+    return lines
+
+
+def sweep_lines(evals: dict) -> list[str]:
+    rows = []
+    for run, name, result in of_command(evals, "sweep"):
+        for row in result["rows"]:
+            figures = []
+            for key, form in (("prefill_seconds", ".1f"), ("ms_per_token", ".2f"), ("loss", ".3f")):
+                figures.append(format(row[key], form) if key in row else "-")
+            rows.append((f"`{run}`", f"{evals[run][name]['from']['context']:,}",
+                         ", ".join(sorted(set(result["formats"].values()))), f"{row['context']:,}",
+                         mib(row.get("cache_bytes"), 1), *figures, row["status"]))
+    if not rows:
+        return []
+    return ["Long prompts (`sweep`). Past the context that a model was trained at, its loss says how a model without "
+            "long training fails, not how good long context can be:", "",
+            *markdown(("run", "trained at", "cache", "prompt", "cache MiB", "prefill s", "ms/token",
+                       "loss of the last chunk", "status"), rows), ""]
+
+
+def memory_lines(evals: dict) -> list[str]:
+    rows = []
+    for run, _, result in of_command(evals, "memory"):
+        longest = max((row["tokens"] for row in result), default=0)
+        for row in result:
+            if row["tokens"] == longest:
+                sizes = [mib(row[name], 2) for name in ("formula_bytes", "cache_bytes", "fill_extra_bytes",
+                                                        "decode_extra_bytes")]
+                rows.append((f"`{run}`", f"{longest:,}", row["cache"], f"{row['bytes_per_token']:,}", *sizes))
+    if not rows:
+        return []
+    return ["Memory in MiB (`memory`); beside the cache: what the process (CUDA: PyTorch) took more than before:", "",
+            *markdown(("run", "tokens", "cache", "B/token", "by formula", "owned", "beside it, prompt",
+                       "beside it, decode step"), rows), ""]
+
+
+def probe_lines(evals: dict) -> list[str]:
+    rows, differences = [], []
+    for run, _, result in of_command(evals, "probes"):
+        for count in result["counts"]:
+            cells = []
+            for name in CHECKS:
+                hits, low, high = count[name]
+                cells.append(f"{hits} ({100 * low:.0f}-{100 * high:.0f} %)")
+            rows.append((f"`{run}`", count["set"], count["n"], *cells, f"{count['margin']:+.2f}"))
+        for compared in result["compare"]:
+            splits = ["{} +{} -{} (p {:.2g})".format(name, *compared[name]) for name in CHECKS]
+            differences.append(f"`{run}` against the compared, {compared['set']}: {', '.join(splits)}")
+    lines = []
+    if rows:
+        lines += ["Probes (hits with 95 % Wilson intervals; `preferred`: the target is likelier than the distractor; "
+                  "margin in nats):", "", *markdown(("run", "cases", "n", *CHECKS, "mean margin"), rows), ""]
+    if differences:
+        lines += [f"Exact McNemar tests over cases, one pair of checkpoints: {'; '.join(differences)}.", ""]
+    return lines
+
+
+def policy_lines(evals: dict) -> list[str]:
+    rows = []
+    for run, _, result in of_command(evals, "policy"):
+        budget = []
+        for name, value in result["settings"].items():
+            if name.startswith("max") and value is not None:
+                budget.append(f"{name.removeprefix('max_').replace('_', ' ')} {value:g}")
+        chosen = [f"{stream} {fmt}" for stream, fmt in result["formats"].items()]
+        if result["rotate"]:
+            chosen.append("rotated")
+        if result["residual"]:
+            chosen.append(f"{result['residual']} newest fp16")
+        times = [f"{kernel} {ms:.1f} ms" for kernel, ms in result["kernel_ms"].items()]
+        for name, measured in (("context", result["short"]), ("long", result["long"])):
+            if measured:
+                rows.append((f"`{run}`", " or ".join(budget), ", ".join(chosen), result["tried"],
+                             f"{result['bytes_per_token']:,}", name, f"{measured['tokens']:,}",
+                             f"{measured['delta_nll']:+.5f}", f"{measured['kl']:.5f}",
+                             f"{measured['max_delta_logit']:.2f}", ", ".join([result["kernel"], *times])))
+    if not rows:
+        return []
+    return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
+            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a long "
+            "cache:", "", *markdown(("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL",
+                                     "max Δlogit", "kernel"), rows), ""]
+
+
+def eval_lines(results: dict) -> list[str]:
+    """Everything that eval_dba.py measured; what was not measured is left out."""
+    evals = results["evals"]
+    lines = [*loss_lines(results), *task_lines(evals, results["benchmarks"]), *rank_lines(evals), *probe_lines(evals),
+             *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals), *memory_lines(evals)]
+    sources = set()
+    for files in evals.values():
+        for file in files.values():
+            sources.add(f"{file['from']['hardware']}, {file['from']['dtype']}, commit {commit(file['from'])}")
+    if sources:
+        lines += [f"Measured on: {'; '.join(sorted(sources))}.", ""]
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# Whole reports
+
+def of_manifest(results: dict) -> bool:
+    """Whether runs that the manifest lists are there: without them there is nothing to say of the papers."""
+    return any(done for done, _ in results["manifest"].values())
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *lines] if lines else []
+
+
+def paper_report(results: dict) -> str:
+    counts = [(f"`{name}`", done, listed) for name, (done, listed) in results["manifest"].items()]
+    lines = ["# Report", "", "Written by plot_results.py from runs/, paper_manifest.json and paper/claims.json; no "
+             f"verdict is typed by hand. {ledger_counts(results['claims'])}", "", *first_page(results),
+             "## Contrasts", "", "![Differences of losses with their margins](fig_contrasts.png)", "",
+             *contrast_lines(results["contrasts"]), *section("Ledger", ledger_lines(results["claims"])),
+             *section("Runs", run_lines(results)), *section("Speed", speed_lines(results["benchmarks"])),
+             *section("KV cache", cache_lines(results["benchmarks"])), *section("Evaluations", eval_lines(results)),
+             *section("The manifest", markdown(("set", "finished", "listed"), counts))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def user_report(results: dict) -> str:
+    """Runs, curves, sizes and measurements of runs that the manifest doesn't list."""
+    sizes = []
+    for _, members in panels(results["series"]):
+        for member in members:
+            per_token = member["kv_bytes_fp16"]
+            sizes.append((f"`{member['series']}`", member["label"], f"{member['params']:,}", f"{per_token:,}",
+                          mib(per_token * member["context"], 2), mib(per_token * 131_072, 0)))
+    head = ("runs", "model", "parameters", "KV B/token fp16", "MiB at its context", "MiB at 131,072 tokens")
+    lines = ["# Report", "", *section("Runs", run_lines(results)),
+             "![Validation and training loss over tokens](fig_convergence.png)", "",
+             *section("Sizes", [*markdown(head, sizes), ""]), *section("Evaluations", eval_lines(results))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def report(results: dict) -> str:
+    return paper_report(results) if of_manifest(results) else user_report(results)
