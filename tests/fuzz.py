@@ -14,12 +14,6 @@ limits itself, and calls the script's main(). The scripts are imported from a co
 probes lie beside them.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):     # read when torch and numpy are imported
-    os.environ[name] = "1"
-os.environ.update(MPLBACKEND="agg", CXX="no-compiler")     # no kernel is compiled for this
-
 import argparse
 import contextlib
 import fnmatch
@@ -28,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -41,8 +36,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import mutations
 import numpy as np
+
+import mutations
 
 REPO = Path(__file__).resolve().parent.parent
 SEED = 10
@@ -51,6 +47,9 @@ CPU_SECONDS = 60
 WALL_SECONDS = 600                                         # only what waits without end takes as long
 MEMORY_BYTES = 2 << 30                                     # beyond what the warm process has
 ERROR_LENGTH = 2000                                        # longest error line, in characters
+# One thread, as a fork keeps the locks of others; no window; no kernel is compiled.
+ENVIRONMENT = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg",
+                   CXX="no-compiler")
 SCRIPTS = ("train_dba", "eval_dba", "prepare_fineweb", "run_paper_manifest", "plot_results", "plot_memory",
            "vis_heatmap")
 LM_EVAL = ("lm_eval",)
@@ -434,7 +433,7 @@ def interrupt(folder):
 
 
 def make_llamas(folder):
-    import llamas                                          # imports what only some environments have
+    import llamas  # imports what only some environments have
     llama = llamas.save_llama(folder / "llama/folder")
     llamas.write_gguf(folder / "llama/tiny.gguf", llama, llamas.byte_level())
     return 0
@@ -565,10 +564,9 @@ def missing_packages(case):
     return [name for name in case.needs if importlib.util.find_spec(name) is None]
 
 
-def make_variants(seed, count):
+def make_variants(cases, seed, count):
     """At least `count` variants of all cases by their shares, two of a case at the least. A case goes through its
     mutators in a random order."""
-    cases = [case for case in CASES if not missing_packages(case)]
     total = sum(case.share for case in cases)
     variants = []
     for case in cases:
@@ -696,6 +694,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=SEED, help=f"of all damages ({SEED})")
     parser.add_argument("--variants", type=int, default=VARIANTS, help=f"at least so many ({VARIANTS})")
+    parser.add_argument("--part", choices=("all", "base", "optional"), default="all",
+                        help="optional: the kinds that need more packages; base: the others (all)")
     parser.add_argument("--only", action="append", default=[], help="a case, or one variant as CASE:INDEX")
     parser.add_argument("--jobs", type=int, default=2, help="variants at once (2)")
     parser.add_argument("--keep", type=Path, help="leave the world and every variant's folder here")
@@ -706,12 +706,17 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    skipped = {case.name: missing_packages(case) for case in CASES if missing_packages(case)}
+    cases = [case for case in CASES if args.part == "all" or (args.part == "optional") == bool(case.needs)]
+    skipped = {case.name: missing_packages(case) for case in cases if missing_packages(case)}
     if args.list:
-        for case in CASES:
+        for case in cases:
             print(f"{case.name}: {case.file} ({case.format}), {case.command.script} {case.command.line}")
         return 0
-    variants = [variant for variant in make_variants(args.seed, args.variants)
+    if ENVIRONMENT.items() - os.environ.items():           # NumPy starts its threads when it's imported
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execve(sys.executable, [sys.executable, __file__, *arguments], {**os.environ, **ENVIRONMENT})
+    variants = [variant for variant in make_variants([case for case in cases if case.name not in skipped],
+                                                         args.seed, args.variants)
                 if not args.only or {variant.key, variant.case.name} & set(args.only)]
     with contextlib.ExitStack() as stack:
         root = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
