@@ -127,7 +127,8 @@ RANK = Command("eval_dba", f"rank {CPU} --block 16 --out out", "json out/eval_ra
 MEMORY = Command("plot_memory", f"{CPU} --tokens 64 --out out", "json out/mem64.json")
 HEATMAP = Command("vis_heatmap", f"{CPU} --prompt-file prompt.txt --layers 0 --out out", "json out/heatmap.json")
 PLOT = Command("plot_results", "--runs plots --out out --readme ''", "json out/results.json")
-DRY_RUN = Command("run_paper_manifest", "--manifest manifest.json --group cpu_mini --only lr_standard --device cpu "
+JUDGE = Command("plot_results", "--runs ledger --out out --readme ''", "json out/results.json")
+DRY_RUN = Command("run_paper_manifest", "--manifest manifest.json --group cpu_mini --seeds 1 --device cpu "
                   "--dry-run", "stdout")
 TOKENISE = Command("prepare_fineweb", "--dataset text --input corpus.txt --tokenizer byte --output out/t.npy "
                    f"{PREPARE}", "tokens out/t")
@@ -178,9 +179,9 @@ CASES = (
     Case("kv_policy.json", f"{RUN}/kv_policy.json", "json", CONTINUE_AUTO, "sane", 2),
     Case("probes --compare", f"{RUN}/eval_probes.json", "json", PROBE_COMPARE, "sane", 1.5),
     Case("probes.json", "beside:probes.json", "json", PROBE, "sane", 1.5),
-    Case("manifest", "manifest.json", "json", DRY_RUN, "sane", 1.5),
-    Case("manifest, plots", "beside:paper_manifest.json", "json", PLOT, "sane", 0.6),
-    Case("claims.json", "beside:claims.json", "json", PLOT),
+    Case("manifest", "manifest.json", "json", DRY_RUN),
+    Case("manifest, plots", "beside:paper_manifest.json", "json", JUDGE, "sane", 0.6),
+    Case("claims.json", "beside:claims.json", "json", JUDGE),
     Case("train.jsonl, plots", "plots/{plots}/train.jsonl", "jsonl", PLOT),
     Case("env.json, plots", "plots/{plots}/env.json", "json", PLOT, "sane", 0.6),
     *(Case(f"{name}, plots", f"plots/{{plots}}/{name}.json", "json", PLOT, "sane", 0.3) for name in EVALS),
@@ -410,15 +411,18 @@ def make_corpus(folder):
 
 
 def copy_results(folder):
-    """The repository's own run folder with most results, as plots/<...>; returns its path below plots."""
+    """From the repository's own runs, what figures need: as plots/ the run folder with most results and the benchmarks,
+    as ledger/ two runs of the manifest, without which no claim is judged. Returns the run folder's path below plots."""
     sweep = next(REPO.glob("runs/**/eval_sweep.json")).parent
     names = [path.name for path in sweep.iterdir() if path.is_file() and path.suffix != ".pt"]
-    run = sweep.relative_to(REPO / "runs")
-    (folder / "plots" / run).mkdir(parents=True)
+    plots = sweep.relative_to(REPO / "runs")
+    (folder / "plots" / plots).mkdir(parents=True)
     for name in names:
-        shutil.copy(sweep / name, folder / "plots" / run / name)
+        shutil.copy(sweep / name, folder / "plots" / plots / name)
     shutil.copytree(REPO / "runs/bench", folder / "plots/bench")
-    return str(run)
+    for run in ("standard192_s1337", "decoupled24_48_s1337"):
+        shutil.copytree(REPO / "runs/cpu_mini/modes" / run, folder / "ledger/cpu_mini/modes" / run)
+    return str(plots)
 
 
 def interrupt(folder):
@@ -447,7 +451,7 @@ def make_world(folder, with_llamas, with_tasks):
         learn(folder, script, line)
     interrupt(folder)
     shutil.copy(REPO / "paper_manifest.json", folder / "manifest.json")
-    run = copy_results(folder)
+    plots = copy_results(folder)
     if with_llamas:
         (folder / "llama").mkdir()
         result = wait(fork(folder, lambda note: make_llamas(folder)), folder)
@@ -459,7 +463,7 @@ def make_world(folder, with_llamas, with_tasks):
         learn(folder, TASK.script, TASK.line)
         (folder / "out/eval_tasks.json").rename(folder / "tasks/eval_tasks.json")
         shutil.rmtree(folder / "out")
-    return run
+    return plots
 
 
 def copy_code(folder):
@@ -525,7 +529,11 @@ def harm(case, code, before, after):
 
 
 def judge(case, folder, result, before, baseline):
-    """What is wrong with a result as a sentence, or None; and whether it differs from that of whole files."""
+    """What is wrong with a result as a sentence, or None; and whether it differs from that of whole files.
+
+    before: snapshot of the folder before the command ran, with the damaged file; baseline: (product, lines of the
+    standard error) of whole files.
+    """
     if wrong := misbehaviour(result):
         return wrong, True
     if harmed := harm(case, result.code, before, snapshot(folder)):
@@ -536,9 +544,9 @@ def judge(case, folder, result, before, baseline):
         product = product_of(case.command, folder, result.stdout)
     except (ValueError, KeyError, TypeError, OSError) as e:
         return f"exit 0, but no right output: {type(e).__name__} {e}", True
-    if case.rule == "same" and product != baseline:
-        return f"exit 0, and {product!s:.100} instead of {baseline!s:.100}", True
-    return None, product != baseline or bool(result.stderr)
+    if case.rule == "same" and product != baseline[0]:
+        return f"exit 0, and {product!s:.100} instead of {baseline[0]!s:.100}", True
+    return None, (product, said_lines(result.stderr)) != baseline
 
 
 # -----------------------------------------------------------------------------
@@ -600,13 +608,13 @@ class Fuzzer:
         return self.beside(case) or folder / case.file.format(plots=self.plots)
 
     def baseline(self, case):
-        """Product of a case's command on whole files."""
+        """(product, lines of the standard error) of a case's command on whole files."""
         command = case.command
         if command not in self.baselines:                  # before the variants, so that children find what it imports
             folder = self.root / f"baseline{len(self.baselines)}"
             shutil.copytree(self.template, folder)
             result = learn(folder, command.script, command.line)
-            self.baselines[command] = product_of(command, folder, result.stdout)
+            self.baselines[command] = product_of(command, folder, result.stdout), said_lines(result.stderr)
         return self.baselines[command]
 
     def start(self, variant, folder):

@@ -57,7 +57,7 @@ def judged(tmp_path, result, **changed):
     for name, content in {**BEFORE, "out.json": b"[1]", **changed}.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    return fuzz.judge(CASE, tmp_path, result, BEFORE, [1])[0]
+    return fuzz.judge(CASE, tmp_path, result, BEFORE, ([1], []))[0]
 
 
 @pytest.mark.parametrize("result", [
