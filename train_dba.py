@@ -99,6 +99,7 @@ EXP_DEFAULTS = dict(size="1b", steps=10_000)
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
            "nf4": (4, 2)}
+KERNELS = ("auto", "torch", "triton", "metal")
 
 
 def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
@@ -223,7 +224,7 @@ class Config:
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
     kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
-                       choices=("auto", "torch", "triton", "metal"))
+                       choices=KERNELS)
 
     @property
     def attention(self):
@@ -1207,10 +1208,10 @@ def config_of(logged: dict) -> Config:
 def checkpoint_file(path):
     """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
     path = Path(path)
-    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json") or path.suffix in (".gguf", ".safetensors") and os.path.isfile(path):
         raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "best.pt" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
                         "trains two small ones)")
     return path
@@ -1530,8 +1531,8 @@ def train(cfg, given, argv):
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
-    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
+    settings = {flag_name(name): value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings)
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
@@ -1540,6 +1541,8 @@ def train(cfg, given, argv):
     if cfg.dtype == "auto" and device.type == "cpu":
         env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
     dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    if given.get("dtype", "auto") == "auto" != cfg.dtype:
+        why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
@@ -2091,17 +2094,23 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+    def known_format(value):
+        return type(value) is str and value in FORMATS
+
+    def known_kernel(value):
+        return value in KERNELS
+
+    shape = {"formats": dict.fromkeys(model_cfg.attention.streams, known_format), "rotate": bool,
+             "residual": whole_number, "kernel?": known_kernel, "checkpoint_sha256?": str}
     try:
-        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
-        formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
-        kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-        whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
-                 and kernel in ("auto", "torch", "triton", "metal"))
-    except (*BROKEN, RecursionError, OSError):
-        whole = False
-    if not whole:
-        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
+        policy = read_json(path, shape)
+        if policy["formats"].keys() != model_cfg.attention.streams.keys():
+            raise ValueError(f"formats of {', '.join(policy['formats'])}")
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention "
+                        f"({brief(e)}); {again}") from None
+    formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
+    kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
     with open(ckpt, "rb") as f:
         if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
             raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")

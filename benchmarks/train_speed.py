@@ -22,8 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_dba
-from train_dba import (GPT, autocast, clip_gradients, compile_model, count_params, make_config, make_optimizer,
-                       synchronize)
+from train_dba import (GPT, autocast, compile_model, count_params, make_config, make_optimizer, synchronize)
 
 VOCAB = 33_278                                             # WikiText-2, word level
 
@@ -74,7 +73,7 @@ def contenders(cfg, device):
             with autocast(device, dtype):
                 nll = loss(idx, targets)
             (nll / targets.numel()).backward()
-            clip_gradients(params, cfg.grad_clip)
+            torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         made[name] = step, sum(p.numel() for p in params)
