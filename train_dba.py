@@ -1788,9 +1788,10 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are seen by
-    every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
-    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and every query sees those below
+    `seen`; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows,
+    positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t) go into
+    the ring.
     """
     pos: torch.Tensor
     settled: torch.Tensor
