@@ -2150,8 +2150,8 @@ KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_d
 
 
 def resolve_kernel(name, device):
-    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
-    kernel asked for by name can't serve; auto says so and takes TORCH."""
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where
+    a kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
