@@ -2,7 +2,8 @@
 
 from paper.claims import (ERROR, FAILS, HOLDS, NOT_RUN, ONE, REFUTED, REPRODUCED, UNDECIDED, UNSUPPORTED, VERDICTS,
                           pair_runs)
-from paper.collect import CHANCE, CHECKS, RANKS, caches, of_command, panels
+from paper.collect import CHANCE, caches, of_command, panels
+from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
 from paper.style import MARKERS, latex_table, markdown, number, pm
 from train_dba import UserError

@@ -154,7 +154,7 @@ def test_dry_run_needs_no_data(small):
 
 def fake(series, losses, row=None, **more):
     return [dict(run=f"{series}_s{seed}", series=series, row=row or series, seed=seed, last_val_loss=loss,
-                 best_val_loss=loss, hardware="a CPU", best_of_sweep=None, hashes=dict(sha256="data"), **more)
+                 best_val_loss=loss, hardware="a CPU", best_of_sweep=None, identity=dict(sha256="data"), **more)
             for seed, loss in losses.items()]
 
 
@@ -236,7 +236,7 @@ def test_runs_of_other_data_are_no_pair():
     """Identity of data is its hash, not a path."""
     runs = fake("a", {1: 1.0, 2: 1.1}) + fake("b", {1: 2.0, 2: 2.0})
     for run in runs:
-        run["hashes"] = dict(sha256=run["series"])
+        run["identity"] = dict(sha256=run["series"])
     assert decide(dict(rule="below", pairs=[["a", "b"]]), runs)[2] == "not yet run"
 
 
