@@ -37,7 +37,11 @@ def signed(delta: dict) -> str:
 # -----------------------------------------------------------------------------
 # The headline: the best series per mode at equal parameters
 
-def family(series: dict) -> tuple:
+def family(series: dict) -> tuple | None:
+    """What a series is a member of: (mode, whether its keys are grouped). Controls, which lack what DBA is about, are
+    of none."""
+    if "one temperature" in series["label"] or "no RoPE" in series["label"]:
+        return None
     return series["mode"], "groups" in series["label"]
 
 
@@ -48,7 +52,7 @@ def headline(series: list) -> list:
     for _, members in panels(series):
         chosen = {}
         for member in members:
-            if member["mode"] == "standard" or member["matched"]:
+            if family(member) and (member["mode"] == "standard" or member["matched"]):
                 rival = chosen.get(family(member))
                 if rival is None or member["best_val_loss"]["mean"] < rival["best_val_loss"]["mean"]:
                     chosen[family(member)] = member
