@@ -22,11 +22,32 @@ from matplotlib.ticker import MaxNLocator
 
 from paper.claims import contrasts, ledger
 from paper.collect import CHANCE, collect, of_command, panels, rate_panels, split_by_group
-from paper.report import (PATHS, family, headline, last_stage, of_manifest, readme_block, replace_block, report,
-                          scale_table)
+from paper.report import (
+    PATHS,
+    family,
+    headline,
+    last_stage,
+    of_manifest,
+    readme_block,
+    replace_block,
+    report,
+    scale_table,
+)
 from paper.stats import frontier
-from paper.style import (COLORS, MARKERS, OTHERS, REPORTED, SMALL, STYLES, log2_x, save, spread, subplots,
-                         write_json, write_text)
+from paper.style import (
+    COLORS,
+    MARKERS,
+    OTHERS,
+    REPORTED,
+    SMALL,
+    STYLES,
+    log2_x,
+    save,
+    spread,
+    subplots,
+    write_json,
+    write_text,
+)
 from run_paper_manifest import HERE, list_runs, read_manifest
 from train_dba import UserError
 
@@ -232,7 +253,7 @@ def draw_convergence(series: list, path: Path) -> None:
         zoom(ax, members)
         low, high = ax.get_ylim()
         ends = [member["last_val_loss"]["mean"] for member in members]
-        for member, end, y in zip(members, ends, spread(ends, (high - low) / 17)):
+        for member, end, y in zip(members, ends, spread(ends, (high - low) / 14)):
             ax.annotate(f"{member['label'].removesuffix(' matched')}  {end:.3f}", (1, end), (1.03, y), va="center",
                         xycoords=ax.get_yaxis_transform(), textcoords=ax.get_yaxis_transform(), annotation_clip=False,
                         color=COLORS[member["mode"]], arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5))
@@ -251,7 +272,7 @@ def draw_convergence(series: list, path: Path) -> None:
 def draw_intervals(ax, x: list, means: list, halves: list, color: str, place: int) -> None:
     """Intervals of a curve: bars beside each other where there are few evaluations, a band where there are many."""
     if len(x) <= FEW:
-        shift = 0.004 * (place - 2) * x[-1]
+        shift = 0.003 * (place - 2) * x[-1]
         ax.errorbar([value + shift for value in x], means, yerr=halves, fmt="none", color=color, capsize=2, linewidth=1)
     else:
         ax.fill_between(x, [mean - half for mean, half in zip(means, halves)],
@@ -295,7 +316,8 @@ def draw_learning_rate(series: list, path: Path) -> None:
         ax.minorticks_off()
         name, batch, steps = title.split(", ")
         ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
-        ax.margins(y=0.12)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.04 * (high - low), high + 0.11 * len(rows) * (high - low))        # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     save(fig, path)

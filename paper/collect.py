@@ -20,8 +20,21 @@ neither a series, a panel nor a contrast.
 import statistics
 from pathlib import Path
 
-from paper.shapes import (BENCHMARKS, CHECKS, COMMANDS, ENV, EVAL, META, RANKS, RESULT, TRAIN, UNREADABLE, list_of,
-                          number, read_json)
+from paper.shapes import (
+    BENCHMARKS,
+    CHECKS,
+    COMMANDS,
+    ENV,
+    EVAL,
+    META,
+    RANKS,
+    RESULT,
+    TRAIN,
+    UNREADABLE,
+    list_of,
+    number,
+    read_json,
+)
 from paper.stats import mean_interval
 from run_paper_manifest import Run
 from train_dba import DEFAULTS, Config, UserError, brief, check, out_of_range, read_log, whole_number

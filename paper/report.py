@@ -1,7 +1,18 @@
 """From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
 
-from paper.claims import (ERROR, FAILS, HOLDS, NOT_RUN, ONE, REFUTED, REPRODUCED, UNDECIDED, UNSUPPORTED, VERDICTS,
-                          pair_runs)
+from paper.claims import (
+    ERROR,
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    ONE,
+    REFUTED,
+    REPRODUCED,
+    UNDECIDED,
+    UNSUPPORTED,
+    VERDICTS,
+    pair_runs,
+)
 from paper.collect import CHANCE, caches, of_command, panels
 from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
