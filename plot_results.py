@@ -101,7 +101,8 @@ def draw_contrasts(results: dict, path: Path) -> None:
             p = "" if row["p"] is None else f"\np {row['p']:.2g}"
             ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
         ax.axvline(0, **SHARED_AXIS)
-        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="difference of validation loss (nats per token)")
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5),
+               xlabel="difference of validation loss (nats per token)")
         ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
         ax.tick_params(axis="y", length=0)
         ax.set_title(title, loc="left")
@@ -261,7 +262,8 @@ def draw_convergence(series: list, path: Path) -> None:
         seeds = min(len(member["seeds"]) for member in members)
         ax.set_title(f"{title}, {seeds} seed" + ("s" if seeds > 1 else ""), loc="left")
         ax.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3, label="validation, last value"),
+    handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3,
+                          label="validation, last value"),
                plt.Line2D([], [], color="#555555", marker="|", markersize=9, linestyle="",
                           label="95 % interval over seeds"),
                plt.Line2D([], [], color="#555555", linewidth=0.6, label="training")]
@@ -479,7 +481,7 @@ def main(argv=None) -> int:
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where figures and results.json go (assets)")
-    parser.add_argument("--readme", default=None, help="file whose block is rewritten; empty: none (README.md, for runs)")
+    parser.add_argument("--readme", help="file whose block is rewritten; empty: none (README.md, for --runs runs)")
     args = parser.parse_args(argv)
     if args.readme is None:                                # other runs than the committed ones are not the README's
         args.readme = "README.md" if args.runs == Path("runs") else ""

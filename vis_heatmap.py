@@ -298,7 +298,8 @@ def draw_summary(views, path):
         null = torch.stack([m.null_mass() for m in view.maps]).cpu()                           # [L, H, T]
         annotated(fig, line[1], null.mean(2), f"{view.title}\nnull mass, mean over queries")
         for layer, mass in enumerate(null.mean(1)):
-            line[2].plot(mass, color=plt.cm.viridis(layer / len(view.maps)), linestyle=STYLES[layer % len(STYLES)], linewidth=1.2,
+            color = plt.cm.viridis(layer / len(view.maps))
+            line[2].plot(mass, color=color, linestyle=STYLES[layer % len(STYLES)], linewidth=1.2,
                          label=f"layer {layer}")
         line[2].set(ylim=(0, None), xlim=(-0.5, len(view.ids) - 0.5), ylabel="null mass")
         line[2].set_title(f"{view.title}\nnull mass per query, mean over heads", fontsize=9)

@@ -110,9 +110,10 @@ def read_run(folder: Path, name: str) -> dict | None:
     memory = [line["mem_bytes"] for line in train if line["mem_bytes"] is not None]
     return dict(
         run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
-        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, identity=meta["data"], lr=config["lr"],
-        layers=config["layers"], context=config["block"], batch=config["batch_size"] * config["grad_accum"],
-        seed=config["seed"], steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
+        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, identity=meta["data"],
+        lr=config["lr"], layers=config["layers"], context=config["block"],
+        batch=config["batch_size"] * config["grad_accum"], seed=config["seed"], steps=config["steps"],
+        tokens=lines[-1]["tokens"], params=meta["params"]["total"],
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"], val_tokens=evals[-1]["val_tokens"],
         last_val_loss=evals[-1]["val_loss"], best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"] if train else None,
@@ -363,12 +364,12 @@ def keep_rank(result: dict) -> dict:
             row[stage].append(record)
     for row in places.values():
         for stage in ("trained", "initial"):
-            row[stage] = stage_medians(row[stage])
+            row[stage] = stage_medians(row[stage], drawn=row["rope"] in ("after", "none"))
     return dict(keep(result, "moment", "tokens", "block"), rows=list(places.values()))
 
 
-def stage_medians(records: list) -> dict:
-    """Medians over the records of layers, and what narrower scores leave out of each."""
+def stage_medians(records: list, drawn: bool) -> dict:
+    """Medians over the records of layers, and where that is drawn, what narrower scores leave out of each."""
     medians = {}
     for name in RANKS:
         medians[name] = statistics.median(record["ranks"][name] for record in records)
@@ -377,7 +378,8 @@ def stage_medians(records: list) -> dict:
         for width in records[0]["share"]:
             check([record["share"][width] for record in records], list_of(number), "share")
             medians["share"][width] = statistics.median(record["share"][width] for record in records)
-        medians["left_out"] = [left_out(record) for record in records]
+        if drawn:
+            medians["left_out"] = [left_out(record) for record in records]
     return medians
 
 
