@@ -4,6 +4,7 @@ and a user's own runs."""
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from paper import claims, collect, report, style
 from paper.shapes import COMMANDS, RANKS
 from train_dba import Config, UserError, bytes_per_token, make_config
 
+LEDGER = Path(claims.__file__).with_name("claims.json")
 ENV = dict(device="cpu", cpu="A CPU", threads=2, commit="0123456789", dirty=False)
 IDENTITY = dict(sha256="data", val_sha256=None, train_tokens=100, val_tokens=10)
 
@@ -161,28 +163,36 @@ def test_differences_between_caches_are_paired_by_seed(tmp_path):
 # -----------------------------------------------------------------------------
 # Claims that rest on one checkpoint, or one pair, are undecided
 
-@pytest.mark.parametrize("run, channels, queries, verdict", (
-    ("wikitext2/compare/standard512_s1", 512, (12.0, 31.0, 90.0), "undecided (n = 1)"),
-    ("wikitext2/compare/standard512_s1", 512, (2.0, 10.0, 31.0), "undecided (n = 1)"),
-    ("wikitext2/compare/standard512_s1", 256, (12.0, 31.0, 90.0), "not yet run"),           # another width
-    ("checkpoints/standard", 512, (12.0, 31.0, 90.0), "not yet run")))
-def test_claim_on_ranks(tmp_path, run, channels, queries, verdict):
+STANDARD = "wikitext2/compare/standard512_s1337"
+
+
+@pytest.mark.parametrize("run, channels, queries, agrees", (
+    (STANDARD, 512, (12.0, 31.0, 90.0), True), (STANDARD, 512, (12.0, 33.0, 33.0), claims.UNDECIDED),
+    (STANDARD, 512, (2.0, 10.0, 31.0), claims.UNDECIDED), (STANDARD, 256, (12.0, 31.0, 90.0), None),   # another width
+    ("checkpoints/standard", 512, (12.0, 31.0, 90.0), None)))
+def test_claim_on_ranks(tmp_path, run, channels, queries, agrees):
+    """Whatever is found: one checkpoint gives no verdict."""
     write_rank(tmp_path / run, queries, (20.0, 20.0, 20.0), "before", channels)
     results = empty(evals=collect.read_evals(tmp_path)[0])
+    claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "effective-rank"]
+    assert claims.effective_rank(claim, results).agrees == agrees
     row, = [row for row in claims.ledger(results) if row["id"] == "effective-rank"]
-    assert row["verdict"] == verdict
-    if verdict != "not yet run":
+    assert row["verdict"] == ("not yet run" if agrees is None else "undecided (n = 1)")
+    if agrees is not None:
         assert row["ours"] == max(20.0, sorted(queries)[1])
 
 
-@pytest.mark.parametrize("split", ([1, 9, 0.02], [9, 1, 0.02], [1, 9, 0.06]))
-def test_claim_on_loops(tmp_path, split):
-    row = dict(set="template", n=50, exact=[0, 0, 1.0], content=[0, 0, 1.0], loop=split, preferred=[0, 0, 1.0])
-    rows = [dict(row, set="literal"), row]
-    write(tmp_path / "checkpoints/decoupled", "eval_probes", "probes", counts=[], compare=rows)
+@pytest.mark.parametrize("split, agrees", (([1, 9, 0.02], True), ([9, 1, 0.02], False)))
+def test_claim_on_loops(tmp_path, split, agrees):
+    row = dict(set="template", n=50, loop=split, preferred=[0, 0, 1.0], exact=[0, 0, 1.0], content=[0, 0, 1.0])
+    write(tmp_path / "checkpoints/decoupled", "eval_probes", "probes", counts=[],
+          compare=[dict(row, set="literal"), row])
     results = empty(evals=collect.read_evals(tmp_path)[0])
+    claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "loops-here"]
+    finding = claims.probe_difference(claim, results)
+    assert finding.agrees == agrees and finding.value == split[0] - split[1]
     row, = [row for row in claims.ledger(results) if row["id"] == "loops-here"]
-    assert row["verdict"] == "undecided (n = 1)" and row["ours"] == split[0] - split[1]
+    assert row["verdict"] == "undecided (n = 1)"
 
 
 # -----------------------------------------------------------------------------
