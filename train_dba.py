@@ -99,6 +99,7 @@ EXP_DEFAULTS = dict(size="1b", steps=10_000)
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
            "nf4": (4, 2)}
+KERNELS = ("auto", "torch", "triton", "metal")
 
 
 def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
@@ -223,7 +224,7 @@ class Config:
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
     kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
-                       choices=("auto", "torch", "triton", "metal"))
+                       choices=KERNELS)
 
     @property
     def attention(self):
@@ -369,9 +370,9 @@ class Attention(nn.Module):
             y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
             entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
-            cache.append(layer, span, {**entry, shape.v_stream: v})
+            recent = cache.append(layer, span, {**entry, shape.v_stream: v})
             null = (sum(null_score), null_v) if self.null else None
-            y = cache.attend(layer, span, torch.cat(q, -1), null).to(v.dtype)
+            y = cache.attend(layer, span, torch.cat(q, -1), null, recent).to(v.dtype)
             if absorb:
                 y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
@@ -1210,10 +1211,10 @@ def config_of(logged: dict) -> Config:
 def checkpoint_file(path):
     """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
     path = Path(path)
-    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json") or path.suffix in (".gguf", ".safetensors") and os.path.isfile(path):
         raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "best.pt" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
                         "trains two small ones)")
     return path
@@ -1533,8 +1534,8 @@ def train(cfg, given, argv):
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
-    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
+    settings = {flag_name(name): value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings)
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
@@ -1543,6 +1544,8 @@ def train(cfg, given, argv):
     if cfg.dtype == "auto" and device.type == "cpu":
         env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
     dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    if given.get("dtype", "auto") == "auto" != cfg.dtype:
+        why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
@@ -1791,9 +1794,19 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are seen by
-    every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows, positions), the ring is relieved; of the new
-    tokens, settling (rows, t) settle at once and staying (rows, t) go into the ring.
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read so
+    by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows,
+    positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t) go into
+    the ring.
+
+    Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
+    would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring
+    before and of the new tokens; a query reads those from position floats [B, T] on as floats, all others settled.
+
+        window 3, T 2:      settled before   ring before   new
+        position            0  1  2  3       4  5  6       7  8
+        query 7 reads       q  q  q  q       q  f  f       f
+        query 8 reads       q  q  q  q       q  q  f       f  f       and 4, 5 have settled when the pass ends
     """
     pos: torch.Tensor
     settled: torch.Tensor
@@ -1803,23 +1816,33 @@ class Span:
     leaving: tuple
     settling: tuple
     staying: tuple
+    floats: torch.Tensor
+    recent: torch.Tensor | None
 
-    def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache; none
-        begins before `seen` and ends after it. The position of an empty slot is beyond all queries."""
+    def chunks(self, most, newest="ring"):
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache, the
+        settled ones, none of which begins before `seen` and ends after it, and those of newest, "ring" or "recent". The
+        position of an empty slot is beyond all queries."""
         settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
-        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), ("ring", 0, self.window)):
+        newer = self.recent.size(1) if newest == "recent" else self.window
+        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), (newest, 0, newer)):
             for start in range(first, end, most):
                 stop = min(start + most, end)
                 slot = torch.arange(start, stop, device=self.pos.device)
-                yield part, start, stop, (torch.where(slot < settled, slot, beyond) if part == "settled" else
-                                          settled + (slot - settled) % self.window)
+                if part == "settled":
+                    pos = torch.where(slot < settled, slot, beyond)
+                elif part == "ring":
+                    pos = settled + (slot - settled) % self.window
+                else:
+                    pos = self.recent[:, start:stop]
+                yield part, start, stop, pos
 
 
 class KVCache:
     """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
-    appended in place; the newest `residual` tokens stay floats. length [B], on the CPU, counts the tokens that all
-    layers hold; a forward pass adds its own at its end. kernel: what reads and writes the settled tokens."""
+    appended in place; of the tokens that a query sees, the newest `residual` are floats, however many come in a pass.
+    length [B], on the CPU, counts the tokens that all layers hold; a forward pass adds its own at its end. kernel: what
+    reads and writes the settled tokens."""
 
     def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
         formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
@@ -1841,25 +1864,43 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        seen = int(torch.minimum(settled, length + min(T, 1)).min())
+        seen, recent = int(torch.minimum(settled, length + min(T, 1)).min()), None
+        if T > 1 and self.window and (settled > self.settled).any():
+            seen, recent = int(self.settled.min()), self.recent_positions(pos).to(self.device)
+        floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
         return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
-                    settling, staying)
+                    settling, staying, floats, recent)
+
+    def recent_positions(self, pos):
+        """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
+        settled = self.settled[:, None]
+        ring = settled + (torch.arange(self.window) - settled) % self.window
+        ring = torch.where(ring < self.length[:, None], ring, torch.iinfo(torch.long).max)
+        return torch.cat([ring, pos], 1)
 
     def append(self, layer, span, entries):
         """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
-        so that a settled value doesn't depend on when it settled."""
+        so that a settled value doesn't depend on when it settled. Returns {stream: floats [B, C, window + T]} at the
+        positions of span.recent, or None without those."""
+        recent = None if span.recent is None else {}
         for name, x in entries.items():
             stream = self.layers[layer][name]
             if self.window:
                 x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
+                if recent is not None:
+                    recent[name] = torch.cat([stream.ring[..., :self.window], x.mT], 2)
                 self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
             rows, t = span.settling
             self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
             rows, t = span.staying
             stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
+        return recent
 
-    def attend(self, layer, span, q, null):
-        """decode_attention() over one layer, by the kernel unless there are too many queries for it."""
+    def attend(self, layer, span, q, null, recent=None):
+        """decode_attention() over one layer, by the kernel unless there are too many queries for it, or what append()
+        returned holds tokens that some of them see as floats and others settled."""
+        if recent is not None:
+            return decode_attention(q, self.layers[layer], self.shape, span, null, recent)
         G = 1 if self.shape.latent else self.shape.v_groups
         few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
         return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
@@ -1906,12 +1947,14 @@ def attend_chunk(q, k, v, visible=None):
     return out[..., :u], log_sum[..., None]
 
 
-def decode_attention(q, streams, shape, span, null=None):
+def decode_attention(q, streams, shape, span, null=None, recent=None):
     """Causal attention of new tokens over a cache that already holds them, a chunk of it at a time, so that no float
     copy of the whole exists.
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
-    [B, H, T], value [G, v]). Returns [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
+    [B, H, T], value [G, v]). recent: None, or of every stream the floats [B, C, window + T] at the positions
+    span.recent, which queries read from span.floats on in place of the ring and of what has settled since. Returns
+    [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
@@ -1924,13 +1967,21 @@ def decode_attention(q, streams, shape, span, null=None):
         log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
     per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
-        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            held = {name: stream.read(part, start, stop).unflatten(1, (G, -1)) for name, stream in streams.items()}
+        most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
+        for part, start, stop, pos in span.chunks(most, newest):
+            if part == "recent":
+                held = {name: x[..., start:stop].float() for name, x in recent.items()}
+            else:
+                held = {name: stream.read(part, start, stop) for name, stream in streams.items()}
+            held = {name: x.unflatten(1, (G, -1)) for name, x in held.items()}                        # [B, G, ., S]
             visible = None
-            if part == "ring" or stop > span.seen:         # not by all queries; and there may be a NaN
+            if part != "settled" or stop > span.seen:      # not by all queries; and there may be a NaN
                 there = pos[:, None, None] <= span.pos[:, -1:, None, None]                            # [B, 1, 1, S]
                 held = {name: torch.where(there, x, 0.0) for name, x in held.items()}
-                visible = (pos[:, None] <= span.pos[:, :, None]).repeat(1, H // G, 1)[:, None]        # [B, 1, H/G·T, S]
+                visible = pos[:, None] <= span.pos[:, :, None]                                        # [B, T, S]
+                if recent is not None:
+                    visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "recent")
+                visible = visible.repeat(1, H // G, 1)[:, None]                                       # [B, 1, H/G·T, S]
             more, more_log_sum = attend_chunk(q, [held[name] for name in names], held[shape.v_stream], visible)
             new = torch.logaddexp(log_sum, more_log_sum)
             out, log_sum = out * torch.exp(log_sum - new) + more * torch.exp(more_log_sum - new), new
@@ -2046,17 +2097,23 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+    def known_format(value):
+        return type(value) is str and value in FORMATS
+
+    def known_kernel(value):
+        return value in KERNELS
+
+    shape = {"formats": dict.fromkeys(model_cfg.attention.streams, known_format), "rotate": bool,
+             "residual": whole_number, "kernel?": known_kernel, "checkpoint_sha256?": str}
     try:
-        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
-        formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
-        kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-        whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
-                 and kernel in ("auto", "torch", "triton", "metal"))
-    except (*BROKEN, RecursionError, OSError):
-        whole = False
-    if not whole:
-        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
+        policy = read_json(path, shape)
+        if policy["formats"].keys() != model_cfg.attention.streams.keys():
+            raise ValueError(f"formats of {', '.join(policy['formats'])}")
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention "
+                        f"({brief(e)}); {again}") from None
+    formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
+    kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
     with open(ckpt, "rb") as f:
         if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
             raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
@@ -2096,8 +2153,8 @@ KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_d
 
 
 def resolve_kernel(name, device):
-    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
-    kernel asked for by name can't serve; auto says so and takes TORCH."""
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where
+    a kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:

@@ -32,13 +32,14 @@ BY_FORMULA = "formula, tested against allocated caches"
 class Finding:
     """What a rule found: our value, its 95 % interval's half-width, whether the claim agrees (None: nothing has been
     run; UNDECIDED: what has been run can't tell), where it was measured, on how many seeds or pairs of checkpoints
-    (None for arithmetic), and the two-sided p of a difference of losses against its threshold."""
+    (None for arithmetic), and the two-sided p of a difference of losses against its threshold, alone and by Holm."""
     value: float | None = None
     half: float | None = None
     agrees: bool | str | None = None
     where: str = ""
     seeds: int | None = None
     p: float | None = None
+    p_holm: float | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -312,6 +313,7 @@ def correct(findings: list[Finding]) -> None:
     """Holm over all differences of losses: those whose p doesn't survive it are undecided."""
     tested = [finding for finding in findings if finding.p is not None]
     for finding, adjusted in zip(tested, holm([finding.p for finding in tested])):
+        finding.p_holm = adjusted
         finding.where += f"; p {finding.p:.2g}, by Holm over {len(tested)} tests {adjusted:.2g}"
         if adjusted >= ALPHA:
             finding.agrees = UNDECIDED
@@ -326,7 +328,7 @@ def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") ->
     for claim, finding in zip(claims, findings):
         rows.append(dict(id=claim["id"], rule=claim["rule"], source=claim["source"], statement=claim["statement"],
                          unit=claim["unit"], margin=claim.get("margin", 0.0), reported=claim["reported"],
-                         ours=finding.value, interval=finding.half, where=finding.where,
+                         ours=finding.value, interval=finding.half, p_holm=finding.p_holm, where=finding.where,
                          verdict=verdict(claim, finding), note=claim.get("note", claim.get("needs", ""))))
     return rows
 
