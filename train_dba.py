@@ -1233,7 +1233,7 @@ def load_checkpoint(path, device="cpu"):
                         "run") from None
     try:
         check(ckpt, CHECKPOINT, "it")
-    except ValueError as e:
+    except BROKEN as e:                                    # what it shows of a value may nest too deep
         raise UserError(f"{path} is not a checkpoint of train_dba.py, or not a whole one ({e})") from None
     try:
         cfg = ckpt["config"] = config_of(ckpt["config"])
