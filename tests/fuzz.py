@@ -292,9 +292,9 @@ def import_scripts(code):
     assert hasattr(prepare, "BATCH_CHARS") and hasattr(prepare, "JOURNAL_SECONDS")
     prepare.BATCH_CHARS, prepare.JOURNAL_SECONDS = 600, 0.0           # a journal after every few documents
     import matplotlib
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.figure import Figure
     matplotlib.rcParams.update({"savefig.dpi": 20, "figure.dpi": 20})
-    ConstrainedLayoutEngine.execute = lambda engine, figure: None     # half of a figure's time; draws the same things
+    Figure.get_layout_engine = lambda figure: None         # layout draws everything thrice
 
 
 def limit():
