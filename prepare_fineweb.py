@@ -24,7 +24,6 @@ import codecs
 import collections
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -53,7 +52,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train_dba import (BYTE_CHARS, EOS, LONGEST_TOKEN, BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError,
-                       WordTokenizer, split_words)
+                       WordTokenizer, exclusive, split_words)
 
 BATCH_CHARS = 1 << 19                              # text that a worker gets at once
 JOURNAL_SECONDS = 5.0                              # the work that a kill can cost
@@ -328,7 +327,7 @@ def open_wikitext(args, _revision):
     folder = args.input[0] if args.input else args.output.parent
     files = [folder / f"wiki.{split}.tokens" for split in ("valid", "train", "test")]
     if not args.input and not all(path.exists() for path in files):
-        with exclusive(folder / "wiki.lock", wait=True):   # two runs that fetch at once would write to one file
+        with exclusive(folder / "wiki.lock", folder, wait=True):    # two runs that fetch at once would write to one file
             fetch_wikitext(files)
     for path in files[:2]:
         if not path.is_file():
@@ -757,36 +756,6 @@ def check_disk(args, size, journal):
     return expected
 
 
-@contextlib.contextmanager
-def exclusive(path, wait=False):
-    """Holds a lock that the system releases however this process ends: two runs would cut each other's parts.
-    wait: for the other run, instead of raising UserError."""
-    while True:
-        with open(path, "w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(f"another run is writing {path.with_suffix('')}: wait for it or stop it") from None
-                print(f"waiting for another run that fetches to {path.parent}", file=sys.stderr)
-                fcntl.flock(f, fcntl.LOCK_EX)
-            if not is_at(f, path):                         # its holder removed it at its end: what is locked is no file
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def is_at(f, path):
-    """Whether an open file is the one that the path names."""
-    try:
-        return os.path.samestat(os.fstat(f.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def earlier_run(args, settings):
     """(sidecar of a finished output, journal of a begun one), each None if there is none or it isn't to be kept."""
     sidecar = None if args.overwrite else read_sidecar(beside(args, ".json"))
@@ -931,7 +900,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        with worker_pool(args) as pool, exclusive(args.output.with_name(args.output.name + ".lock")):
+        with worker_pool(args) as pool, exclusive(beside(args, ".npy.lock"), args.output):
             prepare(args, pool)
     except UserError as e:
         sys.exit(f"error: {e}")

@@ -32,8 +32,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from train_dba import (DEFAULTS, Config, UserError, bytes_per_token, cache_formats, count_params, flag_name,
-                       make_config, parse_args, pick_device, synchronize)
+from train_dba import (
+    DEFAULTS,
+    Config,
+    UserError,
+    bytes_per_token,
+    cache_formats,
+    count_params,
+    flag_name,
+    make_config,
+    parse_args,
+    pick_device,
+    synchronize,
+)
 
 HERE = Path(__file__).parent
 CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": str, "margin": float}

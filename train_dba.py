@@ -99,6 +99,7 @@ EXP_DEFAULTS = dict(size="1b", steps=10_000)
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
            "nf4": (4, 2)}
+KERNELS = ("auto", "torch", "triton", "metal")
 
 
 def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
@@ -223,7 +224,7 @@ class Config:
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
     kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
-                       choices=("auto", "torch", "triton", "metal"))
+                       choices=KERNELS)
 
     @property
     def attention(self):
@@ -581,22 +582,25 @@ def read_json(path, shape, limit=2**20):
 
 
 @contextlib.contextmanager
-def exclusive(path, what):
+def exclusive(path, what, wait=False):
     """Hold a lock that the system releases however this process ends; the file at `path` names the process. Raises
-    UserError where another one holds it, OSError where the file can't be made."""
+    UserError where another one holds it (wait: until it doesn't), OSError where the file can't be made."""
     while True:
         with open(path, "a+", encoding="utf-8", errors="replace") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 f.seek(0)
-                raise UserError(f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}; wait "
-                                "for it or stop it") from None
+                message = f"another run is writing {what}: {f.read(200) or 'its process has no name yet'}"
+                if not wait:
+                    raise UserError(f"{message}; wait for it or stop it") from None
+                print(f"{message}; waiting for it", file=sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
             except OSError as e:
                 print(f"note: the file system of {what} can't lock ({e.strerror}): see to it that nothing else writes "
                       "there", file=sys.stderr)
-            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
-                continue                                   # its last holder removed it after we had opened it
+            if os.fstat(f.fileno()).st_nlink == 0:         # its last holder removed it after we had opened it
+                continue
             f.truncate(0)
             with contextlib.suppress(OSError):             # a full disk still locks
                 print(f"process {os.getpid()} on {platform.node()}", file=f, end="", flush=True)
@@ -1207,10 +1211,10 @@ def config_of(logged: dict) -> Config:
 def checkpoint_file(path):
     """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
     path = Path(path)
-    if path.suffix in (".gguf", ".safetensors") or (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json") or path.suffix in (".gguf", ".safetensors") and os.path.isfile(path):
         raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "best.pt" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
                         "trains two small ones)")
     return path
@@ -1505,6 +1509,8 @@ def restore(ckpt, model, optimizer, rng):
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
+        check(ckpt["model"], model.state_dict(), "model")
+        model.load_state_dict(ckpt["model"])
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("another model's parameters")
         steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
@@ -1512,8 +1518,6 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
-        check(ckpt["model"], model.state_dict(), "model")
-        model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
@@ -1530,8 +1534,8 @@ def train(cfg, given, argv):
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
-    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, settings=settings, commit=env["commit"])
+    settings = {flag_name(name): value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings)
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
@@ -1540,6 +1544,8 @@ def train(cfg, given, argv):
     if cfg.dtype == "auto" and device.type == "cpu":
         env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
     dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+    if given.get("dtype", "auto") == "auto" != cfg.dtype:
+        why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
     meta = describe(cfg, data, ranks, dtype, why)
@@ -2091,17 +2097,23 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+    def known_format(value):
+        return type(value) is str and value in FORMATS
+
+    def known_kernel(value):
+        return value in KERNELS
+
+    shape = {"formats": dict.fromkeys(model_cfg.attention.streams, known_format), "rotate": bool,
+             "residual": whole_number, "kernel?": known_kernel, "checkpoint_sha256?": str}
     try:
-        policy = json.loads(path.read_text()) if path.stat().st_size < 2**20 else None
-        formats, rotate, residual = {**policy["formats"]}, policy["rotate"], policy["residual"]
-        kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-        whole = (formats.keys() == model_cfg.attention.streams.keys() and {*formats.values()} <= FORMATS.keys()
-                 and type(rotate) is bool and type(residual) is int and 0 <= residual < 2**31
-                 and kernel in ("auto", "torch", "triton", "metal"))
-    except (*BROKEN, RecursionError, OSError):
-        whole = False
-    if not whole:
-        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention; {again}")
+        policy = read_json(path, shape)
+        if policy["formats"].keys() != model_cfg.attention.streams.keys():
+            raise ValueError(f"formats of {', '.join(policy['formats'])}")
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"--kv-cache auto: {path} is damaged, or doesn't fit {model_cfg.attn_mode} attention "
+                        f"({brief(e)}); {again}") from None
+    formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
+    kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
     with open(ckpt, "rb") as f:
         if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
             raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
@@ -2141,8 +2153,8 @@ KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_d
 
 
 def resolve_kernel(name, device):
-    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where a
-    kernel asked for by name can't serve; auto says so and takes TORCH."""
+    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where
+    a kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:

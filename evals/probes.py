@@ -15,7 +15,7 @@ import train_dba
 from evals.ppl import window_nll
 from evals.subject import (Progress, Report, Subject, cache_name, check_out, formats_of, load_subject, quiet,
                            result_path, text_table, write_result)
-from paper.shapes import read_json
+from paper.shapes import list_of, read_json
 from paper.stats import mcnemar, wilson
 from train_dba import KVCache, UserError, autocast, rotate_cache
 
@@ -39,7 +39,7 @@ RULES = {
 CHECKS = ("exact", "content", "preferred", "loop")
 LITERAL = dict(kind=str, prompt=str, target=str, distractor=str)
 CASE = dict(set=str, name=str, prompt=str, target=str, distractor=str)
-COMPARABLE = dict(cases=[{**CASE, **dict.fromkeys(CHECKS, bool)}])              # of a result of this command
+COMPARABLE = dict(cases=list_of({**CASE, **dict.fromkeys(CHECKS, bool)}))              # of a result of this command
 
 
 # -----------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def make_cases(instances: int, seed: int) -> list[dict]:
     """The literal cases, then `instances` different ones of each template: dicts of set, name, kind, prompt, target and
     distractor, the latter two with the space that the prompt leaves to them."""
     cases = []
-    for case in read_json(PROBES, [LITERAL]):
+    for case in read_json(PROBES, list_of(LITERAL)):
         if not (case["prompt"] + case["target"] + case["distractor"]).isascii():
             raise UserError(f"{PROBES.name}: a case isn't ASCII")
         cases.append(dict(case, set="literal"))

@@ -16,8 +16,24 @@ from hypothesis.extra import numpy as hnp
 import reference
 import train_dba as dba
 from kernels import rotate
-from reference import (LEVELS, MODES, QUANTISED, TOP, cached_and_expected, cached_logits, close, config, model_of,
-                       null_and_tie, poison_free_slots, poisoned, quantised, settings, tensors, tokens)
+from reference import (
+    LEVELS,
+    MODES,
+    QUANTISED,
+    TOP,
+    cached_and_expected,
+    cached_logits,
+    close,
+    config,
+    model_of,
+    null_and_tie,
+    poison_free_slots,
+    poisoned,
+    quantised,
+    settings,
+    tensors,
+    tokens,
+)
 
 EXACT = 5e-5                                               # queries, rotated keys and cached values are float32
 QUICK = limits(max_examples=120, deadline=None, derandomize=True)

@@ -445,17 +445,6 @@ def test_a_blank_prompt_starts_a_document():
         assert dba.prompt_ids(cfg, words) == [words.eot]
 
 
-@pytest.mark.parametrize("limit, factor", ((0.5, 0.1), (5.0, 1.0), (50.0, 1.0), (0.0, 1.0)))
-def test_clip_gradients(limit, factor):
-    """Gradients of norm 5 are scaled down to the limit, together; 0 is no limit."""
-    params = [torch.nn.Parameter(torch.zeros(size)) for size in (2, (1, 1), 1)]
-    params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([[-4.0]])
-    assert dba.clip_gradients(params, limit).item() == pytest.approx(5)
-    assert params[0].grad.tolist() == pytest.approx([3 * factor, 0])
-    assert params[1].grad.item() == pytest.approx(-4 * factor)
-    assert params[2].grad is None
-
-
 def test_a_checkpoint_older_than_a_flag_has_its_default(tmp_path):
     cfg = config(settings("decoupled"))
     model = dba.GPT(cfg, 257).init_weights()

@@ -675,7 +675,7 @@ def test_a_file_without_sidecar_is_not_touched(tmp_path):
 
 def test_two_runs_on_one_output(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", make_texts(5))
-    with prep.exclusive(tmp_path / "x.npy.lock"):
+    with prep.exclusive(tmp_path / "x.npy.lock", "x.npy"):
         message = fails("--dataset", "text", "--tokenizer", "byte", "--input", source, "--output", tmp_path / "x.npy")
     assert "another run is writing" in message and "x.npy" in message
 
