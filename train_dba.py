@@ -43,6 +43,7 @@ import operator
 import os
 import pickle
 import platform
+import reprlib
 import resource
 import shlex
 import shutil
@@ -548,7 +549,7 @@ def check(value, shape, name):
     else:
         fits, expected = shape(value), shape.__name__.replace("_", " ")
     if not fits:
-        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
         raise ValueError(f"{name} is no {expected} but {type(value).__name__} {shown}")
 
 
@@ -1177,6 +1178,10 @@ def remove_empty(folders):
             folder.rmdir()
 
 
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(path, cfg, tokenizer, model, **state):
     """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
     words = getattr(tokenizer, "words", None)
@@ -1376,7 +1381,7 @@ def start_folder(cfg, ckpt, env, meta, argv):
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
 
 
 # -----------------------------------------------------------------------------
@@ -1794,10 +1799,10 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read so
-    by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows,
-    positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t) go into
-    the ring.
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read
+    so by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving,
+    (rows, positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t)
+    go into the ring.
 
     Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
     would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring

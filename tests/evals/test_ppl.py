@@ -8,10 +8,10 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, assert_error
 from trained import BLOCK, EVALUATE, MODES, evaluate, plain_nll, result_of, validation
 
 from evals import ppl
+from helpers import assert_done, assert_error
 from train_dba import KVCache, load_checkpoint, load_model
 
 

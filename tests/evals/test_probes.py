@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, assert_error
-from subjects import evaluate, write_checkpoint
 
 import train_dba as dba
 from evals import probes
 from evals.subject import formats_of, load_subject
+from helpers import assert_done, assert_error
 from paper import stats
 from reference import MODES
+from subjects import evaluate, write_checkpoint
 
 SMALL = "probes --ckpt run --device cpu --instances 1 --max-new-tokens 6 --kv-cache fp32 --out result.json"
 PINNED = ("seen: fern lamb fish\ntold: fern lamb fish\nseen: bell rain rice\ntold: bell rain rice\n"

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_done, assert_error, call, write_tokens
-from subjects import write_checkpoint
 from trained import EVALUATE, evaluate, result_of
 
 import train_dba
 from evals import probes, subject, tasks
+from helpers import TINY, assert_done, assert_error, call, write_tokens
 from paper.shapes import read_json
+from subjects import write_checkpoint
 from train_dba import UserError
 
 # --- What is measured
