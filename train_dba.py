@@ -765,8 +765,8 @@ def known_digest(path, offset, dtype):
     """digest_ids() of a file. For a large one it is kept in ~/.cache/dba (or $XDG_CACHE_HOME), which whoever comes
     second, say another rank, waits for.
 
-    It costs what SHA-256 does, or the disk: at 0.8 GB/s 50 s for 20B tokens (40 GB), once; 1 ms from then on. An entry
-    is good for the same path, size, times, and inode, under a seal of its own; a file that was changed just now is not
+    It costs a CPU second per GB, or what the disk takes: 40 s for 20B tokens (40 GB), once; 1 ms from then on. An entry
+    is good for the same path, size, times and inode, under a seal of its own; a file that was changed just now is not
     entered, since it could change again within a tick of its clock.
     """
     def state():
@@ -1197,7 +1197,7 @@ def save_checkpoint(path, cfg, tokenizer, model, **state):
 
 def verify_records(f):
     """Raise ValueError or zipfile.BadZipFile unless each record of an open checkpoint has the CRC-32 that torch.save
-    gave it, which torch.load doesn't look at: a flipped bit would be a weight of 1e36. A second for 1.6 GB."""
+    gave it, which torch.load doesn't look at: a flipped bit would be a weight of 1e36. Half a second per GB."""
     with zipfile.ZipFile(f) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("compressed records")         # a small file could unpack to any size
