@@ -232,6 +232,8 @@ def test_free_text_reaches_the_command_as_written(tmp_path):
     text = """it's $5 or "$(HOME)" `x` # 7 % \\ & more"""
     result = make("-s", "heatmap", f"VENV={tmp_path}/venv", f"PROMPT={text}", "ANCHOR=$5 or", "CKPT=my runs/a b")
     assert result.stdout.splitlines()[1:] == ["--ckpt", "my runs/a b", "--prompt", text, "--anchor", "$5 or"]
+    default = make("-s", "heatmap", f"VENV={tmp_path}/venv", "RUNS=elsewhere").stdout.splitlines()
+    assert default[1:4] == ["--ckpt", "elsewhere/demo/decoupled", "--prompt"] and default[6] in default[4]
 
 
 @pytest.mark.parametrize("name", ["RUNS", "DATA", "VENV", "PYTHON"])
