@@ -1,7 +1,8 @@
 """
 What the format of the KV cache costs in quality, against a float32 cache, on validation text.
 
-    python3 benchmarks/cache_quality.py runs/checkpoints/standard runs/checkpoints/decoupled --out runs/bench/cache_quality.json
+    python3 benchmarks/cache_quality.py runs/checkpoints/standard runs/checkpoints/decoupled \
+        --out runs/bench/cache_quality.json
 
 Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
 window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
@@ -9,18 +10,14 @@ with and without rotation: the difference in nll (nats per token, with the stand
 Kullback-Leibler divergence of the next-token distribution, and how often the likeliest token is the same.
 """
 
-import argparse
-import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_dba
-from train_dba import FORMATS, KVCache, bytes_per_token, load_checkpoint, load_data, load_model, rotate_cache
+from common import parser_of, train_dba, write
+from train_dba import FORMATS, KVCache, bytes_per_token, load_checkpoint, load_data, load_model
 
 BATCH = 8
 
@@ -32,20 +29,22 @@ def log_probabilities(model, windows, policy):
     return model(windows, cache=cache).log_softmax(-1)
 
 
+def window_nll(log_p, y):
+    """Mean nll [B] of the targets y [B, T] by log-probabilities [B, T, V]."""
+    return -log_p.gather(-1, y[..., None])[..., 0].double().mean(1)
+
+
 def measure(models, batches):
     """One row of figures per policy and model. models: {rotate: GPT}; the float32 cache of models[False] is what all
     are compared with."""
     cfg, sums = models[False].cfg, {}
     for x, y in tqdm(batches, desc=cfg.attn_mode):
-        def nll(log_p):
-            return -log_p.gather(-1, y[..., None])[..., 0].double().mean(1)     # [B]
-
         p = log_probabilities(models[False], x, "fp32")
         for policy in (policy for policy in (*FORMATS, "hetero") if bytes_per_token(cfg, policy)):
             for rotate, model in models.items():
                 q = log_probabilities(model, x, policy)
                 losses, kl, same = sums.get((policy, rotate), ([], 0.0, 0))
-                sums[policy, rotate] = (losses + [torch.stack([nll(p), nll(q)])],
+                sums[policy, rotate] = (losses + [torch.stack([window_nll(p, y), window_nll(q, y)])],
                                         kl + (p.exp() * (p - q)).double().sum().item(),
                                         same + (p.argmax(-1) == q.argmax(-1)).sum().item())
     tokens = sum(y.numel() for _, y in batches)
@@ -58,30 +57,29 @@ def measure(models, batches):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with a best.pt")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
     device = train_dba.pick_device(args.device)
-    result = dict(env=train_dba.provenance(device), rows=[])
+    rows = []
     for run in args.runs:
         ckpt = load_checkpoint(str(run / "best.pt"), device)
         model, rotated = load_model(ckpt), load_model(load_checkpoint(str(run / "best.pt"), device))
-        rotate_cache(rotated)
+        train_dba.rotate_cache(rotated)
         data = load_data(model.cfg)
         starts = torch.linspace(0, len(data.val) - model.cfg.block - 1, args.windows).long().tolist()
         text = torch.stack([torch.from_numpy(data.val[i:i + model.cfg.block + 1].astype("int64")) for i in starts])
         batches = [(x[:, :-1].to(device), x[:, 1:].to(device)) for x in text.split(BATCH)]
         for row in measure({False: model, True: rotated}, batches):
-            result["rows"].append(dict(run=f"{run.resolve().parent.name}/{run.name}", step=ckpt["step"], mode=model.cfg.attn_mode, **row))
-            print(f"{run.name} {row['policy']}{' rotated' * row['rotate']}: {row['bytes_per_token']} B/token, "
+            label = f"{run.resolve().parent.name}/{run.name}"
+            rows.append(dict(run=label, step=ckpt["step"], mode=model.cfg.attn_mode, **row))
+            name = f"{row['policy']} rotated" if row["rotate"] else row["policy"]
+            print(f"{run.name} {name}: {row['bytes_per_token']} B/token, "
                   f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
                   f"top-1 {row['top1']:.4f}", flush=True)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, device, rows=rows)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,16 @@ cache of the same widths, [B, H, S, w]; `standard` the same for standard attenti
 a large buffer on the device tells what share of its bandwidth the bytes read per second are.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_dba
-from train_dba import KVCache, decode_attention, make_config, resolve_kernel, synchronize
+from common import medians, parser_of, train_dba, write
+from train_dba import KVCache, decode_attention, make_config, resolve_kernel
 
+LEAST = 0.02                                               # seconds that a call is repeated for
 SHAPES = {"12 x 4/8/12": (12, 4, 8), "16 x 8/32/40": (16, 8, 32), "32 x 8/32/40": (32, 8, 32)}
 
 
@@ -60,62 +56,43 @@ def contenders(H, r, p, batch, tokens, device):
              "dequantised": (lambda: dequantised(q, streams, shape, span), n)}
     for name, w in (("bf16" if half == torch.bfloat16 else "fp16", r + p), ("standard", 64)):
         k, v = torch.randn(2, batch, H, tokens, w, dtype=half, device=device)
-        calls[name] = (lambda q=q.new_ones(batch, H, 1, w).to(half), k=k, v=v:
-                       F.scaled_dot_product_attention(q, k, v, scale=1.0), 4 * H * w)
+        query = torch.ones(batch, H, 1, w, dtype=half, device=device)
+        calls[name] = (partial(F.scaled_dot_product_attention, query, k, v, scale=1.0), 4 * H * w)
     torch.testing.assert_close(calls["kernel"][0](), calls["dequantised"][0](), atol=1e-4, rtol=1e-4)
     return {name: (call, n * batch * tokens) for name, (call, n) in calls.items()}, kernel.name
-
-
-def timed(call, device, least=0.02):
-    """Seconds of one call, over as many as take `least` seconds."""
-    calls, started = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - started < least:
-        call()
-        calls += 1
-        synchronize(device)
-    return (time.perf_counter() - started) / calls
 
 
 def copy_rate(device):
     """Bytes per second, read and written, of a copy of 1 GiB."""
     x = torch.zeros(2**30, dtype=torch.uint8, device=device)
     y = x.clone()
-    return 2 * 2**30 / statistics.median(timed(lambda: y.copy_(x), device) for _ in range(7))
+    return 2 * 2**30 / medians({"copy": lambda: y.copy_(x)}, 7, device)[0]["copy"]
 
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES)[:2], choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each, interleaved (15)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = train_dba.pick_device(args.device)
     rate = copy_rate(device)
-    result = dict(env=train_dba.provenance(device), copy_bytes_per_second=rate, rounds=args.rounds, rows=[])
-    for shape, batch, tokens in ((s, b, n) for s in args.shapes for b in args.batch for n in args.tokens):
+    rows = []
+    for shape, batch, tokens in itertools.product(args.shapes, args.batch, args.tokens):
         calls, kernel = contenders(*SHAPES[shape], batch, tokens, device)
-        for call, _ in calls.values():
-            for _ in range(3):
-                call()
-        seconds = {name: [] for name in calls}
-        for _ in range(args.rounds):
-            for name, (call, _) in calls.items():
-                seconds[name].append(timed(call, device))
+        seconds, _ = medians({name: call for name, (call, _) in calls.items()}, args.rounds, device, LEAST, warm_up=3)
         row = dict(shape=shape, batch=batch, tokens=tokens, kernel=kernel,
-                   ms={name: 1000 * statistics.median(s) for name, s in seconds.items()},
+                   ms={name: 1000 * s for name, s in seconds.items()},
                    cache_bytes={name: n for name, (_, n) in calls.items()})
-        row["share_of_copy"] = row["cache_bytes"]["kernel"] / row["ms"]["kernel"] * 1000 / rate
-        result["rows"].append(row)
+        row["share_of_copy"] = row["cache_bytes"]["kernel"] / seconds["kernel"] / rate
+        rows.append(row)
         print(f"{shape}, batch {batch}, {tokens} tokens:", ", ".join(f"{k} {v:.3f} ms" for k, v in row["ms"].items()),
               f"({kernel}; {row['share_of_copy']:.2f} of a copy's bytes per second)", flush=True)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, device, copy_bytes_per_second=rate, rounds=args.rounds, rows=rows)
 
 
 if __name__ == "__main__":

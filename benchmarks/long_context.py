@@ -8,17 +8,14 @@ peak resident memory less what it held before the cache was made, and less the c
 freed is given back to the system before the decode steps.
 """
 
-import argparse
 import ctypes
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_dba
+from common import parser_of, train_dba, write
 from train_dba import GPT, PREFILL_CHUNK, KVCache, autocast, make_config, resolve_kernel
 
 
@@ -34,10 +31,9 @@ def forget_peak():
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=16, help="decode steps (16)")
-    parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
     train_dba.keep_freed_memory()
     device, dtype = torch.device("cpu"), torch.bfloat16
@@ -57,7 +53,7 @@ def main():
         for chunk in prompt.split(PREFILL_CHUNK, 1):
             model.hidden(chunk, cache)
         prefill_s, prefill = time.perf_counter() - started, resident("VmHWM")
-        for _ in range(8):                                 # compiles
+        for _ in range(8):                                 # warms up
             model.hidden(prompt[:, :1], cache)
         ctypes.CDLL(None).malloc_trim(0)
         forget_peak()
@@ -65,13 +61,11 @@ def main():
         for _ in range(args.steps):
             model.hidden(prompt[:, :1], cache)
         step_s, decode = (time.perf_counter() - started) / args.steps, resident("VmHWM")
-    result = dict(env=train_dba.provenance(device), tokens=args.tokens, kernel=kernel.name, cache_bytes=cache.nbytes(),
+    result = dict(tokens=args.tokens, kernel=kernel.name, cache_bytes=cache.nbytes(),
                   prefill_seconds=prefill_s, prefill_extra_bytes=prefill - before - cache.nbytes(),
                   decode_ms=1000 * step_s, decode_extra_bytes=decode - before - cache.nbytes())
-    print(json.dumps({k: v for k, v in result.items() if k != "env"}, indent=1))
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    write(args.out, device, **result)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ The model is decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278), batch 8
 figure is the process's peak resident memory less its peak before the first step (parameters, libraries).
 """
 
-import argparse
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_dba
+from common import parser_of, train_dba, write
 from train_dba import GPT, autocast, make_config, make_optimizer, peak_memory
 
 VOCAB = 33_278
@@ -48,9 +44,8 @@ LOSSES = {"chunked": lambda model, x, y: model(x, y), "full logits": full_loss}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="write the figures as JSON")
     parser.add_argument("--one", choices=LOSSES, help="measure this one and print its bytes")
     args = parser.parse_args()
     train_dba.keep_freed_memory()
@@ -58,14 +53,12 @@ def main():
     if args.one:
         print(measure(LOSSES[args.one], device))
         return
-    result = {"env": train_dba.provenance(device)}
+    result = {}
     for name in LOSSES:
         command = [sys.executable, __file__, "--one", name, "--device", str(device)]
         result[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{name:12} {result[name] / 2**20:8.0f} MiB more than before the first step")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, device, **result)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ largest difference of a continuation's log-probability in nats.
 """
 
 import argparse
-import itertools
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,9 +15,8 @@ from pathlib import Path
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import eval_dba
-import train_dba
 from convert_dba import read_llama
 
 
@@ -42,14 +38,13 @@ def compare(name, ours, theirs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("ckpt", type=Path, help=".gguf file or Hugging Face folder")
     parser.add_argument("--tasks", nargs="+", choices=eval_dba.TASKS,
                         default=["arc_easy", "piqa", "winogrande", "boolq"])
     parser.add_argument("--tasks-dir", help="local data (the Hugging Face hub)")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32", out=None))
     llama, tokenizer = read_llama(args.ckpt)
@@ -64,14 +59,14 @@ def main():
             started = time.perf_counter()
             results[name] = lm_eval.evaluate(model, {"tasks": loaded}, limit=args.limit, bootstrap_iters=0)
             seconds[name] = time.perf_counter() - started
-    rows = list(itertools.chain.from_iterable(compare(name, results["ours"], results["theirs"]) for name in loaded))
+    rows = []
+    for name in loaded:
+        rows += compare(name, results["ours"], results["theirs"])
     for row in rows:
         print("{task} {metric}: {ours:.4f} ours, {theirs:.4f} theirs of {items}; {items_that_differ} items differ, "
               "log-probabilities by at most {largest_difference:.1e}".format(**row))
-    whole = dict(ckpt=args.ckpt.name, sha256=subject.sha256, limit=args.limit, lm_eval=lm_eval.__version__,
-                 seconds=seconds, not_run=missing, rows=rows, env=train_dba.provenance(subject.device))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    train_dba.write_whole(args.out, lambda temporary: temporary.write_text(json.dumps(whole, indent=1) + "\n"))
+    common.write(args.out, subject.device, ckpt=args.ckpt.name, sha256=subject.sha256, limit=args.limit,
+                 lm_eval=lm_eval.__version__, seconds=seconds, not_run=missing, rows=rows)
 
 
 if __name__ == "__main__":

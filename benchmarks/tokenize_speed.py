@@ -14,12 +14,13 @@ import io
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import common
 import prepare_fineweb as prep
 
 
@@ -50,11 +51,10 @@ def baseline_seconds(bpe, texts, threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--input", nargs="+", type=Path, help="texts to use instead of Python's documentation")
     parser.add_argument("--megabytes", type=float, default=100, help="text per repeat [%(default)s]")
     parser.add_argument("--repeats", type=int, default=5, help="of each, taking turns [%(default)s]")
-    parser.add_argument("--out", type=Path, help="write the result there as JSON")
     args = parser.parse_args()
 
     texts = load_documents(args.input, args.megabytes)
@@ -79,11 +79,8 @@ def main():
     for name, values in rates.items():
         print(f"{name:9s} {medians[name] / 1e6:6.2f} M tokens/s   ({min(values) / 1e6:.2f} to {max(values) / 1e6:.2f})")
     print(f"ratio     {ratio:6.3f}   (median of the pairs)")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"documents": len(texts), "tokens": tokens, "cores": cores, "repeats": args.repeats,
-                  "tokens_per_second": rates, "ratio": ratio}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(args.out, torch.device("cpu"), documents=len(texts), tokens=tokens, cores=cores, repeats=args.repeats,
+                 tokens_per_second=rates, ratio=ratio)
 
 
 if __name__ == "__main__":

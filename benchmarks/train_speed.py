@@ -10,19 +10,18 @@ model's own matrix products (forward, and both backward) on random bfloat16 data
 nothing else took time. Model FLOPs are counted as 6 x parameters per token.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_dba
-from train_dba import (GPT, autocast, compile_model, count_params, make_config, make_optimizer, synchronize)
+from common import medians, parser_of, train_dba, write
+from train_dba import (
+    GPT,
+    autocast,
+    compile_model,
+    count_params,
+    make_config,
+    make_optimizer,
+)
 
 VOCAB = 33_278                                             # WikiText-2, word level
 
@@ -67,16 +66,15 @@ def contenders(cfg, device):
 
     def add(name, model, loss, dtype):
         optimizer = make_optimizer(model, cfg)
-        params = list(model.parameters())
 
         def step(idx, targets):
             with autocast(device, dtype):
                 nll = loss(idx, targets)
             (nll / targets.numel()).backward()
-            torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        made[name] = step, sum(p.numel() for p in params)
+        made[name] = step, sum(p.numel() for p in model.parameters())
 
     def fresh(kind=GPT):
         torch.manual_seed(0)
@@ -111,19 +109,10 @@ def matmul_step(cfg, device):
     return step, sum(6 * x.numel() * w.size(0) for x, w, g in tensors)
 
 
-def timed(call, device):
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each, interleaved (7)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
     train_dba.keep_freed_memory()
     device = train_dba.pick_device(args.device)
@@ -133,14 +122,7 @@ def main():
     steps = contenders(cfg, device)
     products, flops = matmul_step(cfg, device)
     calls = {**{name: lambda step=step: step(*batch) for name, (step, _) in steps.items()}, "matmul": products}
-    for call in calls.values():                            # warm-up: allocation, compilation
-        call()
-        call()
-    seconds = {name: [] for name in calls}
-    for _ in range(args.rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call, device))
-    median = {name: statistics.median(s) for name, s in seconds.items()}
+    median, seconds = medians(calls, args.rounds, device)  # after two steps each: allocation, compilation
 
     tokens, params = cfg.batch_size * cfg.block, count_params(cfg, VOCAB)["total"]
     rate = flops / median["matmul"]
@@ -158,11 +140,7 @@ def main():
         ratio = f"{row['times_llama']:9.2f}" if "times_llama" in row else f"{'-':>9}"
         print(f"{row['name']:26}{row['tokens_per_second']:10.0f}{row['times_naive']:9.2f}{ratio}"
               f"{row['share_of_matmul_rate']:16.2f}")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        result = dict(env=train_dba.provenance(device), rounds=args.rounds, matmul_tflops=rate / 1e12, rows=rows,
-                      seconds=seconds)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, device, rounds=args.rounds, matmul_tflops=rate / 1e12, rows=rows, seconds=seconds)
 
 
 if __name__ == "__main__":

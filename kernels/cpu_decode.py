@@ -47,7 +47,7 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
     path = (folder or cache_folder()) / f"decode-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as building:          # renamed, so that no one loads half a file
+        with tempfile.TemporaryDirectory(dir=path.parent) as building:          # renamed, so that none is loaded half
             run([*command, str(SOURCE), "-o", f"{building}/decode.so"])
             os.replace(f"{building}/decode.so", path)
     return ctypes.CDLL(str(path))

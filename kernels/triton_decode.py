@@ -235,7 +235,7 @@ def append(stream, rows, pos, x):
     (N, C), tokens = x.shape, 16
     quantize_tile[triton.cdiv(N, tokens), triton.cdiv(C, 32)](
         x, rows, pos, stream.codes, stream.scales, level_table(stream.levels, x.device), N, *x.stride(),
-        stream.codes.size(2), C, stream.fmt, tokens, enable_fp_fusion=False)        # a contracted multiply-add would round once, not twice
+        stream.codes.size(2), C, stream.fmt, tokens, enable_fp_fusion=False)    # a fused multiply-add would round once
 
 
 FAILURES = (RuntimeError, TritonError)                     # that the first launch may raise

@@ -1,13 +1,13 @@
-"""What follows a clock: the type of the products; and what all ranks must agree on. No test here waits for real time."""
+"""What follows a clock: the type of the products; and what all ranks must agree on. No test waits for real time."""
 
 import itertools
 import json
 
 import pytest
 import torch
-from helpers import TRAIN, assert_done, assert_error, call, make_text, read_log
 
 import train_dba
+from helpers import TRAIN, assert_done, assert_error, call, make_text, read_log
 from train_dba import Ranks, UserError, pick_dtype, product_rates
 
 CPU = torch.device("cpu")

@@ -9,13 +9,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TRAINER, TRAIN, assert_done, assert_error, call, cli, make_text
 
 import kernels
 import train_dba as dba
+from helpers import TRAIN, TRAINER, assert_done, assert_error, call, cli, make_text
 from kernels import cpu_decode
-from reference import (MODES, QUANTISED, cached_and_expected, close, config, hard_tokens, model_of,
-                       poison_free_slots, poisoned, quantised, settings, tokens)
+from reference import (
+    MODES,
+    QUANTISED,
+    cached_and_expected,
+    close,
+    config,
+    hard_tokens,
+    model_of,
+    poison_free_slots,
+    poisoned,
+    quantised,
+    settings,
+    tokens,
+)
 from test_cache import EXACT, ODD, entries_of, hard_blocks, mixes, put
 
 CPU = torch.device("cpu")
@@ -146,7 +158,7 @@ def test_a_kernel_that_differs_or_fails_is_not_trusted(said, monkeypatch, capsys
 
 
 def test_the_small_cache_has_every_part():
-    """Else the comparison would pass over it: a ring that wraps, heads that straddle blocks, sequences of two lengths."""
+    """Else the comparison would pass over it: a ring that wraps, heads that straddle blocks, two lengths."""
     seen = []
 
     def spy(q, streams, shape, span, null):
@@ -220,8 +232,9 @@ def test_logits_are_the_reference_s(mode, widths, fmt, residual):
     given = settings(mode, **widths[mode], null_attn=True, learned_temp=True)
     model, names = model_of(given), list(config(given).attention.streams)
     formats = dict(zip(names, ("q4_sym", "q8_0", "nf4"))) if fmt == "mixed" else dict.fromkeys(names, fmt)
+    schedule = [11, 1, 1, 1, 1, 2] if residual else [11, 1, 2, 1, 2]           # a window: kernels take single tokens
     kernel, calls = counting()
-    actual, expected = cached_and_expected(model, given, tokens(2, 17), [11, 1, 2, 1, 2], formats, residual, kernel)
+    actual, expected = cached_and_expected(model, given, tokens(2, 17), schedule, formats, residual, kernel)
     close(actual, expected, EXACT)
     assert len(calls) == 4 * 2, "the kernel had no part in it"                  # steps x layers
 
