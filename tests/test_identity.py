@@ -10,10 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import (TINY, TRAIN, TRAINER, assert_done, assert_error, call, edit_sidecar, environment, losses,
-                     make_text, read_log, write_tokens)
 
 import train_dba
+from helpers import (
+    TINY,
+    TRAIN,
+    TRAINER,
+    assert_done,
+    assert_error,
+    call,
+    environment,
+    losses,
+    make_text,
+    read_log,
+    write_tokens,
+)
 from train_dba import check_same_data, known_digest, load_checkpoint, load_data, make_config
 
 WORDS = ["a", "<eos>", "b", "<unk>"]
@@ -187,7 +198,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_entered(kept, monkeypatch):
 
 @pytest.mark.parametrize("damage", [
     lambda entry: b"", lambda entry: entry[:-5], lambda entry: b"\xff" * 3000, lambda entry: b"{}",
-    lambda entry: b"[" * 3000, lambda entry: entry.replace(b"999", b"998"), lambda entry: entry[:100] + bytes([entry[100] ^ 1]) + entry[101:],
+    lambda entry: b"[" * 3000, lambda entry: entry.replace(b"999", b"998"),
+    lambda entry: entry[:100] + bytes([entry[100] ^ 1]) + entry[101:],
 ], ids=["empty", "cut", "garbage", "an object", "nested", "another id", "a bit"])
 def test_a_damaged_entry_is_not_trusted(kept, damage):
     path, cache, read = kept

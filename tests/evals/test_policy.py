@@ -7,15 +7,14 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, assert_error, call, snapshot
 from trained import BLOCK, EVALUATE, evaluate, result_of, validation
 
 import train_dba
 from evals import policy as policies
 from evals import timing
 from evals.subject import file_hash, load_subject
+from helpers import assert_done, assert_error, call, snapshot
 from train_dba import KVCache, cache_bytes, load_checkpoint, load_model, rotate_cache, stream_bytes
-
 
 POLICY = "--tokens 512 --batch-size 3 --kernel-tokens 100"
 
