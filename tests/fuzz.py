@@ -748,6 +748,7 @@ def main(argv=None):
                 print(outcome.describe(args.seed), flush=True)
 
         outcomes = run_variants(fuzzer, variants, args.jobs, args.keep, tell)
+        gc.unfreeze()
     idle = [] if args.only else without_difference(outcomes)
     faults = [outcome for outcome in outcomes if outcome.fault]
     refused = sum(outcome.result.code != 0 for outcome in outcomes)
