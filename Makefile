@@ -5,7 +5,6 @@
 # Free text reaches the commands through the environment, as it was written: spaces, quotes and dollar signs included.
 TEXTS = WIKITEXT2 CKPT PROMPT ANCHOR TASKS_DIR LLAMA LLAMA_TEXT
 $(foreach name,$(TEXTS),$(if $(filter undefined,$(origin $(name))),,$(eval override $(name) := $$(value $(name)))))
-export $(TEXTS)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +19,7 @@ ANCHOR ?= The red
 SMOLLM2 = $(DATA)/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= $(SMOLLM2)
 LLAMA_TEXT ?= $(if $(WIKITEXT2),$(WIKITEXT2)/wiki.test.tokens)
+export $(TEXTS)                                            # not before: what is exported counts as set
 
 # These are parts of targets' names, which can't be quoted.
 SPECIAL := ' " ` $$ ; & | < > * ? : % \ \# ( )

@@ -2,7 +2,7 @@
 KV memory at 128k tokens: what the formula says beside what filled caches take.
 
     python3 plot_memory.py                                 # the papers' 7B and 1B scales: assets/
-    python3 plot_memory.py --ckpt runs/checkpoints/decoupled      # one checkpoint's model: runs/checkpoints/decoupled/mem128k.json
+    python3 plot_memory.py --ckpt runs/demo/decoupled      # one checkpoint's model: runs/demo/decoupled/mem128k.json
 
 Without --ckpt, the caches of many attention shapes at the two scales are compared, the same formats for all: assets/
 fig_memory_128k.png, table_memory.tex and memory.json (memory_<tokens> where --tokens isn't 128k). With --ckpt the
@@ -24,25 +24,39 @@ For other modes, "these formats" of the policy hetero are q8_0 for keys with RoP
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 
 from eval_dba import forget_peak, peak_since
-from train_dba import (CACHE_BLOCK, HETERO, PREFILL_CHUNK, KVCache, UserError, autocast, bytes_per_token, cache_bytes,
-                       cache_formats, cache_slots, load_checkpoint, load_model, make_config, pick_device, pick_dtype,
-                       provenance, relative, resolve_kernel, synchronize, write_whole)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from paper.style import COLORS, MARKERS, NORMAL, REPORTED, clean, latex_table, save, write_json, write_text
+from train_dba import (
+    CACHE_BLOCK,
+    HETERO,
+    PREFILL_CHUNK,
+    KVCache,
+    UserError,
+    autocast,
+    bytes_per_token,
+    cache_bytes,
+    cache_formats,
+    cache_slots,
+    checkpoint_file,
+    load_checkpoint,
+    load_model,
+    make_config,
+    pick_device,
+    pick_dtype,
+    provenance,
+    relative,
+    resolve_kernel,
+    synchronize,
+)
 
 GIB = 2**30
 POLICIES = ("fp16", "q8_0", "q4_0", "hetero")
-COLORS = {"fp16": "#000000", "q8_0": "#0072B2", "q4_0": "#56B4E9", "hetero": "#D55E00"}            # Okabe and Ito's
-HATCHES = {"fp16": "", "q8_0": "", "q4_0": "", "hetero": "///"}
 
 DBA = dict(attn_mode="decoupled")
 SHARED = {                                                 # the baselines, the same flags at every scale
@@ -74,9 +88,9 @@ MODELS = {
     },
 }
 # What the two papers' memory tables say at 128k, in their GB.
-REPORTED = {"7B": {"standard": {"fp16": 64}, "GQA 32Q/8KV": {"fp16": 16}, "GQA 32Q/4KV": {"fp16": 8, "q4_0": 2},
-                   "MLA 512+64": {"fp16": 4.3}, "bottleneck 96": {"fp16": 1.5}, "DBA 32/64/96": {"q4_0": 0.38},
-                   "DBA 256/512/768": {"q4_0": 3.0}}}
+PAPERS = {"7B": {"standard": {"fp16": 64}, "GQA 32Q/8KV": {"fp16": 16}, "GQA 32Q/4KV": {"fp16": 8, "q4_0": 2},
+                 "MLA 512+64": {"fp16": 4.3}, "bottleneck 96": {"fp16": 1.5}, "DBA 32/64/96": {"q4_0": 0.38},
+                 "DBA 256/512/768": {"q4_0": 3.0}}}
 
 
 # -----------------------------------------------------------------------------
@@ -235,7 +249,7 @@ def compare(tokens, limit, device):
     for scale, shape in SCALES.items():
         configs = model_configs(scale)
         controls = {name: configs[name] for name in CONTROLS}
-        rows = [describe(name, cfg, controls, tokens, REPORTED.get(scale, {})) for name, cfg in configs.items()]
+        rows = [describe(name, cfg, controls, tokens, PAPERS.get(scale, {})) for name, cfg in configs.items()]
         result["scales"][scale] = dict(**shape, rows=rows)
         measured = all_measured["scales"][scale] = {}
         for name, cfg in configs.items():
@@ -250,45 +264,41 @@ def compare(tokens, limit, device):
     return result
 
 
-def draw(result, path):
-    """Bars per model and format on a log axis, a panel per scale; a tick where the measured cache is."""
-    fig, axes = plt.subplots(1, len(result["scales"]), figsize=(7.2, 6.0), layout="constrained", sharex=True)
-    rows = [row for panel in result["scales"].values() for row in panel["rows"]]
-    sizes = [gib for row in rows for gib in row["estimate_gib"].values()]
-    low, high = min(sizes) / 2, max(sizes) * 3
+def draw(result: dict, path: Path) -> None:
+    """A row per model and a dot per format on a log axis, a panel per scale; a tick where the measured cache is, a star
+    where the papers have it."""
+    fig, axes = plt.subplots(1, len(result["scales"]), figsize=(8, 4.2), layout="constrained", sharex=True)
     for ax, (scale, panel) in zip(axes, result["scales"].items()):
-        measured, y, names = result["measured"]["scales"][scale], 0.0, []
-        for row in panel["rows"]:
-            first = y
-            for policy, gib in row["estimate_gib"].items():
-                ax.barh(y, gib - low, left=low, height=0.86, color=COLORS[policy], hatch=HATCHES[policy],
-                        edgecolor="white", linewidth=0.3)
+        measured = result["measured"]["scales"][scale]
+        for y, row in enumerate(panel["rows"]):
+            color = COLORS[row["mode"]]
+            sizes = row["estimate_gib"]
+            ax.plot([min(sizes.values()), max(sizes.values())], [y, y], color=color, linewidth=0.8, alpha=0.5)
+            for policy, gib in sizes.items():
+                ax.plot(gib, y, MARKERS[policy], color=color, markersize=5, zorder=3)
                 taken = measured[row["name"]][policy]["peak"]["scaled_taken_bytes"]
                 if taken is not None:
-                    ax.plot(taken / GIB, y, "|", color="#E69F00", markersize=5, markeredgewidth=1.4)
-                ax.text(gib * 1.14, y, f"{gib:.3g}", va="center", fontsize=7)
-                y += 1
-            names.append(((first + y - 1) / 2, row["name"].replace(" a head", "/head").replace(", ", ",\n")))
-            y += 0.8
-        ax.set(xscale="log", xlim=(low, high), ylim=(y - 0.5, -1), xlabel="KV cache in GiB, one sequence",
-               title=f"{scale}: {panel['layers']} layers, d_model {panel['d_model']}")
-        ax.set_yticks(*zip(*names), fontsize=7.5)
+                    ax.plot(taken / GIB, y, "|", color="#777777", markersize=13, markeredgewidth=0.9, zorder=2)
+            for gib in row["reported_gb"].values():
+                ax.plot(gib, y + 0.33, **REPORTED)
+            ax.text(max(sizes.values()) * 1.25, y, f"{max(sizes.values()):.3g}", va="center", fontsize=7)
+            ax.text(min(sizes.values()) / 1.25, y, f"{min(sizes.values()):.3g}", va="center", ha="right", fontsize=7)
+        names = [row["name"].replace(" a head", "/head").replace(", ", ",\n") for row in panel["rows"]]
+        ax.set_yticks(range(len(names)), names)
+        ax.set(xscale="log", ylim=(len(names) - 0.4, -0.6), xlabel="KV cache in GiB, one sequence")
+        ax.set_title(f"{scale}: {panel['layers']} layers, d_model {panel['d_model']}", loc="left")
         ax.tick_params(axis="y", length=0)
-        ax.tick_params(axis="x", labelsize=7.5)
-        ax.xaxis.label.set_size(8)
-        ax.title.set_size(9)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(axis="x", alpha=0.3)
-        ax.set_axisbelow(True)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=COLORS[p], hatch=HATCHES[p], edgecolor="white") for p in POLICIES]
-    handles.append(plt.Line2D([], [], color="#E69F00", marker="|", linestyle="", markeredgewidth=1.4))
-    fig.legend(handles, [*POLICIES, "filled cache, measured and scaled up"], loc="outside lower center", ncols=5,
-               fontsize=8, frameon=False)
-    fig.suptitle(f"KV cache at {result['tokens']:,} tokens", fontsize=10)
-    fig.savefig(path, format="png", dpi=200, metadata={"Software": None})
-    plt.close(fig)
+    axes[0].margins(x=0.16)
+    handles = [plt.Line2D([], [], marker=MARKERS[policy], linestyle="", color="#555555", label=policy)
+               for policy in POLICIES]
+    handles.append(plt.Line2D([], [], marker="|", markersize=10, linestyle="", color="#777777",
+                              label="filled cache, scaled up"))
+    handles.append(plt.Line2D([], [], **REPORTED, label="as the papers report, their GB"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1.0, handletextpad=0.3)
+    fig.suptitle(f"KV cache at {result['tokens']:,} tokens", fontsize=NORMAL)
+    save(fig, path)
 
 
 def deviation(result):
@@ -299,52 +309,42 @@ def deviation(result):
     return max((abs(taken / bytes_ - 1) for taken, bytes_ in pairs if taken is not None), default=None)
 
 
-def latex_rows(panel):
-    """Lines of the table for one scale, a model each."""
-    for row in panel["rows"]:
-        f = row["factors"].get("hetero") or row["factors"]["q4_0"]
-        gib = [f"{row['estimate_gib'][p]:.3g}" if p in row["estimate_gib"] else "--" for p in POLICIES]
-        reported = ", ".join(f"{gb:g} ({policy})" for policy, gb in row["reported_gb"].items()) or "--"
-        cells = [row["name"].replace(" a head", "/head"), f"{row['elements']:,}", *gib, f"{f['architecture']:.3g}",
-                 f"{f['quantisation']:.3g}", f"{row['factors']['q4_0']['end_to_end']:.3g}", f"{f['end_to_end']:.3g}",
-                 *(f"{f['control'][name]:.3g}" for name in CONTROLS), reported]
-        yield " & ".join(cells).replace("_", r"\_") + r" \\"
+def latex_row(row: dict) -> list[str]:
+    """Cells of the table for one model."""
+    f = row["factors"].get("hetero") or row["factors"]["q4_0"]
+    gib = [f"{row['estimate_gib'][p]:.3g}" if p in row["estimate_gib"] else "--" for p in POLICIES]
+    reported = ", ".join(f"{gb:g} ({policy})" for policy, gb in row["reported_gb"].items()) or "--"
+    return [row["name"].replace(" a head", "/head"), f"{row['elements']:,}", *gib, f"{f['architecture']:.3g}",
+            f"{f['quantisation']:.3g}", f"{row['factors']['q4_0']['end_to_end']:.3g}", f"{f['end_to_end']:.3g}",
+            *(f"{f['control'][name]:.3g}" for name in CONTROLS), reported]
 
 
-CAPTION = r"""\caption{KV cache at %s tokens, one sequence, the scales of quantised blocks included.
-Elements are cached per token and layer. A row's policy is hetero for DBA, else q4\_0. Factors are how many times
+CAPTION = """KV cache at {tokens:,} tokens, one sequence, the scales of quantised blocks included.
+Elements are cached per token and layer. A row's policy is hetero for DBA, else q4_0. Factors are how many times
 smaller: by architecture alone (standard fp16 over own fp16), by quantisation alone (standard fp16 over standard in the
-policy's formats), end to end (standard fp16 over own) in q4\_0 and in the policy, and against standard, GQA 32Q/4KV and
+policy's formats), end to end (standard fp16 over own) in q4_0 and in the policy, and against standard, GQA 32Q/4KV and
 MLA 512+64 in the policy's formats, where a factor below 1 means that the row is the larger. Memory that filled caches
-took (one layer each, at most %.3g\,GiB, scaled up): %s.}"""
-
-
-def latex(result):
-    """The comparison as a booktabs table."""
-    off = deviation(result)
-    off = "not measured here" if off is None else rf"within {100 * off:.2g}\,\% of the formula"
-    lines = [
-        "% written by plot_memory.py; needs booktabs", r"\begin{table*}", r"\centering\footnotesize",
-        r"\setlength{\tabcolsep}{3.5pt}",
-        CAPTION % (f"{result['tokens']:,}", result["measured"]["limit_bytes"] / GIB, off),
-        r"\label{tab:memory}", r"\begin{tabular}{lr rrrr rrrr rrr l}", r"\toprule",
-        r" & & \multicolumn{4}{c}{GiB} & \multicolumn{2}{c}{alone} & \multicolumn{2}{c}{end to end} & "
+took (one layer each, at most {limit:.3g} GiB, scaled up): {off}."""
+OVER = (r" & & \multicolumn{4}{c}{GiB} & \multicolumn{2}{c}{alone} & \multicolumn{2}{c}{end to end} & "
         r"\multicolumn{3}{c}{same formats, against} & \\",
-        r"\cmidrule(lr){3-6}\cmidrule(lr){7-8}\cmidrule(lr){9-10}\cmidrule(lr){11-13}",
-        r"model & elements & fp16 & q8\_0 & q4\_0 & hetero & arch. & quant. & q4\_0 & policy & standard & GQA-4 & MLA "
-        r"& reported GB \\"]
+        r"\cmidrule(lr){3-6}\cmidrule(lr){7-8}\cmidrule(lr){9-10}\cmidrule(lr){11-13}")
+HEAD = ("model", "elements", *POLICIES, "arch.", "quant.", "q4_0", "policy", "standard", "GQA-4", "MLA", "reported GB")
+
+
+def latex(result: dict) -> str:
+    """The comparison as a table."""
+    off = deviation(result)
+    off = "not measured here" if off is None else f"within {100 * off:.2g} % of the formula"
+    caption = CAPTION.format(tokens=result["tokens"], limit=result["measured"]["limit_bytes"] / GIB, off=off)
+    rows = []
     for scale, panel in result["scales"].items():
-        lines += [r"\midrule", rf"\multicolumn{{14}}{{l}}{{\emph{{{scale} scale: {panel['layers']} layers, "
-                  rf"d\_model {panel['d_model']}, {panel['n_head']} heads}}}} \\", *latex_rows(panel)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"]) + "\n"
+        title = clean(f"{scale} scale: {panel['layers']} layers, d_model {panel['d_model']}, {panel['n_head']} heads")
+        rows += [r"\midrule", rf"\multicolumn{{14}}{{l}}{{\emph{{{title}}}}} \\", *map(latex_row, panel["rows"])]
+    return latex_table(HEAD, rows[1:], caption, label="tab:memory", wide=True, columns="lr rrrr rrrr rrr l", over=OVER)
 
 
 def length_name(tokens):
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-
-
-def write_json(path, content):
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def make_folder(path):
@@ -360,8 +360,8 @@ def write_comparison(args, device):
     suffix = "" if length == "128k" else f"_{length}"
     result = compare(args.tokens, round((args.memory or 1 / 16) * GIB), device)
     write_json(out / f"memory{suffix}.json", result)
-    write_whole(out / f"table_memory{suffix}.tex", lambda temporary: temporary.write_text(latex(result)))
-    write_whole(out / f"fig_memory_{length}.png", lambda temporary: draw(result, temporary))
+    write_text(out / f"table_memory{suffix}.tex", latex(result))
+    draw(result, out / f"fig_memory_{length}.png")
     print(f"written to {out}: memory{suffix}.json, table_memory{suffix}.tex, fig_memory_{length}.png")
 
 
@@ -407,8 +407,7 @@ def report(policy, m, factor):
 @torch.inference_mode()
 def write_checkpoint(args, device):
     """Measure --ckpt and write mem<length>.json beside it, or in --out."""
-    path = Path(args.ckpt)
-    path = path / "best.pt" if path.is_dir() else path
+    path = checkpoint_file(args.ckpt)
     ckpt = load_checkpoint(path, device)
     model, limit = load_model(ckpt), round((args.memory or 1) * GIB)
     cfg, blocks = model.cfg, model.blocks

@@ -18,18 +18,41 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from paper.claims import contrasts, ledger
 from paper.collect import CHANCE, collect, of_command, panels, rate_panels, split_by_group
-from paper.report import (KINDS, PATHS, family, headline, last_stage, of_manifest, readme_block, replace_block, report,
-                          scale_table)
+from paper.report import (
+    PATHS,
+    family,
+    headline,
+    last_stage,
+    of_manifest,
+    readme_block,
+    replace_block,
+    report,
+    scale_table,
+)
 from paper.stats import frontier
-from paper.style import (COLORS, MARKERS, NORMAL, OTHERS, REPORTED, SMALL, STYLES, log2_x, save, spread, subplots,
-                         write_json, write_text)
+from paper.style import (
+    COLORS,
+    MARKERS,
+    OTHERS,
+    REPORTED,
+    SMALL,
+    STYLES,
+    log2_x,
+    save,
+    spread,
+    subplots,
+    write_json,
+    write_text,
+)
 from run_paper_manifest import HERE, list_runs, read_manifest
 from train_dba import UserError
 
 MOST_LINES = 5                                             # of a panel of curves
+FEW = 12                                                   # evaluations of a curve whose intervals are bars
 MOST_LABELS = 8                                            # of a panel of points
 SHARED_AXIS = dict(color="#999999", linewidth=0.8)
 
@@ -45,14 +68,13 @@ def forest_rows(results: dict) -> list:
         if row["mean"] is not None:
             threshold = 0.0 if row["kind"] == "better" else row["margin"]
             registered.append(dict(name=row["name"], mean=row["mean"], half=row["half"], threshold=threshold,
-                                   reported=None, verdict=row["verdict"], mode=None,
-                                   aim=KINDS[row["kind"]].format(margin=row["margin"])))
+                                   reported=None, verdict=row["verdict"], p=row["p_holm"]))
     for row in results["claims"]:
         if row["rule"] in ("below", "not_worse") and row["ours"] is not None:
             others.append(dict(name=row["statement"].split(" (")[0], mean=row["ours"], half=row["interval"],
                                threshold=row["margin"], reported=row["reported"], verdict=row["verdict"],
-                               aim=f"below {row['margin']:g}"))
-    titled = [("Pre-registered contrasts", registered), ("The ledger's other comparisons, three seeds", others)]
+                               p=row["p_holm"]))
+    titled = [("Contrasts fixed before their runs", registered), ("The ledger's other differences", others)]
     return [(title, rows) for title, rows in titled if rows]
 
 
@@ -76,14 +98,17 @@ def draw_contrasts(results: dict, path: Path) -> None:
             ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
             if row["reported"] is not None:
                 ax.plot(row["reported"], y, **REPORTED)
-            ax.text(1.01, y, row["verdict"], transform=ax.get_yaxis_transform(), va="center", color=color)
+            p = "" if row["p"] is None else f"\np {row['p']:.2g}"
+            ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
         ax.axvline(0, **SHARED_AXIS)
-        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="difference of validation loss (nats per token)")
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5),
+               xlabel="difference of validation loss (nats per token)")
         ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
         ax.tick_params(axis="y", length=0)
         ax.set_title(title, loc="left")
-    handles = [plt.Line2D([], [], color="#777777", marker="o", markersize=5, label="difference, 95 % interval"),
-               plt.Rectangle((0, 0), 1, 1, color="#000000", alpha=0.12, label="shown where the whole interval is here")]
+    handles = [plt.Line2D([], [], color="#777777", marker="o", markersize=5,
+                          label="difference, 95 % interval; p by Holm"),
+               plt.Rectangle((0, 0), 1, 1, color="#000000", alpha=0.12, label="the claim, up to its margin")]
     if any(row["reported"] is not None for _, rows in groups for row in rows):
         handles.append(plt.Line2D([], [], **REPORTED, label="as the papers report"))
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -119,7 +144,7 @@ def cache_points(series: dict) -> list:
     if not points:
         loss = series["last_val_loss"]
         points.append(("fp16", series["kv_bytes_fp16"], loss["mean"], loss["half"]))
-    return sorted(points, key=lambda point: -point[1])
+    return sorted(points, key=lambda point: (-point[1], point[2]))
 
 
 def most_telling(members: list) -> list:
@@ -167,7 +192,7 @@ def pareto_panel(ax, title: str, members: list) -> set:
 
 def draw_pareto(drawn: list, path: Path) -> None:
     """Loss against bytes of KV cache per token: a line per model through the formats of its cache."""
-    fig, axes = subplots(len(drawn), height=3.7, width=8 if len(drawn) == 1 else 6.4)
+    fig, axes = subplots(len(drawn), height=3.7, width=8, most=1)
     formats = set()
     for ax, (title, members) in zip(axes, drawn):
         formats |= pareto_panel(ax, title, members)
@@ -211,7 +236,7 @@ def curve_panels(series: list) -> list:
 def draw_convergence(series: list, path: Path) -> None:
     """Validation loss over training tokens with its band, and training loss as a thin line below or above it."""
     drawn = curve_panels(series)
-    fig, axes = subplots(len(drawn), height=3.5, width=6.4)
+    fig, axes = subplots(len(drawn), height=3.0, width=8, most=1)
     for ax, (title, members) in zip(axes, drawn):
         styles = {}
         for member in members:
@@ -222,15 +247,14 @@ def draw_convergence(series: list, path: Path) -> None:
             y = [mean for _, mean, _ in member["curve"]]
             ax.plot(x, y, linestyle=style, color=color, linewidth=1.6, marker="o", markersize=3)
             if len(member["seeds"]) > 1:
-                ax.fill_between(x, [mean - half for _, mean, half in member["curve"]],
-                                [mean + half for _, mean, half in member["curve"]], color=color, alpha=0.12, linewidth=0)
+                draw_intervals(ax, x, y, [half for _, _, half in member["curve"]], color, members.index(member))
             if member["train_curve"]:
                 ax.plot([tokens / 1e6 for tokens, _ in member["train_curve"]],
                         [loss for _, loss in member["train_curve"]], color=color, linewidth=0.6, alpha=0.55)
         zoom(ax, members)
         low, high = ax.get_ylim()
         ends = [member["last_val_loss"]["mean"] for member in members]
-        for member, end, y in zip(members, ends, spread(ends, (high - low) / 17)):
+        for member, end, y in zip(members, ends, spread(ends, (high - low) / 14)):
             ax.annotate(f"{member['label'].removesuffix(' matched')}  {end:.3f}", (1, end), (1.03, y), va="center",
                         xycoords=ax.get_yaxis_transform(), textcoords=ax.get_yaxis_transform(), annotation_clip=False,
                         color=COLORS[member["mode"]], arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5))
@@ -238,22 +262,37 @@ def draw_convergence(series: list, path: Path) -> None:
         seeds = min(len(member["seeds"]) for member in members)
         ax.set_title(f"{title}, {seeds} seed" + ("s" if seeds > 1 else ""), loc="left")
         ax.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3, label="validation, last value"),
-               plt.Rectangle((0, 0), 1, 1, color="#555555", alpha=0.15, label="95 % interval over seeds"),
+    handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3,
+                          label="validation, last value"),
+               plt.Line2D([], [], color="#555555", marker="|", markersize=9, linestyle="",
+                          label="95 % interval over seeds"),
                plt.Line2D([], [], color="#555555", linewidth=0.6, label="training")]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     save(fig, path)
 
 
+def draw_intervals(ax, x: list, means: list, halves: list, color: str, place: int) -> None:
+    """Intervals of a curve: bars beside each other where there are few evaluations, a band where there are many."""
+    if len(x) <= FEW:
+        shift = 0.003 * (place - 2) * x[-1]
+        ax.errorbar([value + shift for value in x], means, yerr=halves, fmt="none", color=color, capsize=2, linewidth=1)
+    else:
+        ax.fill_between(x, [mean - half for mean, half in zip(means, halves)],
+                        [mean + half for mean, half in zip(means, halves)], color=color, alpha=0.15, linewidth=0)
+
+
 def zoom(ax, members: list) -> None:
     """Limits that leave out the first fall of the loss, so that the ends can be told apart."""
-    losses, first = [], []
+    first_x = min(member["curve"][0][0] for member in members)
+    last_x = max(member["curve"][-1][0] for member in members)
+    low, high = [], []
     for member in members:
-        losses += [mean for _, mean, _ in member["curve"]] + [loss for _, loss in member["train_curve"]]
-        first.append(member["curve"][0][1])
-    last_x = max(member["curve"][-1][0] for member in members) / 1e6
-    height = max(first) - min(losses)
-    ax.set(ylim=(min(losses) - 0.04 * height, max(first) + 0.08 * height), xlim=(0, 1.01 * last_x))
+        high.append(member["curve"][0][1] + (member["curve"][0][2] or 0))
+        low += [mean - (half or 0) for _, mean, half in member["curve"]]
+        low += [loss for tokens, loss in member["train_curve"] if tokens >= first_x]
+    pad = 0.05 * (max(high) - min(low))
+    margin = 0.02 * (last_x - first_x) / 1e6
+    ax.set(ylim=(min(low) - pad, max(high) + pad), xlim=(first_x / 1e6 - margin, last_x / 1e6 + margin))
 
 
 def draw_learning_rate(series: list, path: Path) -> None:
@@ -263,7 +302,7 @@ def draw_learning_rate(series: list, path: Path) -> None:
         for member in members:
             rows = drawn.setdefault((title, member["mode"]), {})
             rows.setdefault(member["row"], []).append(member)
-    fig, axes = subplots(len(drawn), height=2.9, width=4.0, most=3)
+    fig, axes = subplots(len(drawn), height=2.6, width=2.75, most=3)
     for ax, ((title, mode), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
         for i, (_, members) in enumerate(sorted(rows.items())):
             members = sorted(members, key=lambda member: member["lr"])
@@ -272,12 +311,15 @@ def draw_learning_rate(series: list, path: Path) -> None:
             ax.errorbar(rates, losses, yerr=halves, linestyle=STYLES[i % len(STYLES)], color=COLORS[mode], marker="o",
                         markersize=4, markerfacecolor="white", linewidth=1.2, label=members[0]["label"])
             best = losses.index(min(losses))
-            ax.plot(rates[best], losses[best], "o", color=COLORS[mode], markersize=5)
+            ax.plot(rates[best], losses[best], "o", color=COLORS[mode], markersize=5, zorder=5)
         ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss")
         ticks = sorted({member["lr"] for members in rows.values() for member in members})
         ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         ax.minorticks_off()
-        ax.set_title(f"{mode}: {title}", loc="left", fontsize=SMALL)
+        name, batch, steps = title.rsplit(", ", 2)
+        ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.04 * (high - low), high + 0.11 * len(rows) * (high - low))        # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     save(fig, path)
@@ -290,7 +332,7 @@ def draw_decode(results: dict, path: Path) -> None:
     """Time of a decode step as times that with an fp16 cache, over the tokens in the cache, a panel per run."""
     modes = {run["run"]: run["mode"] for run in results["runs"]}
     runs = list(of_command(results["evals"], "latency"))
-    fig, axes = subplots(len(runs), width=4.6, height=3.2)
+    fig, axes = subplots(len(runs), width=4.0, height=3.0, sharey=True)
     for ax, (run, _, rows) in zip(axes, runs):
         color = COLORS.get(modes.get(run), OTHERS[2])
         for i, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
@@ -299,7 +341,7 @@ def draw_decode(results: dict, path: Path) -> None:
                     marker=MARKERS.get(cache, "x"), markersize=5, color=color, linestyle=STYLES[i % len(STYLES)],
                     linewidth=1.2)
         log2_x(ax)
-        ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, times fp16")
+        ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, times fp16" if ax is axes[0] else None)
         ax.set_title(run, loc="left")
         ax.grid(alpha=0.3)
         ax.legend()
@@ -340,7 +382,7 @@ def draw_rank(results: dict, path: Path) -> None:
     drawn = []
     for run, _, result in of_command(results["evals"], "rank"):
         drawn += [(run, row) for row in last_stage(result["rows"], "QK head").values()]
-    fig, axes = subplots(len(drawn), width=4.0, height=3.0, most=3, sharey=True)
+    fig, axes = subplots(len(drawn), width=2.75, height=2.7, most=3, sharey=True)
     for ax, (run, row) in zip(axes, drawn):
         layers = row["trained"]["left_out"]
         for i, beyond in enumerate(layers):
@@ -351,13 +393,17 @@ def draw_rank(results: dict, path: Path) -> None:
             initial.append(statistics.median(beyond[r] for beyond in row["initial"]["left_out"]))
         ax.plot(range(1, shortest + 1), initial, color="#000000", linestyle="--", linewidth=1.2,
                 label="at initialisation")
-        ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score", ylabel="energy of the score left out")
+        ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_title(f"{run.removesuffix('_s1337')}\n{PATHS[row['path']]} channels, {len(layers)} layers", loc="left",
                      fontsize=SMALL)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
-    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 1), "viridis"), ax=axes, shrink=0.8)
-    bar.set_label("depth of the layer", fontsize=NORMAL)
+    for ax in axes[::3]:
+        ax.set_ylabel("energy of the score left out")
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 1), "viridis"), ax=axes, location="bottom", shrink=0.5,
+                       aspect=40)
+    bar.set_label("depth of the layer (first to last)")
     save(fig, path)
 
 
@@ -435,7 +481,7 @@ def main(argv=None) -> int:
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where figures and results.json go (assets)")
-    parser.add_argument("--readme", default=None, help="file whose block is rewritten; empty: none (README.md, for runs)")
+    parser.add_argument("--readme", help="file whose block is rewritten; empty: none (README.md, for --runs runs)")
     args = parser.parse_args(argv)
     if args.readme is None:                                # other runs than the committed ones are not the README's
         args.readme = "README.md" if args.runs == Path("runs") else ""

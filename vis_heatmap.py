@@ -1,8 +1,8 @@
 """
 What a checkpoint attends to: heat maps per layer and head, entropies, the null token's share, mass over depth.
 
-    python3 vis_heatmap.py --ckpt runs/checkpoints/decoupled --prompt "The red fox. The blue fox. The red" --anchor "The red"
-    python3 vis_heatmap.py --ckpt runs/checkpoints/standard --compare runs/checkpoints/decoupled --prompt-file prompt.txt
+    python3 vis_heatmap.py --ckpt runs/demo/decoupled --prompt "The red fox. The blue fox. The red" --anchor "The red"
+    python3 vis_heatmap.py --ckpt runs/demo/standard --compare runs/demo/decoupled --prompt-file prompt.txt
 
 In --out (assets/heatmap_<run>), of each --layers a layer_<n>.png with a row per head and a column per map, and
 
@@ -17,25 +17,23 @@ is computed again from what the attention modules are given; the model itself ke
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import matplotlib.ticker
 import torch
 
-from train_dba import UserError, load_checkpoint, load_model, pick_device, relative, split_heads, write_whole
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from paper.style import OTHERS, STYLES, save, write_json
+from train_dba import UserError, checkpoint_file, load_checkpoint, load_model, pick_device, relative, split_heads
 
 MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
 MOST_LABELS = 16                                           # of an axis of a small panel
 PATHS = {"sem": "semantic score", "geo": "geometric score"}
-REGIONS = {"exemplar": ("#0072B2", "-", "o"), "target": ("#D55E00", "--", "s"), "null": ("#000000", ":", "^")}
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")            # Okabe and Ito's
+REGIONS = {region: (color, style, marker) for region, color, style, marker in zip(
+    ("exemplar", "target", "null"), OTHERS, STYLES, "os^")}
 
 
 # -----------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def find_anchor(pieces, anchor):
 # What is drawn
 
 @dataclass
-class Subject:
+class View:
     """A checkpoint and its attention to the prompt: pieces are the tokens' bytes, query and anchor are token numbers
     (anchor None without --anchor)."""
     name: str
@@ -160,9 +158,9 @@ class Subject:
         return f"{self.name} ({self.cfg.attn_mode})"
 
 
-def load_subject(path, prompt, anchor, query, device):
-    """Subject of a run folder (its best.pt) or checkpoint. Raises UserError where the prompt doesn't fit."""
-    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+def load_view(path, prompt, anchor, query, device):
+    """View of a run folder (its best.pt) or checkpoint. Raises UserError where the prompt doesn't fit."""
+    path = checkpoint_file(path)
     ckpt = load_checkpoint(path, device)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
     try:
@@ -183,34 +181,29 @@ def load_subject(path, prompt, anchor, query, device):
     maps = read_maps(model, torch.tensor([ids], device=device))
     if not all(m.probs.isfinite().all() for m in maps):
         raise UserError(f"{path} gives attention that isn't finite: a broken checkpoint?")
-    return Subject(path.resolve().parent.name, model.cfg, ckpt["step"], ids, pieces, maps, query, at)
+    return View(path.resolve().parent.name, model.cfg, ckpt["step"], ids, pieces, maps, query, at)
 
 
 def rounded(tensor):
     return [round(x, 6) for x in tensor.tolist()] if tensor.dim() == 1 else [rounded(row) for row in tensor]
 
 
-def numbers(subject, path):
+def numbers(view, path):
     """What heatmap.json says of one checkpoint. score_std: standard deviation of a path's visible scores, per head."""
-    layers, seen = [], torch.ones(len(subject.ids), len(subject.ids)).tril().bool()
-    for m in subject.maps:
+    layers, seen = [], torch.ones(len(view.ids), len(view.ids)).tril().bool()
+    for m in view.maps:
         layer = dict(entropy=rounded(m.entropy()), mean_entropy=rounded(m.entropy().mean(1)))
         layer["score_std"] = {name: rounded(x.cpu()[:, seen].std(1, correction=0)) for name, x in m.scores.items()}
         layer["null_mass"] = rounded(m.null_mass()) if m.null else None
         layer["mean_null_mass"] = rounded(m.null_mass().mean(1)) if m.null else None
-        if subject.anchor is not None:
-            masses = m.masses(subject.query, subject.anchor)
+        if view.anchor is not None:
+            masses = m.masses(view.query, view.anchor)
             layer["mass"] = {region: rounded(mass) for region, mass in masses.items()}
             layer["mean_mass"] = {region: round(mass.mean().item(), 6) for region, mass in masses.items()}
         layers.append(layer)
-    return dict(ckpt=relative(str(path)), attn_mode=subject.cfg.attn_mode, step=subject.step, token_ids=subject.ids,
-                labels=[readable(piece) for piece in subject.pieces], query=subject.query, anchor_token=subject.anchor,
+    return dict(ckpt=relative(str(path)), attn_mode=view.cfg.attn_mode, step=view.step, token_ids=view.ids,
+                labels=[readable(piece) for piece in view.pieces], query=view.query, anchor_token=view.anchor,
                 layers=layers)
-
-
-def save(fig, path):
-    write_whole(path, lambda temporary: fig.savefig(temporary, format="png", dpi=150, metadata={"Software": None}))
-    plt.close(fig)
 
 
 def token_ticks(axis, labels, null=0, rotation=0, size=6):
@@ -221,9 +214,9 @@ def token_ticks(axis, labels, null=0, rotation=0, size=6):
     axis.set_tick_params(length=2)
 
 
-def columns(subject, layer):
-    """[(title, [H, T, keys], is it a score)] of one layer of a subject; future keys are NaN."""
-    m, T = subject.maps[layer], len(subject.ids)
+def columns(view, layer):
+    """[(title, [H, T, keys], is it a score)] of one layer of a view; future keys are NaN."""
+    m, T = view.maps[layer], len(view.ids)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     scores = {PATHS[name]: x for name, x in m.scores.items()} if len(m.scores) > 1 else {}
     scores["total score" if scores else "score"] = sum(m.scores.values())
@@ -242,24 +235,24 @@ def colors(x, is_score):
     return dict(cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, top))
 
 
-def draw_layer(subjects, layer, heads, path):
-    """A row per head; per subject a column for each path's scores, their sum, and attention. Every column has its own
+def draw_layer(views, layer, heads, path):
+    """A row per head; per view a column for each path's scores, their sum, and attention. Every column has its own
     scale, below it: next to geometric scores, semantic ones can be too small to see."""
-    shown = [(s, *column) for s in subjects if layer < len(s.maps) for column in columns(s, layer)]
-    rows = heads or range(max(s.cfg.n_head for s in subjects))
+    shown = [(s, *column) for s in views if layer < len(s.maps) for column in columns(s, layer)]
+    rows = heads or range(max(s.cfg.n_head for s in views))
     size = (2.2 * len(shown) + 0.9, 2.2 * len(rows) + 1.6)
     fig, axes = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False, layout="constrained")
     for row, (head, line) in enumerate(zip(rows, axes)):
-        for i, (ax, (subject, title, x, is_score)) in enumerate(zip(line, shown)):
-            if head >= subject.cfg.n_head:
+        for i, (ax, (view, title, x, is_score)) in enumerate(zip(line, shown)):
+            if head >= view.cfg.n_head:
                 ax.axis("off")
                 continue
-            T, null = len(subject.ids), x.size(2) - len(subject.ids)
+            T, null = len(view.ids), x.size(2) - len(view.ids)
             image = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
                               interpolation="nearest", **colors(x, is_score))
             ax.set_facecolor("#dddddd")
-            labels, first = merge_labels(subject.pieces), i == 0 or shown[i - 1][0] is not subject
-            last = head == [h for h in rows if h < subject.cfg.n_head][-1]
+            labels, first = merge_labels(view.pieces), i == 0 or shown[i - 1][0] is not view
+            last = head == [h for h in rows if h < view.cfg.n_head][-1]
             token_ticks(ax.yaxis, labels) if first else ax.set_yticks([])
             token_ticks(ax.xaxis, labels, null, 90) if last else ax.set_xticks([])
             ax.set_title(f"{title}, head {head}", fontsize=8)
@@ -269,9 +262,9 @@ def draw_layer(subjects, layer, heads, path):
                 bar.ax.tick_params(labelsize=6)
                 bar.locator = matplotlib.ticker.MaxNLocator(4)
             if row == 0 and first:
-                ax.annotate(subject.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
+                ax.annotate(view.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
     fig.suptitle(f"layer {layer}: rows are queries, columns keys", fontsize=10)
-    save(fig, path)
+    save(fig, path, dpi=150)
 
 
 def annotated(fig, ax, values, title, top=None):
@@ -287,40 +280,41 @@ def annotated(fig, ax, values, title, top=None):
     fig.colorbar(image, ax=ax)
 
 
-def draw_summary(subjects, path):
+def draw_summary(views, path):
     """Entropy per layer and head, null mass per layer and head, null mass per query and layer (mean over heads)."""
-    width = 3 if any(s.maps[0].null for s in subjects) else 1
-    height = max(2.6, 0.3 * max(len(s.maps) for s in subjects) + 1.4)
-    fig, axes = plt.subplots(len(subjects), width, figsize=(4.6 * width, height * len(subjects)), squeeze=False,
+    width = 3 if any(s.maps[0].null for s in views) else 1
+    height = max(2.6, 0.3 * max(len(s.maps) for s in views) + 1.4)
+    fig, axes = plt.subplots(len(views), width, figsize=(4.6 * width, height * len(views)), squeeze=False,
                              layout="constrained")
-    entropies = [torch.stack([m.entropy().mean(1) for m in s.maps]).cpu() for s in subjects]      # [L, H] each
-    for line, subject, entropy in zip(axes, subjects, entropies):
-        annotated(fig, line[0], entropy, f"{subject.title}\nentropy of attention (nats), mean over queries",
+    entropies = [torch.stack([m.entropy().mean(1) for m in s.maps]).cpu() for s in views]      # [L, H] each
+    for line, view, entropy in zip(axes, views, entropies):
+        annotated(fig, line[0], entropy, f"{view.title}\nentropy of attention (nats), mean over queries",
                   max(x.max().item() for x in entropies))
-        if not subject.maps[0].null:
+        if not view.maps[0].null:
             for ax in line[1:]:
                 ax.axis("off")
                 ax.text(0.5, 0.5, "no null token", ha="center", fontsize=9, transform=ax.transAxes)
             continue
-        null = torch.stack([m.null_mass() for m in subject.maps]).cpu()                           # [L, H, T]
-        annotated(fig, line[1], null.mean(2), f"{subject.title}\nnull mass, mean over queries")
+        null = torch.stack([m.null_mass() for m in view.maps]).cpu()                           # [L, H, T]
+        annotated(fig, line[1], null.mean(2), f"{view.title}\nnull mass, mean over queries")
         for layer, mass in enumerate(null.mean(1)):
-            line[2].plot(mass, color=LINES[layer % 7], linestyle=("-", "--", "-.", ":")[layer % 4], linewidth=1.2,
+            color = plt.cm.viridis(layer / len(view.maps))
+            line[2].plot(mass, color=color, linestyle=STYLES[layer % len(STYLES)], linewidth=1.2,
                          label=f"layer {layer}")
-        line[2].set(ylim=(0, None), xlim=(-0.5, len(subject.ids) - 0.5), ylabel="null mass")
-        line[2].set_title(f"{subject.title}\nnull mass per query, mean over heads", fontsize=9)
-        line[2].legend(fontsize=7, ncols=1 + len(subject.maps) // 6)
+        line[2].set(ylim=(0, None), xlim=(-0.5, len(view.ids) - 0.5), ylabel="null mass")
+        line[2].set_title(f"{view.title}\nnull mass per query, mean over heads", fontsize=9)
+        line[2].legend(fontsize=7, ncols=1 + len(view.maps) // 6)
         line[2].grid(alpha=0.3)
-        token_ticks(line[2].xaxis, merge_labels(subject.pieces), 0, 90)
-    save(fig, path)
+        token_ticks(line[2].xaxis, merge_labels(view.pieces), 0, 90)
+    save(fig, path, dpi=150)
 
 
-def draw_query(subjects, path):
+def draw_query(views, path):
     """What the query attends to, a row per layer, mean over heads; a line at the anchor."""
-    heights = [max(1.2, 0.28 * len(s.maps)) for s in subjects]
-    fig, axes = plt.subplots(len(subjects), 1, figsize=(9, sum(heights) + 1.3 * len(subjects)), squeeze=False,
+    heights = [max(1.2, 0.28 * len(s.maps)) for s in views]
+    fig, axes = plt.subplots(len(views), 1, figsize=(9, sum(heights) + 1.3 * len(views)), squeeze=False,
                              layout="constrained", gridspec_kw=dict(height_ratios=heights))
-    for (ax,), s in zip(axes, subjects):
+    for (ax,), s in zip(axes, views):
         null, seen = s.maps[0].null, s.query + 1
         rows = torch.stack([m.probs[:, s.query, :null + seen].mean(0) for m in s.maps]).cpu()     # [L, N + seen]
         image = ax.imshow(rows.numpy(), cmap="viridis", aspect="auto", norm=matplotlib.colors.PowerNorm(0.5, 0),
@@ -332,14 +326,14 @@ def draw_query(subjects, path):
                      fontsize=9, parse_math=False)
         token_ticks(ax.xaxis, merge_labels(s.pieces[:seen], 60, 20), null, 90, 7)
         fig.colorbar(image, ax=ax, pad=0.01)
-    save(fig, path)
+    save(fig, path, dpi=150)
 
 
-def draw_depth(subjects, anchor, path):
+def draw_depth(views, anchor, path):
     """Mass of the query's attention per region and layer: mean over heads, smallest to largest head shaded."""
-    fig, axes = plt.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 3.4), squeeze=False, sharey=True,
+    fig, axes = plt.subplots(1, len(views), figsize=(4.4 * len(views), 3.4), squeeze=False, sharey=True,
                              layout="constrained")
-    for ax, s in zip(axes[0], subjects):
+    for ax, s in zip(axes[0], views):
         masses, x = [m.masses(s.query, s.anchor) for m in s.maps], range(len(s.maps))
         share = dict(exemplar=s.anchor / (s.query + 1), target=1 - s.anchor / (s.query + 1))
         for region in masses[0]:
@@ -358,7 +352,7 @@ def draw_depth(subjects, anchor, path):
                               frameon=False).get_texts():
             text.set_parse_math(False)
     axes[0, 0].set_ylabel("mass (mean over heads, range shaded)")
-    save(fig, path)
+    save(fig, path, dpi=150)
 
 
 # -----------------------------------------------------------------------------
@@ -386,22 +380,22 @@ def draw(args):
     """Everything for one command line."""
     prompt, device = read_prompt(args), pick_device(args.device)
     paths = [args.ckpt, args.compare] if args.compare else [args.ckpt]
-    subjects = [load_subject(path, prompt, args.anchor, args.query, device) for path in paths]
-    layers = chosen("layers", args.layers, max(len(s.maps) for s in subjects))
-    heads = chosen("heads", args.heads, max(s.cfg.n_head for s in subjects))
-    out = Path(args.out or "assets/heatmap_" + "_".join(s.name for s in subjects))
+    views = [load_view(path, prompt, args.anchor, args.query, device) for path in paths]
+    layers = chosen("layers", args.layers, max(len(s.maps) for s in views))
+    heads = chosen("heads", args.heads, max(s.cfg.n_head for s in views))
+    out = Path(args.out or "assets/heatmap_" + "_".join(s.name for s in views))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"can't make the folder {out} ({e.strerror}); give another --out") from None
     for layer in layers:
-        draw_layer(subjects, layer, heads, out / f"layer_{layer}.png")
-    draw_summary(subjects, out / "summary.png")
-    draw_query(subjects, out / "query.png")
+        draw_layer(views, layer, heads, out / f"layer_{layer}.png")
+    draw_summary(views, out / "summary.png")
+    draw_query(views, out / "query.png")
     if args.anchor is not None:
-        draw_depth(subjects, args.anchor, out / "depth.png")
-    content = dict(prompt=prompt, anchor=args.anchor, models=[numbers(s, path) for s, path in zip(subjects, paths)])
-    write_whole(out / "heatmap.json", lambda temporary: temporary.write_text(json.dumps(content) + "\n"))
+        draw_depth(views, args.anchor, out / "depth.png")
+    content = dict(prompt=prompt, anchor=args.anchor, models=[numbers(s, path) for s, path in zip(views, paths)])
+    write_json(out / "heatmap.json", content)
     print(f"written to {out}: {len(layers)} layers, summary.png, query.png, "
           f"{'depth.png, ' if args.anchor is not None else ''}heatmap.json")
 

@@ -7,18 +7,20 @@ shows; differences of losses are corrected by Holm over all of them. Arithmetic 
 own numbers by its own premises. contrasts() tests what paper_manifest.json fixed before its runs.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from paper.collect import same_data
+from paper.shapes import list_of, maybe, number, read_json
 from paper.stats import holm, mean_interval, p_below
-from train_dba import bytes_per_token, count_params, make_config
+from train_dba import BROKEN, UserError, brief, bytes_per_token, count_params, make_config
 
 SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        # the Llama-7B scale of the reports
 LONG = 131_072                                                                  # tokens of "128k"
 ALPHA = 0.05
+CLAIM = {"id": str, "rule": str, "source": str, "statement": str, "unit": str, "reported": maybe(number),
+         "margin?": number, "note?": str, "needs?": str}
 ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_difference", "cache_ratio", "cache_gib",
               "cache_layer_bytes", "parameters")
 UNDECIDED, ONE, NOT_RUN, HOLDS, FAILS = "undecided", "undecided (n = 1)", "not yet run", "holds", "does not hold"
@@ -32,13 +34,14 @@ BY_FORMULA = "formula, tested against allocated caches"
 class Finding:
     """What a rule found: our value, its 95 % interval's half-width, whether the claim agrees (None: nothing has been
     run; UNDECIDED: what has been run can't tell), where it was measured, on how many seeds or pairs of checkpoints
-    (None for arithmetic), and the two-sided p of a difference of losses against its threshold."""
+    (None for arithmetic), and the two-sided p of a difference of losses against its threshold, alone and by Holm."""
     value: float | None = None
     half: float | None = None
     agrees: bool | str | None = None
     where: str = ""
     seeds: int | None = None
     p: float | None = None
+    p_holm: float | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -312,21 +315,28 @@ def correct(findings: list[Finding]) -> None:
     """Holm over all differences of losses: those whose p doesn't survive it are undecided."""
     tested = [finding for finding in findings if finding.p is not None]
     for finding, adjusted in zip(tested, holm([finding.p for finding in tested])):
+        finding.p_holm = adjusted
         finding.where += f"; p {finding.p:.2g}, by Holm over {len(tested)} tests {adjusted:.2g}"
         if adjusted >= ALPHA:
             finding.agrees = UNDECIDED
 
 
 def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") -> list[dict]:
-    """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict."""
-    claims = json.loads(path.read_text())
-    findings = [RULES[claim["rule"]](claim, results) for claim in claims]
+    """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict. Raises UserError
+    for a damaged file of claims."""
+    claims = read_json(path, list_of(CLAIM))
+    findings = []
+    for claim in claims:
+        try:
+            findings.append(RULES[claim["rule"]](claim, results))
+        except BROKEN as e:
+            raise UserError(f"{path}: the claim {claim['id']} lacks what its rule reads ({brief(e)})") from None
     correct(findings)
     rows = []
     for claim, finding in zip(claims, findings):
         rows.append(dict(id=claim["id"], rule=claim["rule"], source=claim["source"], statement=claim["statement"],
                          unit=claim["unit"], margin=claim.get("margin", 0.0), reported=claim["reported"],
-                         ours=finding.value, interval=finding.half, where=finding.where,
+                         ours=finding.value, interval=finding.half, p_holm=finding.p_holm, where=finding.where,
                          verdict=verdict(claim, finding), note=claim.get("note", claim.get("needs", ""))))
     return rows
 

@@ -20,58 +20,28 @@ neither a series, a panel nor a contrast.
 import statistics
 from pathlib import Path
 
-from paper.shapes import UNREADABLE, All, Count, MapOf, Maybe, Number, check, check_size, read_json, why
+from paper.shapes import (
+    BENCHMARKS,
+    CHECKS,
+    COMMANDS,
+    ENV,
+    EVAL,
+    META,
+    RANKS,
+    RESULT,
+    TRAIN,
+    UNREADABLE,
+    list_of,
+    number,
+    read_json,
+)
 from paper.stats import mean_interval
 from run_paper_manifest import Run
-from train_dba import DEFAULTS, Config, UserError, out_of_range, read_log
+from train_dba import DEFAULTS, Config, UserError, brief, check, out_of_range, read_log, whole_number
 
-RANKS = {"entropy_rank_sigma": "entropy σ", "entropy_rank_lambda": "entropy λ",
-         "participation_ratio": "participation", "stable_rank": "stable", "k90": "k90", "k95": "k95", "k99": "k99"}
 CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "piqa": 0.5, "winogrande": 0.5, "boolq": 0.5}
 LEAST_ENERGY = 1e-5                                        # less than this share of a score is not drawn
 SAME_PARAMETERS = 0.001                                    # relative
-
-# Shapes of what is read; files hold more.
-ENV = dict(cpu=str, device=str, threads=Count, commit=Maybe(str), dirty=Maybe(bool))
-META = dict(config=dict, params=dict(total=Count), kv_bytes_per_token=dict(fp16=Number), data=dict)
-TRAIN = dict(loss=Number, tok_s=Number, mem_bytes=Maybe(Number))
-EVAL = dict(tokens=Count, val_loss=Number, val_tokens=Count, best_val_loss=Number)
-RESULT = dict(settings=dict(command=str, dtype=str), env=ENV, model=dict(config=dict))
-MEASURED = dict(delta_nll=Number, kl=Number, max_delta_logit=Number, tokens=Count)
-RANK_RECORD = dict(path=str, rope=str, of=str, channels=Count, ranks=dict.fromkeys(RANKS, Number))
-CHECKS = ("exact", "content", "preferred", "loop")         # of a probe
-COMMANDS = {                                               # of eval_dba.py, with the shape of its result
-    "ppl": dict(loss=Number, ppl=Maybe(Number), bpb=Maybe(Number), tokens=Count, block=Count, stride=Count,
-                bytes_per_token=Number),
-    "tasks": dict(tasks=MapOf(dict(n=Count, acc=Number, acc_stderr=Number))),
-    "probes": dict(counts=[dict(set=str, kind=str, n=Count, margin=Number, **dict.fromkeys(CHECKS, [Number]))],
-                   compare=[dict(set=str, n=Count, **dict.fromkeys(CHECKS, [Number]))]),
-    "rank": dict(trained=[RANK_RECORD], initial=[RANK_RECORD], moment=str, tokens=Count, block=Count),
-    "latency": dict(rows=[dict(prompt=Count, cache=str, kernel=str, prefill_seconds=Number, ms_per_token=Number,
-                               ratio_to_fp16=Number, share_of_copy=Maybe(Number))]),
-    "memory": dict(rows=[dict(tokens=Count, cache=str, bytes_per_token=Number, formula_bytes=Number, cache_bytes=Number,
-                              fill_extra_bytes=Maybe(Number), decode_extra_bytes=Maybe(Number))]),
-    "sweep": dict(formats=MapOf(str), rows=[dict(context=Count, status=str)]),
-    "policy": dict(formats=MapOf(str), rotate=bool, residual=Count, bytes_per_token=Number, thresholds=dict,
-                   bytes_per_token_with_residual=Number, short=MEASURED, long=Maybe(MEASURED), kernel=str,
-                   kernel_ms=MapOf(Number), tried=list, settings=dict(
-                       max_delta_nll=Maybe(Number), max_kv_bytes_per_token=Maybe(Number), tokens=Count,
-                       long_factor=Number)),
-}
-BENCHMARKS = {                                             # of `make bench` and `make cache_quality`
-    "train_speed": dict(env=ENV, rounds=Count, rows=[dict(name=str, params=Count, times_naive=Number,
-                                                          share_of_matmul_rate=Number)]),
-    "loss_memory": {"chunked": Number, "full logits": Number},
-    "tokenize_speed": dict(cores=Count, ratio=Number),
-    "decode_speed": dict(env=ENV, rounds=Count, rows=[dict(shape=str, tokens=Count, kernel=str, ms=All(
-        dict.fromkeys(("kernel", "torch", "dequantised", "standard"), Number), MapOf(Number)))]),
-    "long_context": dict(tokens=Count, cache_bytes=Number, prefill_seconds=Number, prefill_extra_bytes=Maybe(Number),
-                         decode_ms=Number, decode_extra_bytes=Maybe(Number)),
-    "cache_quality": dict(env=ENV, rows=[dict(run=str, policy=str, rotate=bool, tokens=Count, bytes_per_token=Number,
-                                              delta_nll=Number, standard_error=Number, kl=Number, top1=Number)]),
-    "task_parity": dict(ckpt=str, lm_eval=str, rows=[dict(task=str, metric=str, items=Count, ours=Number, theirs=Number,
-                                                          items_that_differ=Count, largest_difference=Number)]),
-}
 
 
 # -----------------------------------------------------------------------------
@@ -125,7 +95,6 @@ def lines_of(lines: list, kind: str, shape: dict) -> list:
 def read_run(folder: Path, name: str) -> dict | None:
     """One finished run as a dict of what is reported of it, or None for a run that isn't finished. Raises one of
     UNREADABLE or UserError for a damaged one."""
-    check_size(folder / "train.jsonl")
     lines = read_log(folder / "train.jsonl")
     if not lines or lines[-1]["type"] != "done":
         return None
@@ -136,15 +105,15 @@ def read_run(folder: Path, name: str) -> dict | None:
         last_meta = line
     config = read_config(last_meta["config"])
     train, evals = lines_of(lines, "train", TRAIN), lines_of(lines, "eval", EVAL)
-    check(lines[-1], dict(tokens=Count), "done")
-    hashes = {key: value for key, value in meta["data"].items() if "sha256" in key}
+    check(lines[-1], dict(tokens=whole_number), "done")
     series = name.removesuffix(f"_s{config['seed']}")
     memory = [line["mem_bytes"] for line in train if line["mem_bytes"] is not None]
     return dict(
         run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
-        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, hashes=hashes, lr=config["lr"],
-        layers=config["layers"], context=config["block"], batch=config["batch_size"] * config["grad_accum"],
-        seed=config["seed"], steps=config["steps"], tokens=lines[-1]["tokens"], params=meta["params"]["total"],
+        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, identity=meta["data"],
+        lr=config["lr"], layers=config["layers"], context=config["block"],
+        batch=config["batch_size"] * config["grad_accum"], seed=config["seed"], steps=config["steps"],
+        tokens=lines[-1]["tokens"], params=meta["params"]["total"],
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"], val_tokens=evals[-1]["val_tokens"],
         last_val_loss=evals[-1]["val_loss"], best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"] if train else None,
@@ -154,14 +123,13 @@ def read_run(folder: Path, name: str) -> dict | None:
         curve=[[line["tokens"], line["val_loss"]] for line in evals], train_curve=thin(train))
 
 
-def thin(train: list, most: int = 60) -> list:
+def thin(train: list, most: int = 25) -> list:
     """[[tokens, mean training loss]] of a log, in at most so many steps of equal length."""
     size = -(-len(train) // most) or 1
     points = []
     for start in range(0, len(train), size):
         part = train[start:start + size]
-        if "tokens" in part[-1]:
-            points.append([part[-1]["tokens"], float(f"{statistics.mean(line['loss'] for line in part):.5g}")])
+        points.append([part[-1]["tokens"], float(f"{statistics.mean(line['loss'] for line in part):.5g}")])
     return points
 
 
@@ -179,14 +147,14 @@ def read_runs(root: Path) -> tuple[list, list]:
         except UserError as e:
             problems.append(f"{e}; left out")
         except UNREADABLE as e:
-            problems.append(f"{folder}: damaged ({why(e)}), left out")
+            problems.append(f"{folder}: damaged ({brief(e)}), left out")
     return runs, problems
 
 
 def same_data(a: dict, b: dict) -> bool:
-    """Whether two runs saw the same data: every hash that both logs name is equal, and one at least is named."""
-    shared = a["hashes"].keys() & b["hashes"].keys()
-    return bool(shared) and all(a["hashes"][key] == b["hashes"][key] for key in shared)
+    """Whether two runs saw the same data: whatever both logs say of it, hashes and numbers of tokens, is equal."""
+    shared = a["identity"].keys() & b["identity"].keys()
+    return all(a["identity"][key] == b["identity"][key] for key in shared)
 
 
 def is_swept(run: dict) -> bool:
@@ -255,7 +223,7 @@ def make_series(runs: list) -> tuple[list, list]:
                 members.append(run)
             else:
                 problems.append(f"{run['run']}: other data or settings than {first['run']}, left out of the series")
-        shared = {key: first[key] for key in ("row", "mode", "label", "data", "hashes", "context", "batch", "steps",
+        shared = {key: first[key] for key in ("row", "mode", "label", "data", "identity", "context", "batch", "steps",
                                               "lr", "params", "kv_bytes_fp16", "layers")}
         speeds = [run["tokens_per_second"] for run in members if run["tokens_per_second"] is not None]
         series.append(dict(
@@ -294,14 +262,22 @@ def mark_matched(series: list) -> None:
             member["label"] += " matched"
 
 
+def experiment(series: dict) -> str:
+    """<group>/<set> of a series that the manifest lists or could list; "" for a user's own."""
+    parts = series["series"].split("/")
+    return "/".join(parts[:2]) if len(parts) == 3 else ""
+
+
 def comparable(a: dict, b: dict) -> bool:
-    """Whether two series share data, batch, context and steps."""
-    return same_data(a, b) and all(a[key] == b[key] for key in ("batch", "context", "steps"))
+    """Whether two series share data, batch, context and steps, and are of one set of the manifest, which holds equal
+    what else matters."""
+    alike = all(a[key] == b[key] for key in ("batch", "context", "steps"))
+    return alike and same_data(a, b) and experiment(a) == experiment(b)
 
 
 def panels(series: list) -> list:
-    """[(title, series)]: those of one data, context, batch and number of steps. Of sweeps over the learning rate, which
-    have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
+    """[(title, series)]: those of one set, data, context, batch and number of steps. Of sweeps over the learning rate,
+    which have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
     groups = []
     for member in series:
         if is_swept(member) or in_rate_set(member):
@@ -335,13 +311,16 @@ def rate_panels(series: list) -> list:
 
 
 def titled(groups: list) -> list:
-    """[(title, series)], by title: data, batch and steps, and where two data share a name, the start of their hash."""
+    """[(title, series)], by title: set, data, batch and steps, and where two data share a name, the start of its
+    hash."""
     pairs = []
     for group in groups:
         first = group[0]
         name = first["data"]
         if any(other[0]["data"] == name and not same_data(other[0], first) for other in groups):
-            name += f" ({min(first['hashes'].values(), default='no hash')[:6]})"
+            name += f" ({first['identity']['sha256']:.6})"
+        if experiment(first):
+            name = f"{experiment(first)}: {name}"
         pairs.append((f"{name}, {first['batch']} x {first['context']}, {first['steps']:,} steps", group))
     return sorted(pairs, key=lambda pair: pair[0])
 
@@ -363,8 +342,6 @@ def keep_tasks(result: dict) -> dict:
     tasks = {}
     for name, task in result["tasks"].items():
         tasks[name] = {key: value for key, value in task.items() if key not in ("items", "correct")}
-        if "acc_norm" in task:
-            check(task, dict(acc_norm=Number, acc_norm_stderr=Number), name)
     return tasks
 
 
@@ -383,7 +360,7 @@ def left_out(record: dict) -> list:
     else:
         beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in record["spectra"]]
         energies = [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
-    check(energies, [Number], "left_out")
+    check(energies, list_of(number), "left_out")
     return [energy for energy in energies if energy >= LEAST_ENERGY]
 
 
@@ -398,21 +375,22 @@ def keep_rank(result: dict) -> dict:
             row[stage].append(record)
     for row in places.values():
         for stage in ("trained", "initial"):
-            row[stage] = stage_medians(row[stage])
+            row[stage] = stage_medians(row[stage], drawn=row["rope"] in ("after", "none"))
     return dict(keep(result, "moment", "tokens", "block"), rows=list(places.values()))
 
 
-def stage_medians(records: list) -> dict:
-    """Medians over the records of layers, and what narrower scores leave out of each."""
+def stage_medians(records: list, drawn: bool) -> dict:
+    """Medians over the records of layers, and where that is drawn, what narrower scores leave out of each."""
     medians = {}
     for name in RANKS:
         medians[name] = statistics.median(record["ranks"][name] for record in records)
     if "share" in records[0]:
         medians["share"] = {}
         for width in records[0]["share"]:
-            check([record["share"][width] for record in records], [Number], "share")
+            check([record["share"][width] for record in records], list_of(number), "share")
             medians["share"][width] = statistics.median(record["share"][width] for record in records)
-        medians["left_out"] = [left_out(record) for record in records]
+        if drawn:
+            medians["left_out"] = [left_out(record) for record in records]
     return medians
 
 
@@ -438,10 +416,6 @@ def keep_latency(result: dict) -> list:
 
 
 def keep_sweep(result: dict) -> dict:
-    for row in result["rows"]:
-        for key in ("cache_bytes", "prefill_seconds", "ms_per_token", "loss"):
-            if key in row:
-                check(row[key], Number, key)
     return keep(result, "formats", "rows")
 
 
@@ -465,7 +439,7 @@ def read_evals(root: Path) -> tuple[dict, list]:
         except UserError as e:
             problems.append(f"{e}; left out")
         except UNREADABLE as e:
-            problems.append(f"{path} is damaged ({why(e)}); left out")
+            problems.append(f"{path} is damaged ({brief(e)}); left out")
         else:
             name = folder.name if folder == root else folder.relative_to(root).as_posix()
             evals.setdefault(name, {})[path.stem.removeprefix("eval_")] = kept

@@ -1,8 +1,20 @@
 """From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
 
-from paper.claims import (ERROR, FAILS, HOLDS, NOT_RUN, ONE, REFUTED, REPRODUCED, UNDECIDED, UNSUPPORTED, VERDICTS,
-                          pair_runs)
-from paper.collect import CHANCE, CHECKS, RANKS, caches, of_command, panels
+from paper.claims import (
+    ERROR,
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    ONE,
+    REFUTED,
+    REPRODUCED,
+    UNDECIDED,
+    UNSUPPORTED,
+    VERDICTS,
+    pair_runs,
+)
+from paper.collect import CHANCE, caches, of_command, panels
+from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
 from paper.style import MARKERS, latex_table, markdown, number, pm
 from train_dba import UserError
@@ -36,7 +48,11 @@ def signed(delta: dict) -> str:
 # -----------------------------------------------------------------------------
 # The headline: the best series per mode at equal parameters
 
-def family(series: dict) -> tuple:
+def family(series: dict) -> tuple | None:
+    """What a series is a member of: (mode, whether its keys are grouped). Controls, which lack what DBA is about, are
+    of none."""
+    if "one temperature" in series["label"] or "no RoPE" in series["label"]:
+        return None
     return series["mode"], "groups" in series["label"]
 
 
@@ -47,7 +63,7 @@ def headline(series: list) -> list:
     for _, members in panels(series):
         chosen = {}
         for member in members:
-            if member["mode"] == "standard" or member["matched"]:
+            if family(member) and (member["mode"] == "standard" or member["matched"]):
                 rival = chosen.get(family(member))
                 if rival is None or member["best_val_loss"]["mean"] < rival["best_val_loss"]["mean"]:
                     chosen[family(member)] = member
@@ -88,8 +104,8 @@ def headline_table(results: dict) -> list[str]:
             "loss that q4_0 adds")
     first = chosen[0]
     note = (f"Best of each mode at equal parameters: {first['data']}, {first['steps']:,} steps of {first['batch']} x "
-            f"{first['context']} tokens; nats per token, ± 95 % t-intervals over seeds, differences paired by seed, not "
-            "corrected for choosing the best.")
+            f"{first['context']} tokens; nats per token, ± 95 % t-intervals over seeds, differences paired by seed, "
+            "not corrected for choosing the best.")
     return [*markdown(head, rows[:8]), "", note]
 
 
@@ -107,8 +123,9 @@ def find_losses(results: dict) -> str | None:
     if half is not None and mean - half < 0 < mean + half:
         decided += ", which the seeds do not decide"
     return (f"At {dba['params'] / 1e6:.2f}M parameters and {dba['kv_bytes_fp16']:,} bytes of cache per token, DBA with "
-            f"grouped keys ends at {pm(dba['best_val_loss'])} nats and GQA at {pm(gqa['best_val_loss'])} ({decided}; "
-            f"{plural(seeds, 'seed')}); standard attention, whose cache is "
+            f"grouped keys ends at {pm(dba['best_val_loss'])} nats and {gqa['label'].removesuffix(' matched')} at "
+            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, not corrected for other comparisons, nor "
+            f"against the GQA of the same head width); standard attention, whose cache is "
             f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
             f"{pm(standard['best_val_loss'])}.")
 
@@ -120,12 +137,13 @@ def find_contrasts(results: dict) -> str | None:
     counts = {name: sum(row["verdict"] == name for row in rows) for name in (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)}
     text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     chosen = {family(member): member for member in headline(results["series"])}
-    sentence = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text}"
+    sentence = (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text} (the first: "
+                f"{rows[0]['name']})")
     if ("mla", False) in chosen and ("standard", False) in chosen:
         mean, half, _ = difference(results, chosen["mla", False], chosen["standard", False])
         if mean is not None:
-            sentence += (f"; the positive control warns of the scale: MLA, which the literature has level with standard "
-                         f"attention, is {signed(dict(mean=mean, half=half))} from it here")
+            sentence += (f"; the positive control warns of the scale: MLA, which the literature has level with "
+                         f"standard attention, is {signed(dict(mean=mean, half=half))} from it here")
     return sentence + "."
 
 
@@ -201,8 +219,8 @@ def run_lines(results: dict) -> list[str]:
         hardware.add(f"{run['hardware']}, {run['dtype']}" + (", compiled" if run["compiled"] else ""))
     head = ("runs", "model", "data, batch, steps", "parameters", "KV B/token fp16", "tokens", "seeds", "last val loss",
             "best", "commit")
-    return [*markdown(head, rows), "", f"Hardware: {'; '.join(sorted(hardware))}. ±: 95 % t-interval over seeds; a line "
-            "of one seed carries none. A commit with + had uncommitted changes.", ""]
+    return [*markdown(head, rows), "", f"Hardware: {'; '.join(sorted(hardware))}. ±: 95 % t-interval over seeds; a "
+            "line of one seed carries none. A commit with + had uncommitted changes.", ""]
 
 
 def commit(run: dict) -> str:
@@ -230,7 +248,10 @@ def scale_table(series: list, small: bool) -> str:
 # The ledger
 
 def ours_of(row: dict) -> str:
-    return number(row["ours"]) + ("" if row["interval"] is None else f" ± {number(row['interval'])}")
+    """Our value; with an interval both in the same number of digits."""
+    if row["interval"] is None:
+        return number(row["ours"])
+    return pm(dict(mean=row["ours"], half=row["interval"]), 4, "+" if row["rule"] in ("below", "not_worse") else "")
 
 
 def ledger_lines(claims: list) -> list[str]:
@@ -318,9 +339,9 @@ def speed_lines(benchmarks: dict) -> list[str]:
         rows = [(row["name"], f"{row['params'] / 1e6:.1f}M", f"{row['times_naive']:.2f}",
                  f"{row['times_llama']:.2f}" if "times_llama" in row else "", f"{row['share_of_matmul_rate']:.2f}")
                 for row in speed["rows"]]
-        lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as times "
-                  f"the speed of baselines in the same process, medians of {speed['rounds']}; {speed['env']['cpu']}, "
-                  f"{speed['env']['threads']} threads.", "",
+        lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as "
+                  f"times the speed of baselines in the same process, medians of {speed['rounds']}; "
+                  f"{speed['env']['cpu']}, {speed['env']['threads']} threads.", "",
                   *markdown(("", "parameters", "x naive", "x Llama", "share of matrix-product rate"), rows), ""]
     if memory := benchmarks.get("loss_memory"):
         chunked, full = memory["chunked"] / 2**20, memory["full logits"] / 2**20
@@ -356,9 +377,9 @@ def kernel_lines(speed: dict) -> list[str]:
                      f"{ms['dequantised'] / ms['kernel']:.1f}", f"{ms['kernel'] / ms[plain]:.2f}"))
     return ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), hetero "
             f"cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
-            f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; `dequantised`: "
-            f"the whole cache in float32 first; `{plain}`: PyTorch's fused attention over an unquantised cache of the "
-            "same widths; `standard`: the same at 64 channels a head.", "",
+            f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
+            f"`dequantised`: the whole cache in float32 first; `{plain}`: PyTorch's fused attention over an "
+            "unquantised cache of the same widths; `standard`: the same at 64 channels a head.", "",
             *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {plain}"), rows), ""]
 
 
@@ -415,8 +436,8 @@ def single_lines(single: dict) -> list[str]:
                          f"{cache['loss']:.4f}", "-" if cache["ppl"] is None else f"{cache['ppl']:.4f}", *compared))
     if not rows:
         return []
-    return ["Loss through the cache (`eval_dba.py ppl`), every token read through keys and values in its format; ΔNLL in "
-            f"nats per token and ratio of perplexities against fp16. {'; '.join(sorted(windows))}.", "",
+    return ["Loss through the cache (`eval_dba.py ppl`), every token read through keys and values in its format; ΔNLL "
+            f"in nats per token and ratio of perplexities against fp16. {'; '.join(sorted(windows))}.", "",
             *markdown(("run", "cache", "bits/value", "B/token", "loss", "perplexity", "ΔNLL", "ratio",
                        "times smaller"), rows), ""]
 
@@ -435,8 +456,8 @@ def series_lines(measured: list) -> list[str]:
         rows.append((series["label"], len(series["seeds"]), *cells))
     if not rows:
         return []
-    return ["The same for the manifest's runs: loss with fp16, then ΔNLL per format, mean and 95 % t-interval over seeds "
-            "of the differences, and bytes per token:", "", *markdown(("model", "seeds", *names), rows), ""]
+    return ["The same for the manifest's runs: loss with fp16, then ΔNLL per format, mean and 95 % t-interval over "
+            "seeds of the differences, and bytes per token:", "", *markdown(("model", "seeds", *names), rows), ""]
 
 
 def task_lines(evals: dict, benchmarks: dict) -> list[str]:
@@ -584,9 +605,10 @@ def policy_lines(evals: dict) -> list[str]:
     if not rows:
         return []
     return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
-            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a long "
-            "cache:", "", *markdown(("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL",
-                                     "max Δlogit", "kernel"), rows), ""]
+            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a "
+            "long cache:", "",
+            *markdown(("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit",
+                       "kernel"), rows), ""]
 
 
 def eval_lines(results: dict) -> list[str]:

@@ -1,104 +1,119 @@
-"""What a JSON file must look like before a number of it is used: its shape, checked in one place."""
+"""Shapes of the files that the report is made of, for train_dba.check."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-from train_dba import BROKEN, UserError
+import train_dba
+from train_dba import BROKEN, UserError, brief, check
+from train_dba import whole_number as count
 
-UNREADABLE = (*BROKEN, OSError, RecursionError, OverflowError, MemoryError)     # what reading damaged files may raise
-LARGEST_FILE = 2**26                                       # bytes; whole logs of the longest runs are a tenth of it
-
-
-class Number:
-    """Shape of a finite number that a float can hold; true and false are none."""
+UNREADABLE = (*BROKEN, OSError)
+LARGEST_FILE = 2**26                                       # bytes
 
 
-class Count(Number):
-    """Shape of a whole number of at least 0."""
+def number(value) -> bool:
+    """Finite, and small enough to be added up."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
-class MapOf:
-    """Shape of an object with any keys, whose values all have one shape."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-
-class Maybe:
-    """Shape of what may be null."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-
-class All:
-    """Several shapes at once."""
-
-    def __init__(self, *shapes):
-        self.shapes = shapes
-
-
-def check(value, shape, where: str = "it") -> None:
-    """Raises ValueError, which says where, unless the value has the shape: a type, Number, Count, Maybe(shape),
-    MapOf(shape), All(shapes), [shape] for a list of any length, or {key: shape} for an object of these keys and perhaps others."""
-    if isinstance(shape, Maybe):
-        if value is not None:
-            check(value, shape.shape, where)
-    elif isinstance(shape, All):
-        for part in shape.shapes:
-            check(value, part, where)
-    elif isinstance(shape, MapOf):
-        expect(isinstance(value, dict), value, "an object", where)
-        for key, item in value.items():
-            check(item, shape.shape, f"{where}.{key}")
-    elif isinstance(shape, dict):
-        expect(isinstance(value, dict), value, "an object", where)
-        for key, part in shape.items():
-            expect(key in value, value, f"an object with {key!r}", where)
-            check(value[key], part, f"{where}.{key}")
-    elif isinstance(shape, list):
-        expect(isinstance(value, list), value, "a list", where)
+def list_of(shape) -> Callable:
+    def list_of_these(value):
+        check(value, list, "it")
         for i, item in enumerate(value):
-            check(item, shape[0], f"{where}[{i}]")
-    elif issubclass(shape, Number):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        expect(number and -1e300 < value < 1e300, value, "a finite number", where)
-        if shape is Count:
-            expect(value == int(value) and value >= 0, value, "a whole number of at least 0", where)
-    else:
-        expect(isinstance(value, shape), value, f"of type {shape.__name__}", where)
+            check(item, shape, f"item {i}")
+        return True
+    return list_of_these
 
 
-def expect(holds: bool, value, what: str, where: str) -> None:
-    if not holds:
-        raise ValueError(f"{where} is {shorten(repr(value))}, not {what}")
+def map_of(shape) -> Callable:
+    """An object with any keys."""
+    def map_of_these(value):
+        check(value, dict, "it")
+        for key, item in value.items():
+            check(item, shape, f"{key:.60}")
+        return True
+    return map_of_these
 
 
-def shorten(text: str, most: int = 60) -> str:
-    """One short line of a text."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[:most - 1] + "…"
+def maybe(shape) -> Callable:
+    def this_or_null(value):
+        if value is not None:
+            check(value, shape, "it")
+        return True
+    return this_or_null
 
 
-def why(error: Exception) -> str:
-    """One short line that says what was wrong with a file."""
-    return f"{type(error).__name__}: {shorten(str(error), 160)}" if str(error) else type(error).__name__
-
-
-def check_size(path: Path) -> None:
-    """Raises ValueError where a path is no plain file, or larger than anything that is written here."""
-    if not path.is_file():
-        raise ValueError("it is no plain file")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path.stat().st_size:,} bytes are more than {LARGEST_FILE:,}")
+def both(*shapes) -> Callable:
+    def both_of_these(value):
+        for shape in shapes:
+            check(value, shape, "it")
+        return True
+    return both_of_these
 
 
 def read_json(path: Path, shape):
     """The value of a JSON file of that shape. Raises UserError, in one line, for any other file."""
     try:
-        check_size(path)
-        value = json.loads(path.read_text())
-        check(value, shape, path.stem)
-        return value
+        return train_dba.read_json(path, shape, LARGEST_FILE)
     except UNREADABLE as e:
-        raise UserError(f"{path} is damaged ({why(e)})") from None
+        raise UserError(f"{path} is damaged ({brief(e)})") from None
+
+
+# -----------------------------------------------------------------------------
+# What is read of a run folder; the files hold more
+
+RANKS = {"entropy_rank_sigma": "entropy σ", "entropy_rank_lambda": "entropy λ",
+         "participation_ratio": "participation", "stable_rank": "stable", "k90": "k90", "k95": "k95", "k99": "k99"}
+CHECKS = ("exact", "content", "preferred", "loop")         # of a probe
+
+ENV = dict(cpu=str, device=str, threads=count, commit=maybe(str), dirty=maybe(bool))
+META = dict(config=dict, params=dict(total=count), kv_bytes_per_token=dict(fp16=number),
+            data=both(dict(sha256=str), map_of(str | int | None)))
+TRAIN = dict(tokens=count, loss=number, tok_s=number, mem_bytes=maybe(number))
+EVAL = dict(tokens=count, val_loss=number, val_tokens=count, best_val_loss=number)
+
+RESULT = dict(settings=dict(command=str, dtype=str), env=ENV, model=dict(config=dict))
+SPLITS = dict.fromkeys(CHECKS, list_of(number))
+MEASURED = dict(delta_nll=number, kl=number, max_delta_logit=number, tokens=count)
+RANK_RECORD = dict(path=str, rope=str, of=str, channels=count, ranks=dict.fromkeys(RANKS, number))
+LATENCY_ROW = dict(prompt=count, cache=str, kernel=str, prefill_seconds=number, ms_per_token=number,
+                   ratio_to_fp16=number, share_of_copy=maybe(number))
+MEMORY_ROW = dict(tokens=count, cache=str, bytes_per_token=number, formula_bytes=number, cache_bytes=number,
+                  fill_extra_bytes=maybe(number), decode_extra_bytes=maybe(number))
+SWEEP_ROW = {"context": count, "status": str, "cache_bytes?": number, "prefill_seconds?": number,
+             "ms_per_token?": number, "loss?": number}
+TASK = {"n": count, "acc": number, "acc_stderr": number, "acc_norm?": number, "acc_norm_stderr?": number}
+BUDGET = dict(max_delta_nll=maybe(number), max_kv_bytes_per_token=maybe(number), tokens=count, long_factor=number)
+COMMANDS = {                                               # of eval_dba.py: what its results hold beside RESULT
+    "ppl": dict(loss=number, ppl=maybe(number), bpb=maybe(number), tokens=count, block=count, stride=count,
+                bytes_per_token=number),
+    "tasks": dict(tasks=map_of(TASK)),
+    "probes": dict(counts=list_of(dict(set=str, kind=str, n=count, margin=number, **SPLITS)),
+                   compare=list_of(dict(set=str, n=count, **SPLITS))),
+    "rank": dict(trained=list_of(RANK_RECORD), initial=list_of(RANK_RECORD), moment=str, tokens=count, block=count),
+    "latency": dict(rows=list_of(LATENCY_ROW)),
+    "memory": dict(rows=list_of(MEMORY_ROW)),
+    "sweep": dict(formats=map_of(str), rows=list_of(SWEEP_ROW)),
+    "policy": dict(formats=map_of(str), rotate=bool, residual=count, bytes_per_token=number, thresholds=dict,
+                   bytes_per_token_with_residual=number, short=MEASURED, long=maybe(MEASURED), kernel=str,
+                   kernel_ms=map_of(number), tried=list, settings=BUDGET),
+}
+
+TRAINING_ROW = {"name": str, "params": count, "times_naive": number, "share_of_matmul_rate": number,
+                "times_llama?": number}
+DECODE_ROW = dict(shape=str, tokens=count, kernel=str, ms=both(
+    dict.fromkeys(("kernel", "torch", "dequantised", "standard"), number), map_of(number)))
+QUALITY_ROW = dict(run=str, policy=str, rotate=bool, tokens=count, bytes_per_token=number, delta_nll=number,
+                   standard_error=number, kl=number, top1=number)
+PARITY_ROW = dict(task=str, metric=str, items=count, ours=number, theirs=number, items_that_differ=count,
+                  largest_difference=number)
+BENCHMARKS = {                                             # runs/bench/<name>.json
+    "train_speed": dict(env=ENV, rounds=count, rows=list_of(TRAINING_ROW)),
+    "loss_memory": {"chunked": number, "full logits": number},
+    "tokenize_speed": dict(cores=count, ratio=number),
+    "decode_speed": dict(env=ENV, rounds=count, rows=list_of(DECODE_ROW)),
+    "long_context": dict(tokens=count, cache_bytes=number, prefill_seconds=number, prefill_extra_bytes=maybe(number),
+                         decode_ms=number, decode_extra_bytes=maybe(number)),
+    "cache_quality": dict(env=ENV, rows=list_of(QUALITY_ROW)),
+    "task_parity": dict(ckpt=str, lm_eval=str, rows=list_of(PARITY_ROW)),
+}

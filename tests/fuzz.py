@@ -14,20 +14,16 @@ limits itself, and calls the script's main(). The scripts are imported from a co
 probes lie beside them.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):     # read when torch and numpy are imported
-    os.environ[name] = "1"
-os.environ.update(MPLBACKEND="agg", CXX="no-compiler")     # no kernel is compiled for this
-
 import argparse
 import contextlib
 import fnmatch
+import gc
 import hashlib
 import importlib
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -38,11 +34,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import mutations
 import numpy as np
+
+import mutations
 
 REPO = Path(__file__).resolve().parent.parent
 SEED = 10
@@ -51,6 +49,9 @@ CPU_SECONDS = 60
 WALL_SECONDS = 600                                         # only what waits without end takes as long
 MEMORY_BYTES = 2 << 30                                     # beyond what the warm process has
 ERROR_LENGTH = 2000                                        # longest error line, in characters
+# One thread, as a fork keeps the locks of others; no window; no kernel is compiled.
+ENVIRONMENT = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg",
+                   CXX="no-compiler")
 SCRIPTS = ("train_dba", "eval_dba", "prepare_fineweb", "run_paper_manifest", "plot_results", "plot_memory",
            "vis_heatmap")
 LM_EVAL = ("lm_eval",)
@@ -128,7 +129,8 @@ RANK = Command("eval_dba", f"rank {CPU} --block 16 --out out", "json out/eval_ra
 MEMORY = Command("plot_memory", f"{CPU} --tokens 64 --out out", "json out/mem64.json")
 HEATMAP = Command("vis_heatmap", f"{CPU} --prompt-file prompt.txt --layers 0 --out out", "json out/heatmap.json")
 PLOT = Command("plot_results", "--runs plots --out out --readme ''", "json out/results.json")
-DRY_RUN = Command("run_paper_manifest", "--manifest manifest.json --group cpu_mini --only lr_standard --device cpu "
+JUDGE = Command("plot_results", "--runs ledger --out out --readme ''", "json out/results.json")
+DRY_RUN = Command("run_paper_manifest", "--manifest manifest.json --group cpu_mini --seeds 1 --device cpu "
                   "--dry-run", "stdout")
 TOKENISE = Command("prepare_fineweb", "--dataset text --input corpus.txt --tokenizer byte --output out/t.npy "
                    f"{PREPARE}", "tokens out/t")
@@ -168,7 +170,7 @@ CASES = (
     Case("vocabulary, ppl", "data/tokens.vocab.json", "json", MEASURE_DATA, "same"),
     Case("text", "corpus.txt", "text", START_TEXT, "sane", 1.5),
     Case("text, ppl", "corpus.txt", "text", MEASURE_TEXT),
-    Case("text, prepare", "corpus.txt", "text", TOKENISE),
+    Case("text, prepare", "corpus.txt", "text", TOKENISE, "sane", 1.5),
     Case("wikitext", "wiki/wiki.train.tokens", "text", TOKENISE_WIKI),
     Case("prompt file", "prompt.txt", "text", HEATMAP, "sane", 0.6),
     Case(".jsonl", "corpus.jsonl", "jsonl", TOKENISE_LINES, "sane", 1.5),
@@ -179,13 +181,13 @@ CASES = (
     Case("kv_policy.json", f"{RUN}/kv_policy.json", "json", CONTINUE_AUTO, "sane", 2),
     Case("probes --compare", f"{RUN}/eval_probes.json", "json", PROBE_COMPARE, "sane", 1.5),
     Case("probes.json", "beside:probes.json", "json", PROBE, "sane", 1.5),
-    Case("manifest", "manifest.json", "json", DRY_RUN, "sane", 2),
-    Case("manifest, plots", "beside:paper_manifest.json", "json", PLOT, "sane", 0.6),
-    Case("claims.json", "beside:claims.json", "json", PLOT),
+    Case("manifest", "manifest.json", "json", DRY_RUN),
+    Case("manifest, plots", "beside:paper_manifest.json", "json", JUDGE, "sane", 0.6),
+    Case("claims.json", "beside:claims.json", "json", JUDGE),
     Case("train.jsonl, plots", "plots/{plots}/train.jsonl", "jsonl", PLOT),
     Case("env.json, plots", "plots/{plots}/env.json", "json", PLOT, "sane", 0.6),
-    *(Case(f"{name}, plots", f"plots/{{plots}}/{name}.json", "json", PLOT, "sane", 0.5) for name in EVALS),
-    *(Case(f"bench {name}, plots", f"plots/bench/{name}.json", "json", PLOT, "sane", 0.5) for name in BENCHMARKS),
+    *(Case(f"{name}, plots", f"plots/{{plots}}/{name}.json", "json", PLOT, "sane", 0.3) for name in EVALS),
+    *(Case(f"bench {name}, plots", f"plots/bench/{name}.json", "json", PLOT, "sane", 0.3) for name in BENCHMARKS),
     Case("tasks, items", "tasks/boolq_valid.jsonl", "jsonl", TASK, "sane", 1, LM_EVAL),
     Case("tasks --compare", "tasks/eval_tasks.json", "json", TASK_COMPARE, "sane", 1, LM_EVAL),
     Case(".gguf", "llama/tiny.gguf", "gguf", MEASURE_GGUF, "sane", 1.5, LLAMA),
@@ -269,12 +271,13 @@ def product_of(command, folder, output):
 
 @dataclass
 class Result:
-    """How a child ended. code: exit code, or minus a signal's number; said: what the mutator did."""
+    """How a child ended. code: exit code, or minus a signal's number; said: what the mutator did; seconds: CPU time."""
     code: int
     stdout: str
     stderr: str
     said: str = ""
     hung: bool = False
+    seconds: float = 0.0
 
 
 BROKEN_HARNESS = "the harness failed:"
@@ -289,7 +292,9 @@ def import_scripts(code):
     assert hasattr(prepare, "BATCH_CHARS") and hasattr(prepare, "JOURNAL_SECONDS")
     prepare.BATCH_CHARS, prepare.JOURNAL_SECONDS = 600, 0.0           # a journal after every few documents
     import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcParams.update({"savefig.dpi": 20, "figure.dpi": 20})
+    Figure.get_layout_engine = lambda figure: None         # layout draws everything thrice
 
 
 def limit():
@@ -348,7 +353,7 @@ def fork(folder, work):
 
 def finished(pid, folder, since):
     """Result of a child, or None while it runs."""
-    done, status = os.waitpid(pid, os.WNOHANG)
+    done, status, usage = os.wait4(pid, os.WNOHANG)
     hung = not done and time.monotonic() - since > WALL_SECONDS
     if not done and not hung:
         return None
@@ -361,7 +366,7 @@ def finished(pid, folder, since):
     code = -signal.SIGKILL if hung else os.waitstatus_to_exitcode(status)
     if BROKEN_HARNESS in texts[1]:
         raise RuntimeError(f"{folder}: {texts[1]}")
-    return Result(code, *texts, hung)
+    return Result(code, *texts, hung, usage.ru_utime + usage.ru_stime)
 
 
 def wait(pid, folder):
@@ -409,15 +414,18 @@ def make_corpus(folder):
 
 
 def copy_results(folder):
-    """The repository's own run folder with most results, as plots/<...>; returns its path below plots."""
+    """From the repository's own runs, what figures need: as plots/ the run folder with most results and the benchmarks,
+    as ledger/ two runs of the manifest, without which no claim is judged. Returns the run folder's path below plots."""
     sweep = next(REPO.glob("runs/**/eval_sweep.json")).parent
     names = [path.name for path in sweep.iterdir() if path.is_file() and path.suffix != ".pt"]
-    run = sweep.relative_to(REPO / "runs")
-    (folder / "plots" / run).mkdir(parents=True)
+    plots = sweep.relative_to(REPO / "runs")
+    (folder / "plots" / plots).mkdir(parents=True)
     for name in names:
-        shutil.copy(sweep / name, folder / "plots" / run / name)
+        shutil.copy(sweep / name, folder / "plots" / plots / name)
     shutil.copytree(REPO / "runs/bench", folder / "plots/bench")
-    return str(run)
+    for run in ("standard192_s1337", "decoupled24_48_s1337"):
+        shutil.copytree(REPO / "runs/cpu_mini/modes" / run, folder / "ledger/cpu_mini/modes" / run)
+    return str(plots)
 
 
 def interrupt(folder):
@@ -429,10 +437,13 @@ def interrupt(folder):
     result = wait(fork(folder, work), folder)
     journal = json.loads((folder / "journal/long.npy.part.json").read_text())
     assert result.code == 1 and 0 < journal["read"] < 60, result
+    for name, part in journal["parts"].items():            # what is beyond may be cut
+        for suffix, length in zip(("npy", "words"), part["bytes"]):
+            os.truncate(folder / f"journal/long{name}.{suffix}.part", length)
 
 
 def make_llamas(folder):
-    import llamas                                          # imports what only some environments have
+    import llamas  # imports what only some environments have
     llama = llamas.save_llama(folder / "llama/folder")
     llamas.write_gguf(folder / "llama/tiny.gguf", llama, llamas.byte_level())
     return 0
@@ -446,7 +457,7 @@ def make_world(folder, with_llamas, with_tasks):
         learn(folder, script, line)
     interrupt(folder)
     shutil.copy(REPO / "paper_manifest.json", folder / "manifest.json")
-    run = copy_results(folder)
+    plots = copy_results(folder)
     if with_llamas:
         (folder / "llama").mkdir()
         result = wait(fork(folder, lambda note: make_llamas(folder)), folder)
@@ -458,7 +469,7 @@ def make_world(folder, with_llamas, with_tasks):
         learn(folder, TASK.script, TASK.line)
         (folder / "out/eval_tasks.json").rename(folder / "tasks/eval_tasks.json")
         shutil.rmtree(folder / "out")
-    return run
+    return plots
 
 
 def copy_code(folder):
@@ -524,7 +535,11 @@ def harm(case, code, before, after):
 
 
 def judge(case, folder, result, before, baseline):
-    """What is wrong with a result as a sentence, or None; and whether it differs from that of whole files."""
+    """What is wrong with a result as a sentence, or None; and whether it differs from that of whole files.
+
+    before: snapshot of the folder before the command ran, with the damaged file; baseline: (product, lines of the
+    standard error) of whole files.
+    """
     if wrong := misbehaviour(result):
         return wrong, True
     if harmed := harm(case, result.code, before, snapshot(folder)):
@@ -535,9 +550,9 @@ def judge(case, folder, result, before, baseline):
         product = product_of(case.command, folder, result.stdout)
     except (ValueError, KeyError, TypeError, OSError) as e:
         return f"exit 0, but no right output: {type(e).__name__} {e}", True
-    if case.rule == "same" and product != baseline:
-        return f"exit 0, and {product!s:.100} instead of {baseline!s:.100}", True
-    return None, product != baseline or bool(result.stderr)
+    if case.rule == "same" and product != baseline[0]:
+        return f"exit 0, and {product!s:.100} instead of {baseline[0]!s:.100}", True
+    return None, (product, said_lines(result.stderr)) != baseline
 
 
 # -----------------------------------------------------------------------------
@@ -563,14 +578,14 @@ def missing_packages(case):
     return [name for name in case.needs if importlib.util.find_spec(name) is None]
 
 
-def make_variants(seed, count):
+def make_variants(cases, seed, count):
     """At least `count` variants of all cases by their shares, two of a case at the least. A case goes through its
-    mutators in a random order."""
-    cases = [case for case in CASES if not missing_packages(case)]
+    mutators in a random order, after the first in their list, which makes a difference wherever the file is read."""
     total = sum(case.share for case in cases)
     variants = []
     for case in cases:
-        pool, order = mutations.FORMATS[case.format], []
+        pool = mutations.FORMATS[case.format]
+        order = pool[:1]
         rng = random.Random(f"{seed} {case.name}")
         wanted = max(2, math.ceil(count * case.share / total))
         while len(order) < wanted:
@@ -600,13 +615,13 @@ class Fuzzer:
         return self.beside(case) or folder / case.file.format(plots=self.plots)
 
     def baseline(self, case):
-        """Product of a case's command on whole files."""
+        """(product, lines of the standard error) of a case's command on whole files."""
         command = case.command
         if command not in self.baselines:                  # before the variants, so that children find what it imports
             folder = self.root / f"baseline{len(self.baselines)}"
             shutil.copytree(self.template, folder)
             result = learn(folder, command.script, command.line)
-            self.baselines[command] = product_of(command, folder, result.stdout)
+            self.baselines[command] = product_of(command, folder, result.stdout), said_lines(result.stderr)
         return self.baselines[command]
 
     def start(self, variant, folder):
@@ -694,6 +709,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=SEED, help=f"of all damages ({SEED})")
     parser.add_argument("--variants", type=int, default=VARIANTS, help=f"at least so many ({VARIANTS})")
+    parser.add_argument("--part", choices=("all", "base", "optional"), default="all",
+                        help="optional: the kinds that need more packages; base: the others (all)")
     parser.add_argument("--only", action="append", default=[], help="a case, or one variant as CASE:INDEX")
     parser.add_argument("--jobs", type=int, default=2, help="variants at once (2)")
     parser.add_argument("--keep", type=Path, help="leave the world and every variant's folder here")
@@ -704,12 +721,17 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    skipped = {case.name: missing_packages(case) for case in CASES if missing_packages(case)}
+    cases = [case for case in CASES if args.part == "all" or (args.part == "optional") == bool(case.needs)]
+    skipped = {case.name: missing_packages(case) for case in cases if missing_packages(case)}
     if args.list:
-        for case in CASES:
+        for case in cases:
             print(f"{case.name}: {case.file} ({case.format}), {case.command.script} {case.command.line}")
         return 0
-    variants = [variant for variant in make_variants(args.seed, args.variants)
+    if ENVIRONMENT.items() - os.environ.items():           # NumPy starts its threads when it's imported
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execve(sys.executable, [sys.executable, __file__, *arguments], {**os.environ, **ENVIRONMENT})
+    variants = [variant for variant in make_variants([case for case in cases if case.name not in skipped],
+                                                         args.seed, args.variants)
                 if not args.only or {variant.key, variant.case.name} & set(args.only)]
     with contextlib.ExitStack() as stack:
         root = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
@@ -718,6 +740,7 @@ def main(argv=None):
         fuzzer = Fuzzer(root.resolve(), args.seed)
         for variant in variants:
             fuzzer.baseline(variant.case)
+        gc.freeze()                                        # or each child's collector would copy all that is imported
         print(f"made the world and ran all commands on whole files in {time.monotonic() - started:.0f} s", flush=True)
 
         def tell(outcome):
@@ -730,6 +753,11 @@ def main(argv=None):
     refused = sum(outcome.result.code != 0 for outcome in outcomes)
     print(f"{len(outcomes)} variants in {time.monotonic() - started:.0f} s: {refused} ended with an error, "
           f"{len(outcomes) - refused} went on, {len(faults)} faults")
+    seconds = Counter()
+    for outcome in outcomes:
+        seconds[outcome.variant.case.name] += outcome.result.seconds
+    slowest = ", ".join(f"{name} {most:.0f} s" for name, most in seconds.most_common(12))
+    print(f"CPU time: {seconds.total():.0f} s, of which {slowest}")
     for name, lacking in skipped.items():
         print(f"skipped: {name}, without {', '.join(lacking)}")
     for name in idle:

@@ -237,14 +237,12 @@ def hard_tokens(C):
 class Seen:
     """`see` of gpt(): what a model's quantised cache keeps of the keys and values that were put into it.
 
-    put {(layer, stream): [B, T, C]} are compared with the reference's own; query t sees a token that was among the
-    newest `residual` when its chunk of the schedule had been appended as ring() gives it, and all others quantised.
+    put {(layer, stream): [B, T, C]} are compared with the reference's own; query t sees the newest `residual` tokens
+    up to its own as ring() gives them, and all others quantised, in whatever passes they came.
     """
 
-    def __init__(self, put, formats, residual, schedule):
+    def __init__(self, put, formats, residual):
         self.put, self.formats, self.residual = put, formats, residual
-        ends = list(itertools.accumulate(schedule))
-        self.ends = torch.tensor([end for end, n in zip(ends, schedule) for _ in range(n)])         # [T], of queries
 
     def __call__(self, layer, row, stream, values):
         x, fmt = self.put[layer, stream][row], self.formats[stream]
@@ -252,7 +250,7 @@ class Seen:
         if not self.residual:
             return quantised(x, fmt).double()
         new = ring(x, fmt)
-        newest = torch.arange(len(x)) >= self.ends[:, None] - self.residual                         # [query, token]
+        newest = torch.arange(len(x)) > torch.arange(len(x))[:, None] - self.residual               # [query, token]
         return torch.where(newest[..., None], new, quantised(new, fmt)).double()
 
 
@@ -315,11 +313,11 @@ def cached_and_expected(model, given, idx, schedule, formats, residual=0, kernel
     def spy(self, layer, span, entries):
         for name, x in entries.items():
             put[layer, name] = torch.cat([*([put[layer, name]] if (layer, name) in put else []), x.float()], 1)
-        append(self, layer, span, entries)
+        return append(self, layer, span, entries)
 
     with mock.patch.object(dba.KVCache, "append", spy):
         actual = cached_logits(model, idx, schedule, formats, residual, "cpu", kernel)
-    see = Seen(put, formats, residual, schedule)
+    see = Seen(put, formats, residual)
     return actual, gpt(weights(model), idx, given, model.vocab_size, see)
 
 

@@ -439,6 +439,31 @@ def test_rows_of_different_length_with_a_window(mode):
             close(actual[row], alone[0], EXACT, f"row {row}")
 
 
+@pytest.mark.parametrize("residual", (0, 1, 5, 32))
+@pytest.mark.parametrize("fmt", (*dba.FORMATS, "mixed"))
+@pytest.mark.parametrize("mode", MODES)
+def test_passes_of_any_length_read_what_decoding_reads(mode, fmt, residual):
+    """A token is a float to the newest N queries and settled to all later ones, also where they come in one pass."""
+    model = model_of(settings(mode, null_attn=mode in ("decoupled", "decoupled_gqa", "mla")))
+    names = list(model.cfg.attention.streams)
+    formats = dict(zip(names, ("q4_0", "q8_0", "nf4"))) if fmt == "mixed" else dict.fromkeys(names, fmt)
+    idx = tokens(2, 40)
+    one_by_one = cached_logits(model, idx, [1] * 40, formats, residual)
+    for schedule in ([40], [3, 1, 9, 27]):
+        close(cached_logits(model, idx, schedule, formats, residual), one_by_one, EXACT, f"{schedule}")
+
+
+@pytest.mark.parametrize("mode", ("decoupled_gqa", "mla"))
+def test_a_long_window_reads_what_decoding_reads(mode, monkeypatch):
+    """N = 200, over slots that are read in several chunks."""
+    monkeypatch.setattr(dba, "CACHE_BLOCK", 64)
+    monkeypatch.setattr(dba, "DECODE_CHUNK", 1)
+    model, idx = model_of(settings(mode, null_attn=True)), tokens(1, 330)
+    one_by_one = cached_logits(model, idx, [1] * 330, "q4_0", 200)
+    close(cached_logits(model, idx, [150, 180], "q4_0", 200), one_by_one, EXACT)
+    assert (cached_logits(model, idx, [330], "q4_0", 0) - one_by_one).abs().max() > 1e-2
+
+
 @torch.no_grad()
 def test_a_longer_window_is_nearer_to_float_s():
     model, idx = model_of(settings("decoupled", null_attn=True)), tokens(2, 48)

@@ -1,7 +1,9 @@
 """Checkpoints and the run folder: what breaks them is said in one line, and nothing that was saved is lost."""
 
+import dataclasses
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -9,13 +11,27 @@ import resource
 import shutil
 import subprocess
 import time
+import zipfile
 
 import pytest
 import torch
-from helpers import (TRAIN, assert_done, assert_error, call, cli, finish, last_step, lines, losses, make_text,
-                     read_log, snapshot, start)
 
 import train_dba
+from helpers import (
+    TRAIN,
+    assert_done,
+    assert_error,
+    call,
+    cli,
+    finish,
+    last_step,
+    lines,
+    losses,
+    make_text,
+    read_log,
+    snapshot,
+    start,
+)
 from train_dba import UserError, load_checkpoint, load_model
 
 RUN = f"{TRAIN} --steps 8 --save-every 4 --eval-every 2 --out-dir run"
@@ -111,7 +127,7 @@ def test_a_payload_would_run_if_it_were_let(tmp_path, monkeypatch):
 
 def test_damaged_checkpoints_never_end_in_a_traceback(folder):
     path, rng, refused = folder / "run/best.pt", random.Random(0), 0
-    whole = path.read_bytes()
+    whole, good = path.read_bytes(), load_checkpoint(path)["model"]
     for _ in range(150):
         damaged = bytearray(whole)
         for _ in range(3):                                 # most of the structure is in the first and last kilobytes
@@ -119,14 +135,56 @@ def test_damaged_checkpoints_never_end_in_a_traceback(folder):
             damaged[at] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            load_model(load_checkpoint(path))
+            state = load_model(load_checkpoint(path)).state_dict()
         except UserError:
             refused += 1
-    assert refused > 20
+        else:                                              # what was hit is padding, which nothing reads
+            assert all(torch.equal(w, good[name]) for name, w in state.items())
+    assert refused > 100
+
+
+def test_one_flipped_bit_of_any_record_is_refused(folder):
+    path = folder / "run/last.pt"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size > 8]
+        places = {record.filename: whole.index(archive.read(record), record.header_offset) for record in records}
+    assert len(records) > 20
+    for record in records:
+        damaged = bytearray(whole)
+        damaged[places[record.filename] + record.file_size // 2] ^= 0x40        # of a weight's exponent, often
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
+    assert_error(call(SAMPLE, folder), "last.pt is damaged")
+
+
+def test_packed_records_are_refused(folder):
+    """A small file could unpack to any size."""
+    path = folder / "run/last.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(folder / "packed.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    assert_error(call("--mode sample --ckpt packed.pt", folder), "compressed records")
+
+
+def test_a_missing_checkpoint_names_what_makes_one(folder):
+    assert_error(call("--mode sample --ckpt nowhere/best.pt", folder), "nowhere/best.pt", "make checkpoints")
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def config(**values):
     return lambda ckpt: ckpt["config"].update(values)
+
+
+def weight(make):
+    return lambda ckpt: ckpt["model"].update({"norm.weight": make(ckpt["model"]["norm.weight"])})
 
 
 BIG = 2**30
@@ -134,9 +192,9 @@ EDITS = {
     "unknown setting": (config(no_such_setting=1), "no_such_setting"),
     "missing setting": (lambda c: c["config"].pop("d_ff"), "weights"),
     "no config": (lambda c: c.pop("config"), "not a checkpoint"),
-    "config a list": (lambda c: c.update(config=[1, 2]), "it.config is no dict"),
-    "model a list": (lambda c: c.update(model=[1, 2]), "it.model is no dict"),
-    "model a number": (lambda c: c.update(model=5), "it.model is no dict"),
+    "config a list": (lambda c: c.update(config=[1, 2]), "config is no dict"),
+    "model a list": (lambda c: c.update(model=[1, 2]), "model is no dict"),
+    "model a number": (lambda c: c.update(model=5), "model is no dict"),
     "no weights": (lambda c: c["model"].clear(), "weights"),
     "text in a number": (config(d_model="32"), "settings"),
     "nothing in a number": (config(d_model=None), "settings"),
@@ -161,6 +219,29 @@ EDITS = {
     "weight missing": (lambda c: c["model"].pop("norm.weight"), "norm.weight"),
     "weight too many": (lambda c: c["model"].update({"blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
     "weight a number": (lambda c: c["model"].update({"norm.weight": 5}), "weights"),
+    "weight sparse": (weight(lambda w: w.to_sparse()), "norm.weight"),
+    "weight complex": (weight(lambda w: w.to(torch.complex64)), "norm.weight"),
+    "weight quantised": (weight(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), "norm.weight"),
+    "weight in half": (weight(lambda w: w.half()), "norm.weight"),
+    "weight repeated": (weight(lambda w: w[:1].expand(len(w))), "norm.weight"),
+    "weight nowhere": (weight(lambda w: w.to("meta")), "norm.weight"),
+    "weight unnamed": (lambda c: c["model"].update({5: torch.zeros(3)}), "weights"),
+    "weight of lists in lists": (lambda c: c["model"].update(x=nested(900)), "weights"),
+    "step negative": (lambda c: c.update(step=-1), "it.step"),
+    "step half": (lambda c: c.update(step=2.5), "it.step"),
+    "step a text": (lambda c: c.update(step="8"), "it.step"),
+    "step a truth": (lambda c: c.update(step=True), "it.step"),
+    "step huge": (lambda c: c.update(step=10**400), "it.step"),
+    "step beyond the last": (lambda c: c.update(step=9), "step 9 of 8"),
+    "best loss not a number": (lambda c: c.update(best_val_loss=float("nan")), "best_val_loss"),
+    "tokenizer a text": (lambda c: c.update(tokenizer="byte"), "it.tokenizer"),
+    "words that no text has": (lambda c: c["tokenizer"].update(name="word", words=["<eos>", "<unk>", "\ud800"]),
+                               "settings"),
+    "a truth for a number": (config(layers=True), "config.layers"),
+    "a list for a number": (config(lr=[1]), "config.lr"),
+    "layers beyond any number": (config(layers=10**400), "settings"),
+    "data without counts": (lambda c: c.update(data=dict(sha256="0")), "it.data"),
+    "data of a number": (lambda c: c["data"].update(val_sha256=5), "val_sha256"),
 }
 
 
@@ -181,6 +262,21 @@ RESUME_EDITS = {
     "broken rng": lambda c: c.update(rng=dict(bit_generator="MT19937")),
     "another model's optimizer": lambda c: c["optimizer"].update(param_groups=c["optimizer"]["param_groups"][:1]),
     "no data": lambda c: c.pop("data"),
+    "rng a list": lambda c: c.update(rng=[1]),
+    "rng huge": lambda c: c["rng"].update(uinteger=2**70),
+    "rng nested": lambda c: c["rng"].update(state=dict(state=nested(900), inc=1)),
+    "optimizer a list": lambda c: c.update(optimizer=[c["optimizer"]]),
+    "optimizer nested": lambda c: c["optimizer"].update(state=nested(900)),
+    "optimizer's groups numbers": lambda c: c["optimizer"].update(param_groups=[1, 2]),
+    "optimizer without a state": lambda c: c["optimizer"]["state"].clear(),
+    "moment missing": lambda c: c["optimizer"]["state"][0].pop("exp_avg"),
+    "moment of wrong shape": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "moment sparse": lambda c: c["optimizer"]["state"][0].update(exp_avg=c["model"]["embed.weight"].to_sparse()),
+    "moment in double": lambda c: c["optimizer"]["state"][0].update(exp_avg=c["model"]["embed.weight"].double()),
+    "moment's step negative": lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
+    "moment's step half": lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(7.5)),
+    "moment's step nan": lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(float("nan"))),
+    "moment's step a number": lambda c: c["optimizer"]["state"][0].update(step=8),
 }
 
 
@@ -226,7 +322,7 @@ def test_full_disk_while_saving(folder, longer):
     before = (folder / "run/last.pt").read_bytes()
     limit = len(before) // 2
     assert (folder / "run/best.pt").stat().st_size < limit, "only last.pt is to fail"
-    assert_error(cli(f"{RUN} --steps 16", folder, preexec_fn=limited(limit)), "last.pt", "space")
+    assert_error(cli(f"{RUN} --steps 16", folder, preexec_fn=limited(limit)), "last.pt", "disk full", "space")
     assert (folder / "run/last.pt").read_bytes() == before
     assert load_checkpoint(folder / "run/last.pt")["step"] == 8
     assert last_step(folder / "run") == 12
@@ -236,7 +332,7 @@ def test_full_disk_while_saving(folder, longer):
 
 
 def test_full_disk_on_the_first_save(folder):
-    assert_error(cli(f"{RUN} --out-dir new", folder, preexec_fn=limited(20_000)), "last.pt")
+    assert_error(cli(f"{RUN} --out-dir new", folder, preexec_fn=limited(20_000)), "last.pt", "disk full")
     assert_no_temporary(folder)
     assert_done(call(f"{RUN} --out-dir new", folder))
     assert losses(folder / "new") == losses(folder / "run")
@@ -259,7 +355,7 @@ def test_full_disk_while_logging(folder, longer):
     path = str(train_dba.__file__).rsplit("/", 1)[0]
     program = ["-c", f"import sys; sys.path.insert(0, {path!r})\n{LOG_LIMIT}"]
     result = finish(start(f"{RUN} --steps 16", folder, program))
-    assert_error(result, "train.jsonl", "space")
+    assert_error(result, "train.jsonl", "disk full", "space")
     text = (folder / "run/train.jsonl").read_text()
     assert not text.endswith("\n") and len(text.splitlines()[-1]) == 25, "the last line is torn"
     assert load_checkpoint(folder / "run/last.pt")["step"] == 8
@@ -282,7 +378,7 @@ def test_full_file_system(folder, longer):
         before = (disk / "run/last.pt").read_bytes()
         room = os.statvfs(disk)
         (disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - 150_000))
-        assert_error(cli(f"{RUN} --steps 16 --out-dir disk/run", folder), "last.pt", "space")
+        assert_error(cli(f"{RUN} --steps 16 --out-dir disk/run", folder), "last.pt", "disk full", "space")
         assert (disk / "run/last.pt").read_bytes() == before
         assert_no_temporary(disk)
         (disk / "filler").unlink()
@@ -385,12 +481,12 @@ def test_overwrite_leaves_no_old_best_checkpoint(folder):
 
 
 @pytest.mark.parametrize("flags, words", {
-    "--steps 16 --lr 1e-2": ["lr was 0.0003, is 0.01", "--overwrite"],
+    "--steps 16 --lr 1e-2": ["--lr was 0.0003, is 0.01", "--overwrite"],
     "--steps 16 --seed 3 --d-ff 32": ["--seed was 1337, is 3", "--d-ff was 64, is 32"],
     "--attn-mode mla": ["--attn-mode was 'standard', is 'mla'"],
     "--batch-size 8": ["--batch-size was 4, is 8"],
-    "--dropout 0.1": ["dropout was 0.0, is 0.1"],
-    "--block 8": ["block was 16, is 8"],
+    "--dropout 0.1": ["--dropout was 0.0, is 0.1"],
+    "--block 8": ["--block was 16, is 8"],
     "--dtype bfloat16": ["dtype was 'float32', is 'bfloat16'"],
     "--val-frac 0.3": ["--val-frac"],
 }.items())
@@ -422,7 +518,11 @@ def test_last_deleted(folder):
     ("5\n", ["train.jsonl:4"]),
     ("{}\n", ["train.jsonl:4"]),
     ('\udcff\udcfe\n', ["train.jsonl"]),
-], ids=["torn", "number", "no type", "not UTF-8"])
+    ('{"type": 5}\n', ["train.jsonl:4", "the line.type"]),
+    ('{"type": "train", "step": "9"}\n', ["train.jsonl:4", "the line.step"]),
+    ('{"type": "train", "step": -1e400}\n', ["train.jsonl:4", "the line.step"]),
+    ("[" * 100_000 + "\n", ["train.jsonl:4", "RecursionError"]),
+], ids=["torn", "number", "no type", "not UTF-8", "type a number", "step a text", "step infinite", "nested"])
 def test_a_damaged_log_is_not_thrown_away(folder, text, words):
     unfinished(folder)
     path = folder / "run/train.jsonl"
@@ -431,6 +531,32 @@ def test_a_damaged_log_is_not_thrown_away(folder, text, words):
     before = snapshot(folder)
     assert_error(call(f"{RUN} --steps 16", folder), *words)
     assert snapshot(folder) == before
+
+
+def test_settings_of_a_log_without_a_checkpoint_are_checked(folder):
+    log = (folder / "run/train.jsonl").read_text().splitlines(True)
+    (folder / "run/last.pt").unlink()
+    for wrong, word in ((dict(d_model="32"), "config.d_model"), (dict(no_such=1), "no_such")):
+        meta = json.loads(log[0])
+        meta["config"].update(wrong)
+        (folder / "run/train.jsonl").write_text(json.dumps(meta) + "\n" + log[1])
+        assert_error(call(RUN, folder), "train.jsonl", word)
+
+
+def test_settings_of_an_older_log_have_todays_defaults(folder):
+    logged = read_log(folder / "run")[0]["config"]
+    expected = train_dba.config_of(logged)
+    assert expected == load_checkpoint(folder / "run/last.pt")["config"]
+    del logged["one_temperature"], logged["micro_batch"]
+    assert train_dba.config_of({**logged, "lr": 1}) == dataclasses.replace(expected, lr=1)
+    for wrong in (dict(lr="1"), dict(layers=1.0), dict(rope=1), dict(seed=True), dict(no_such=1), [], None):
+        with pytest.raises((ValueError, TypeError)):
+            train_dba.config_of({**logged, **wrong} if isinstance(wrong, dict) else wrong)
+
+
+def test_a_loss_without_a_perplexity():
+    assert train_dba.perplexity(2.0) == math.exp(2) and train_dba.perplexity(709.0) > 8e307
+    assert train_dba.perplexity(710.0) is train_dba.perplexity(1e300) is None
 
 
 @pytest.mark.parametrize("torn", ['{"type": "train", "step": 9, "los', "\0" * 300, "{"])

@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
-from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
 
 import train_dba
+from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
 from train_dba import Config, UserError, count_params, make_config
 
 FIELDS = [f.name for f in dataclasses.fields(Config)]
@@ -298,3 +298,19 @@ def test_context_length_is_neither_clamped_nor_ignored(folder, monkeypatch):
         assert log[0]["config"]["block"] == block
         assert log[1]["tokens"] == 4 * 2 * block
         assert log[2]["val_tokens"] == round((len(text) + 1) * 0.1) - 1
+
+
+@pytest.mark.parametrize("flag, meant", [("--d-modl", "--d-model"), ("--kv-cahce=fp16", "--kv-cache"),
+                                         ("--no-ropes", "--no-rope"), ("--overwrte", "--overwrite")])
+def test_an_unknown_flag_suggests_the_nearest(folder, flag, meant):
+    assert_error(call(f"--data text.txt {flag} 3", folder), flag, f"did you mean {meant}?", code=2)
+
+
+def test_nothing_is_suggested_where_nothing_is_near(folder):
+    for flags in ("--zzzzzzzz", "stray"):
+        assert "did you mean" not in call(f"--data text.txt {flags}", folder).stderr
+
+
+@pytest.mark.parametrize("nll, has", [(0.0, True), (709.0, True), (709.9, False), (1e9, False)])
+def test_a_loss_above_709_has_no_perplexity(nll, has):
+    assert (train_dba.perplexity(nll) is not None) == has

@@ -1,5 +1,6 @@
 """Token files and text: what is wrong with them is said in one line; what is right is split as documented."""
 
+import codecs
 import hashlib
 import json
 import math
@@ -9,9 +10,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, TRAIN, assert_done, assert_error, call, edit_sidecar, make_text, read_log, write_tokens
 
 import train_dba
+from helpers import TINY, TRAIN, assert_done, assert_error, call, edit_sidecar, make_text, read_log, write_tokens
 from train_dba import eval_batches, load_data, make_config
 
 RUN = f"--data train.npy {TINY} --steps 2 --warmup-steps 0 --out-dir run"
@@ -74,7 +75,73 @@ def zipped(d):
         np.savez(f, ids=np.zeros(600, np.uint16))
 
 
+def header(text):
+    """Change train.npy to one with this header, and so its hash in the sidecar."""
+    def change(d):
+        raw, ids = text.encode("latin1"), (d / "train.npy").read_bytes()[128:]
+        (d / "train.npy").write_bytes(b"\x93NUMPY\x01\0" + len(raw).to_bytes(2, "little") + raw + ids)
+        edit_sidecar(d / "train.json", sha256=hashlib.sha256((d / "train.npy").read_bytes()).hexdigest())
+    return change
+
+
+def shape(text):
+    return header("{'descr': '<u2', 'fortran_order': False, 'shape': " + text + "}\n")
+
+
+def sidecar(text):
+    return lambda d: (d / "train.json").write_text(text)
+
+
+def promised(d):
+    shape(f"({2**52},)")(d)
+    edit_sidecar(d / "train.json", tokens=2**52)
+
+
+def endless(d):
+    word_files(d)
+    (d / "vocab.json").unlink()
+    (d / "vocab.json").symlink_to("/dev/zero")
+
+
+def words_elsewhere(name):
+    return lambda d: (word_files(d), edit_sidecar(d / "train.json", vocab=name))
+
+
+def backwards(name):
+    return lambda d: np.save(d / f"{name}.npy", np.load(d / f"{name}.npy")[::-1])
+
+
 BROKEN = {
+    "header of 60,000 characters": (shape("(600,)" + " " * 60_000), "train.npy"),
+    "header that doesn't parse": (shape("(600, 0x"), "train.npy"),
+    "header of an open text": (shape("(600, '"), "train.npy"),
+    "header of an open long text": (shape('(600, """'), "train.npy"),
+    "header nested": (shape("(" * 3000), "train.npy"),
+    "header of code": (shape("__import__('os').mkdir('payload-ran')"), "train.npy"),
+    "negative shape": (shape("(-5,)"), "-5"),
+    "huge shape": (shape(f"({10**30},)"), "1000000"),
+    "huge shape, promised": (promised, "bytes"),
+    "other byte order": (header("{'descr': '>u2', 'fortran_order': False, 'shape': (600,)}\n"), ">u2"),
+    "a record": (header("{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (600,)}\n"), "train.npy"),
+    "sidecar nested": (sidecar("[" * 100_000), "train.json"),
+    "sidecar of a number too long": (sidecar('{"tokens": ' + "9" * 10_000 + "}"), "train.json"),
+    "sidecar of 2 MB": (sidecar(" " * 2**21 + "{}"), "train.json"),
+    "tokens a text": (lambda d: edit_sidecar(d / "train.json", tokens="600"), "train.json.tokens"),
+    "tokens infinite": (lambda d: edit_sidecar(d / "train.json", tokens=float("inf")), "train.json.tokens"),
+    "tokens negative": (lambda d: edit_sidecar(d / "train.json", tokens=-600), "train.json.tokens"),
+    "bytes a list": (lambda d: edit_sidecar(d / "val.json", text_bytes=[5]), "val.json.text_bytes"),
+    "val in another folder": (lambda d: edit_sidecar(d / "train.json", val="../val.npy"), "train.json.val"),
+    "val a path": (lambda d: edit_sidecar(d / "train.json", val=str(d / "val.npy")), "train.json.val"),
+    "val the folder above": (lambda d: edit_sidecar(d / "train.json", val=".."), "train.json.val"),
+    "vocabulary in another folder": (words_elsewhere("../vocab.json"), "train.json.vocab"),
+    "vocabulary not named": (words_elsewhere(None), "train.json"),
+    "vocabulary without end": (endless, "vocab.json"),
+    "vocabulary that no text has": (vocabulary_of('["a", "<eos>", "\\ud800", "<unk>"]'), "vocab.json"),
+    "vocabulary nested": (vocabulary_of("[" * 100_000), "vocab.json"),
+    "ids in another order": (backwards("train"), "train.npy holds other ids"),
+    "ids of val in another order": (backwards("val"), "val.npy holds other ids"),
+    "val of the same ids": (lambda d: write_tokens(d, "val", np.load(d / "train.npy")), "hold the same"),
+    "val the file itself": (lambda d: edit_sidecar(d / "train.json", val="train.npy"), "hold the same"),
     "missing": (lambda d: (d / "train.npy").unlink(), "train.npy"),
     "a folder": (lambda d: ((d / "train.npy").unlink(), (d / "train.npy").mkdir()), "train.npy"),
     "empty": (lambda d: (d / "train.npy").write_bytes(b""), "train.npy"),
@@ -161,6 +228,9 @@ def test_val_data_with_another_vocabulary_of_the_same_size(tmp_path):
     (b"a b c " * 100, "--tokenizer byte --val-data train.npy", ".npy"),
     (b"a b c " * 100, "--tokenizer byte --val-data nowhere.txt", "nowhere.txt"),
     (b"a b c " * 100, "--tokenizer byte --val-data .", "not a file"),
+    (b"a b c " * 100, f"--tokenizer byte --val-data {'v' * 5000}", "not a file"),
+    (b"a b c " * 100, "--tokenizer byte --val-data /dev/zero", "not a file"),
+    ("a b c ".encode("utf-16") * 100, "--tokenizer byte", "UTF-8"),
 ])
 def test_broken_text(folder, content, flags, word):
     (folder / "broken.txt").write_bytes(content)
@@ -351,3 +421,29 @@ def test_other_data_on_resume_is_refused(folder):
     assert_error(call(f"{TRAIN} --steps 4 --out-dir run", folder), "other data")
     make_text(folder)
     assert_done(call(f"{TRAIN} --steps 4 --out-dir run", folder))
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.JSONL", "t.json", "t.ndjson", "t.parquet", "t.csv"])
+def test_text_with_markup_is_not_trained_on(tmp_path, name):
+    (tmp_path / name).write_text('{"id": 5, "text": "calm sea"}\n' * 60)
+    assert_error(call(f"--data {name} --tokenizer byte {TINY} --steps 1 --out-dir run", tmp_path), name,
+                 "prepare_fineweb.py --dataset text")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_text_twice_is_refused_by_any_name(tmp_path):
+    make_text(tmp_path)
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "text.txt").read_bytes())
+    (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + (tmp_path / "text.txt").read_bytes())
+    for name in ("text.txt", "./text.txt", "link.txt", "copy.txt", "marked.txt"):
+        assert_error(call(f"{TRAIN} --val-data {name} --steps 1 --out-dir run", tmp_path), "hold the same")
+
+
+@pytest.mark.parametrize("kind", ["byte", "word"])
+def test_a_byte_order_mark_is_no_token(tmp_path, monkeypatch, kind):
+    make_text(tmp_path)
+    plain = load(tmp_path, monkeypatch, data="text.txt", tokenizer=kind)
+    (tmp_path / "text.txt").write_bytes(codecs.BOM_UTF8 + (tmp_path / "text.txt").read_bytes())
+    marked = load(tmp_path, monkeypatch, data="text.txt", tokenizer=kind)
+    assert marked.train.tolist() == plain.train.tolist() and marked.identity == plain.identity

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRAINER, TRAIN, assert_done, call, finish, last_step, losses, make_text, read_log, snapshot, start
 
 import train_dba
+from helpers import TRAIN, TRAINER, assert_done, call, finish, last_step, losses, make_text, read_log, snapshot, start
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RUN = f"{TRAIN} --lr 1e-2 --grad-accum 2 --eval-every 3 --eval-iters 5 --save-every 3 --grad-clip 0.5"
@@ -191,3 +191,43 @@ def test_kill_of_one_worker_ends_all_and_sigterm_saves(tmp_path):
         before = step
     files = snapshot(tmp_path / "run")
     assert not any(name.endswith(".tmp") for name in files)
+
+
+APART = """
+import os, sys
+sys.path.insert(0, {path!r})
+os.chdir("rank" + os.environ["RANK"])                      # machines without a file system that they share
+import train_dba
+sys.exit(train_dba.main())
+"""
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """A folder for each rank, with the same data."""
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        make_text(tmp_path / f"rank{rank}")
+    (tmp_path / "apart.py").write_text(APART.format(path=str(Path(TRAINER).parent)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("holder", (0, 1))
+def test_ranks_that_do_not_see_the_same_run_folder_are_refused(apart, holder):
+    """Also where one of them sees a run that is finished: it must not leave the other waiting."""
+    flags = f"{RUN} --steps 3 --out-dir run"
+    assert_done(call(flags, apart / f"rank{holder}"))
+    before = snapshot(apart)
+    for steps in (3, 9):
+        result = both(f"{flags} --steps {steps}", apart, apart / "apart.py")
+        assert result.code != 0
+        assert re.search(r"(?m)^error: the ranks don't see the same run \(step (0 and 3|3 and 0)", result.stderr)
+        assert snapshot(apart) == before
+
+
+def test_ranks_that_read_other_data_are_refused(apart):
+    make_text(apart / "rank1", seed=1)
+    before = snapshot(apart)
+    result = both(f"{RUN} --steps 3 --out-dir run", apart, apart / "apart.py")
+    assert result.code != 0 and "the ranks don't see the same run (data" in result.stderr
+    assert snapshot(apart) == before

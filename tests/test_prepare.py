@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import prepare_fineweb as prep                                     # noqa: E402
-from train_dba import EOS, UNK, ByteTokenizer, GPT2Tokenizer, UserError, WordTokenizer, split_words    # noqa: E402
+import prepare_fineweb as prep  # noqa: E402
+from train_dba import EOS, UNK, ByteTokenizer, GPT2Tokenizer, UserError, WordTokenizer, split_words  # noqa: E402
 
 WIKITEXT2 = os.environ.get("DBA_WIKITEXT2")
 KEYS = {"dataset", "revision", "tokenizer", "vocab_size", "eot", "tokens", "documents", "sha256", "text_bytes", "val",
@@ -675,7 +675,7 @@ def test_a_file_without_sidecar_is_not_touched(tmp_path):
 
 def test_two_runs_on_one_output(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", make_texts(5))
-    with prep.exclusive(tmp_path / "x.npy.lock"):
+    with prep.exclusive(tmp_path / "x.npy.lock", "x.npy"):
         message = fails("--dataset", "text", "--tokenizer", "byte", "--input", source, "--output", tmp_path / "x.npy")
     assert "another run is writing" in message and "x.npy" in message
 

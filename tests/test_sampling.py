@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import TRAIN, assert_done, assert_error, call, make_text
-from test_cache import HETERO, cost
 
 import train_dba
+from helpers import TRAIN, assert_done, assert_error, call, cli, make_text
 from reference import QUANTISED, randomize
+from test_cache import HETERO, cost
 from train_dba import FORMATS, compare_bytes, make_config
 
 SAMPLE = "--mode sample --ckpt {}/last.pt --device cpu --dtype float32 --max-new-tokens 8 --prompt ab"
@@ -179,3 +179,71 @@ def test_a_checkpoint_older_than_these_flags(trained, tmp_path):
         del ckpt["config"][name]
     torch.save(ckpt, path)
     assert_done(sample(tmp_path, "standard", "--kv-cache q4_0 --kv-residual 2"))
+
+
+# --- Logits that are not finite
+
+@pytest.fixture(scope="module")
+def large(trained):
+    """Checkpoints of runs whose keys of the first layer, or all weights of the second, are beyond what is finite."""
+    for name, weight, factor in (("keys", "blocks.0.attn.k.geo.weight", 1e7), ("weights", "blocks.1.mlp.up.weight",
+                                                                               math.inf)):
+        ckpt = torch.load(trained / "standard/last.pt", weights_only=True)
+        ckpt["model"][weight] *= factor
+        (trained / name).mkdir()
+        torch.save(ckpt, trained / name / "last.pt")
+    return trained
+
+
+@pytest.mark.parametrize("flags", ["--kv-cache fp16", "--kv-cache q8_0", "--kv-cache q4_0 --kv-residual 3",
+                                   "--kv-cache fp32 --kv-cache-k fp16"])
+@pytest.mark.parametrize("temperature", (0, 1))
+def test_float16_overflow_names_the_format(large, flags, temperature):
+    result = sample(large, "keys", f"{flags} --temperature {temperature}")
+    fmt = flags.split()[-1] if "-k " in flags else flags.split()[1]
+    assert_error(result, "token 3", "layer 0's k ", f"--kv-cache {fmt}", "fp32 or bf16")
+    assert result.stdout == "ab"
+
+
+def test_float32_and_bfloat16_caches_hold_what_float16_cannot(large):
+    for fmt in ("fp32", "bf16"):
+        assert_done(sample(large, "keys", f"--kv-cache {fmt}"))
+
+
+def test_weights_that_are_to_blame(large):
+    result = sample(large, "weights", "--kv-cache fp32")
+    assert_error(result, "what is cached is", "--dtype float32")
+
+
+# --- Which checkpoint
+
+def test_a_run_folder_means_its_best_checkpoint(tmp_path):
+    make_text(tmp_path)
+    assert_done(call(f"{TRAIN} --steps 2 --out-dir run", tmp_path))
+    folder, file = (call(f"--mode sample --device cpu --dtype float32 --max-new-tokens 8 --ckpt {ckpt}", tmp_path)
+                    for ckpt in ("run", "run/best.pt"))
+    assert_done(folder)
+    assert folder == file
+    (tmp_path / "run/best.pt").unlink()
+    assert_error(call("--mode sample --ckpt run", tmp_path), "run/best.pt is not a file", "make checkpoints")
+
+
+def test_pretrained_models_are_not_called_damaged(tmp_path):
+    (tmp_path / "llama.gguf").write_bytes(b"GGUF")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text("{}")
+    for name in ("llama.gguf", "hub", "gone.gguf"):
+        result = call(f"--mode sample --ckpt {name}", tmp_path)
+        assert_error(result, name, "make checkpoints" if "gone" in name else "eval_dba.py")
+        assert "damaged" not in result.stderr
+
+
+# --- What an encoding can't hold
+
+def test_an_ascii_terminal(trained, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = cli(SAMPLE.format("standard").replace("--prompt ab", "--prompt mnö"), trained)
+    assert_done(result)
+    assert result.stdout.startswith("mn?") and "Traceback" not in result.stderr
+    assert_done(cli("--help", trained))

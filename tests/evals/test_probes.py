@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, assert_error
-from subjects import evaluate, write_checkpoint
 
-import eval_dba
 import train_dba as dba
+from evals import probes
+from evals.subject import formats_of, load_subject
+from helpers import assert_done, assert_error
+from paper import stats
 from reference import MODES
+from subjects import evaluate, write_checkpoint
 
 SMALL = "probes --ckpt run --device cpu --instances 1 --max-new-tokens 6 --kv-cache fp32 --out result.json"
 PINNED = ("seen: fern lamb fish\ntold: fern lamb fish\nseen: bell rain rice\ntold: bell rain rice\n"
@@ -22,12 +24,12 @@ PINNED = ("seen: fern lamb fish\ntold: fern lamb fish\nseen: bell rain rice\ntol
 
 @pytest.fixture(scope="module")
 def cases():
-    return eval_dba.probe_cases(50, 0)
+    return probes.make_cases(50, 0)
 
 
 def test_literal_cases(cases):
     literal = [case for case in cases if case["set"] == "literal"]
-    assert len(literal) == 23 and {case["kind"] for case in literal} == eval_dba.TEMPLATES.keys()
+    assert len(literal) == 23 and {case["kind"] for case in literal} == probes.TEMPLATES.keys()
     assert len({case["prompt"] for case in literal}) == 23
 
 
@@ -41,9 +43,9 @@ def test_cases_are_well_formed(cases):
             assert text == f" {text.strip()}" and "\n" not in text and text.isascii(), case
         assert case["prompt"].isascii() and case["prompt"] == case["prompt"].strip(), case
         assert len(case["prompt"]) < 400
-        assert eval_dba.exact_match(target, target) and eval_dba.content_match(target, target)
-        assert not eval_dba.exact_match(distractor, target) and not eval_dba.content_match(distractor, target), case
-        assert not eval_dba.in_loop(target), case
+        assert probes.exact_match(target, target) and probes.content_match(target, target)
+        assert not probes.exact_match(distractor, target) and not probes.content_match(distractor, target), case
+        assert not probes.in_loop(target), case
 
 
 def test_templates_are_right(cases):
@@ -70,8 +72,8 @@ def test_templates_are_right(cases):
 
 
 def test_templates_depend_on_the_seed_alone(cases):
-    assert eval_dba.probe_cases(50, 0) == cases
-    fewer, other = eval_dba.probe_cases(3, 0), eval_dba.probe_cases(3, 1)
+    assert probes.make_cases(50, 0) == cases
+    fewer, other = probes.make_cases(3, 0), probes.make_cases(3, 1)
     assert all(case in cases for case in fewer)
     assert not {case["prompt"] for case in other if case["set"] == "template"} & {case["prompt"] for case in cases}
     assert fewer[23]["prompt"] == PINNED
@@ -91,7 +93,7 @@ def test_templates_depend_on_the_seed_alone(cases):
     ("", False, False),
 ])
 def test_matches(output, exact, content):
-    assert (eval_dba.exact_match(output, " J3 V8"), eval_dba.content_match(output, " J3 V8")) == (exact, content)
+    assert (probes.exact_match(output, " J3 V8"), probes.content_match(output, " J3 V8")) == (exact, content)
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -111,48 +113,46 @@ def test_matches(output, exact, content):
     ("one\n\n one\n one \none\none", True),
 ])
 def test_loops(text, expected):
-    assert eval_dba.in_loop(text) == expected
+    assert probes.in_loop(text) == expected
 
 
 def test_intervals_and_exact_test():
-    assert eval_dba.wilson(4, 23) == pytest.approx((0.0698, 0.3714), abs=2e-4)         # by hand from Wilson's formula
-    assert eval_dba.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert eval_dba.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-    assert eval_dba.mcnemar(5, 0) == 0.0625                # 9 against 4 of 23, at best
-    assert eval_dba.mcnemar(0, 0) == eval_dba.mcnemar(3, 3) == 1
-    assert eval_dba.mcnemar(1, 7) == eval_dba.mcnemar(7, 1) == 2 * 9 / 256
+    assert stats.wilson(4, 23) == pytest.approx((0.0698, 0.3714), abs=2e-4)         # by hand from Wilson's formula
+    assert stats.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert stats.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert stats.mcnemar(5, 0) == 0.0625                # 9 against 4 of 23, at best
+    assert stats.mcnemar(0, 0) == stats.mcnemar(3, 3) == 1
+    assert stats.mcnemar(1, 7) == stats.mcnemar(7, 1) == 2 * 9 / 256
 
 
 def test_tables_are_escaped():
     row = r"\ { } $ & # _ % ~ ^ < > | [x] ` * -- \n"
-    text = eval_dba.latex_table(("a",), (row,))
+    text = probes.latex_table(("a",), (row,))
     cell = text.split("\n")[4]
     bare = re.sub(r"\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|char34)\{\}|"
                   r"\\[{}$&#_%]|\{\[\}|\{\]\}|[-'`?!]\{\}", "", cell)
     assert bare.endswith(r" \\") and not re.search(r"[{}$&#_%~^<>|\\\[\]]", bare[:-3]), cell
-    cell = eval_dba.markdown_table(("a",), (row,)).split("\n")[2][2:-2]
+    cell = probes.markdown_table(("a",), (row,)).split("\n")[2][2:-2]
     assert not re.search(r"(?<!\\)[`*_{}\[\]<>#|~&$]", re.sub(r"\\\\", "", cell)), cell
-    assert eval_dba.visible("a\tb\né\x00€|\\") == r"a\tb\n\xe9\x00\u20ac|" + "\\"
-    assert len(eval_dba.visible("x" * 300)) == 48
+    assert probes.visible("a\tb\né\x00€|\\") == r"a\tb\n\xe9\x00\u20ac|" + "\\"
+    assert len(probes.visible("x" * 300)) == 48
 
 
 # --- the model's part
 
 def subject_of(folder, mode, tokenizer=None, **flags):
     write_checkpoint(folder, mode, tokenizer, **flags)
-    line = ["probes", "--ckpt", str(folder), "--device", "cpu", "--kv-cache", "fp32", "--max-new-tokens", "7"]
-    args = eval_dba.make_parser().parse_args(line)
-    subject = eval_dba.load_subject(args)
-    return args, subject, eval_dba.cache_settings(subject, args.kv_cache)
+    subject = load_subject(folder, "cpu")
+    return subject, formats_of(subject, "fp32")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_and_margins_are_the_models(tmp_path, mode):
     """Against greedy steps and log probabilities without a cache; rows of several lengths."""
-    args, subject, formats = subject_of(tmp_path, mode, null_attn=True)
+    subject, formats = subject_of(tmp_path, mode, null_attn=True)
     cases = [dict(kind="k", name=str(i), prompt=p, target=t, distractor=d) for i, (p, t, d) in enumerate(
         [("ab: ab\ncd:", " cd", " ab"), ("xyz =", " 1", " 2"), ("mn: mn\nop:", " op", " mn"), ("q", "rs", " t")])]
-    results = eval_dba.run_cases(args, subject, formats, cases)
+    results = probes.run_cases(subject, formats, cases, max_new_tokens=7)
 
     @torch.inference_mode()
     def logits(text):
@@ -182,10 +182,10 @@ class Merging(dba.ByteTokenizer):
 
 def test_margin_counts_from_where_the_rows_part(tmp_path):
     """Also where the tokenizer joins the prompt's last character with the target's first."""
-    args, subject, formats = subject_of(tmp_path, "standard")
+    subject, formats = subject_of(tmp_path, "standard")
     subject.tokenizer = Merging()
     case = dict(kind="k", name="1", prompt="ab: ab\ncd:", target=" cd", distractor=" ab")
-    result = eval_dba.run_cases(args, subject, formats, [case])[0]
+    result = probes.run_cases(subject, formats, [case], max_new_tokens=7)[0]
     with torch.inference_mode():
         score = []
         for answer in (b"cd", b"ab"):
@@ -197,11 +197,12 @@ def test_margin_counts_from_where_the_rows_part(tmp_path):
 
 def test_word_tokenizer(tmp_path):
     words = dba.WordTokenizer.build("seen: told: moss kelp".split())
-    args, subject, formats = subject_of(tmp_path, "standard", words)
+    subject, formats = subject_of(tmp_path, "standard", words)
     case = dict(kind="k", name="1", prompt="seen: moss\ntold:", target=" moss", distractor=" zinc")
-    result = eval_dba.run_cases(args, subject, formats, [case])[0]
+    result = probes.run_cases(subject, formats, [case], max_new_tokens=7)[0]
     assert result["unknown_words"] == 0 and result["prompt_tokens"] == 4
-    assert eval_dba.run_cases(args, subject, formats, [dict(case, target=" zinc", distractor=" ore")])[0]["margin"] == 0
+    same = dict(case, target=" zinc", distractor=" ore")
+    assert probes.run_cases(subject, formats, [same], max_new_tokens=7)[0]["margin"] == 0
 
 
 # --- the command
@@ -218,7 +219,7 @@ def finished(tmp_path_factory):
 def test_command_writes_result_and_tables(finished):
     folder, result = finished
     found = json.loads((folder / "result.json").read_text())
-    assert len(found["cases"]) == 33 and set(eval_dba.PROBE_CHECKS) <= found["rules"].keys()
+    assert len(found["cases"]) == 33 and set(probes.CHECKS) <= found["rules"].keys()
     assert {(c["set"], c["kind"]): c["n"] for c in found["counts"]}["literal", "all"] == 23
     for count in found["counts"]:
         of_kind = [r for r in found["cases"] if r["set"] == count["set"] and count["kind"] in (r["kind"], "all")]
@@ -259,3 +260,19 @@ def test_mistakes_are_one_line(finished, args, words):
     if "standard" in args:
         write_checkpoint(folder / "standard", "standard")
     assert_error(evaluate(f"{SMALL} {args}", folder), *words)
+
+
+def test_margins_through_a_residual_window_are_those_of_decoding(tmp_path):
+    subject, _ = subject_of(tmp_path, "decoupled", null_attn=True)
+    formats, nll = formats_of(subject, "q4_0"), []
+    triple = [list(b"one two three four five six"), list(b"one two three four five six seven"),
+              list(b"one two three four five six eight")]
+    for ids in triple[1:]:
+        cache = dba.KVCache(subject.cfg, 1, len(ids), formats, 5)
+        with torch.inference_mode():
+            rows = torch.cat([subject.model(torch.tensor([[token]]), cache=cache)[0] for token in ids[:-1]])
+        nll.append(F.cross_entropy(rows[27:].double(), torch.tensor(ids[28:]), reduction="sum").item())
+    assert triple[1][:28] == triple[2][:28], "they part after the space"
+    found, = probes.margins(subject, formats, [triple], residual=5)
+    assert found == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    assert abs(found - probes.margins(subject, formats, [triple], residual=0)[0]) > 1e-3

@@ -1,7 +1,6 @@
 """The papers' manifest and its runner, the ledger of claims, and the statistics behind the figures."""
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import run_paper_manifest as runner
 from helpers import environment
 from paper import claims
 from paper.collect import choose_rates, read_run
-from paper.stats import frontier, mean_interval
 from train_dba import UserError, bytes_per_token, count_params, parse_args
 
 ROOT = Path(__file__).parent.parent.parent
@@ -154,7 +152,7 @@ def test_dry_run_needs_no_data(small):
 
 def fake(series, losses, row=None, **more):
     return [dict(run=f"{series}_s{seed}", series=series, row=row or series, seed=seed, last_val_loss=loss,
-                 best_val_loss=loss, hardware="a CPU", best_of_sweep=None, hashes=dict(sha256="data"), **more)
+                 best_val_loss=loss, hardware="a CPU", best_of_sweep=None, identity=dict(sha256="data"), **more)
             for seed, loss in losses.items()]
 
 
@@ -169,12 +167,6 @@ def decide(claim, runs):
     claim = dict(source="December 2025", **claim)
     finding = finding_of(claim, runs)
     return finding.value, finding.half, claims.verdict(claim, finding)
-
-
-def test_t_interval():
-    mean, half = mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
-    assert mean_interval([5.0]) == (5.0, None)
 
 
 def test_paired_differences_decide():
@@ -236,7 +228,7 @@ def test_runs_of_other_data_are_no_pair():
     """Identity of data is its hash, not a path."""
     runs = fake("a", {1: 1.0, 2: 1.1}) + fake("b", {1: 2.0, 2: 2.0})
     for run in runs:
-        run["hashes"] = dict(sha256=run["series"])
+        run["identity"] = dict(sha256=run["series"])
     assert decide(dict(rule="below", pairs=[["a", "b"]]), runs)[2] == "not yet run"
 
 
@@ -248,7 +240,8 @@ def test_a_ratio_of_speeds_decides_on_its_own_device_only():
 
 
 def test_the_best_rate_of_a_sweep_is_its_row():
-    runs = [*fake("g/fair/x_lr0.1", {1: 2.0, 2: 2.2}, "g/fair/x"), *fake("g/fair/x_lr0.2", {1: 1.9, 2: 2.1}, "g/fair/x"),
+    runs = [*fake("g/fair/x_lr0.1", {1: 2.0, 2: 2.2}, "g/fair/x"),
+            *fake("g/fair/x_lr0.2", {1: 1.9, 2: 2.1}, "g/fair/x"),
             *fake("g/fair/y_lr0.1", {1: 0.0}, "g/fair/y")]
     listed = [runner.Run(f"{series}_s1", series, series.rsplit("_lr", 1)[0], {}, None, 0)
               for series in ("g/fair/x_lr0.1", "g/fair/x_lr0.2", "g/fair/y_lr0.1", "g/fair/y_lr0.2")]
@@ -312,5 +305,11 @@ def test_every_claim_names_runs_of_the_manifest():
         assert {name.removesuffix("_s1337") for name in named} <= known, claim["id"]
 
 
-def test_frontier():
-    assert frontier([(3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.2)]) == [(1, 2.0), (2, 1.5), (3, 1.0)]
+@pytest.mark.parametrize("damage", ("[", "{}", '[{"id": 1}]', '[{"id": "a", "rule": "loss", "source": "", "statement": '
+                                    '"", "unit": "", "reported": null}]'))
+def test_damaged_claims_are_one_line(tmp_path, damage):
+    path = tmp_path / "claims.json"
+    path.write_text(damage)
+    with pytest.raises(UserError, match="claims.json") as error:
+        claims.ledger(dict(runs=[], evals={}, benchmarks={}), path)
+    assert "\n" not in str(error.value)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import eval_dba
+from evals import tasks
+from evals.subject import load_subject
 from llamas import byte_level, save_llama
 from train_dba import ByteTokenizer, UserError, save_checkpoint
 
@@ -42,7 +44,7 @@ def make_items(name, seed=0):
         }[name]
 
 
-def write_items(folder, names=tuple(eval_dba.TASKS)):
+def write_items(folder, names=tuple(tasks.TASKS)):
     folder.mkdir(exist_ok=True)
     for name in names:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in make_items(name))
@@ -59,7 +61,7 @@ def llama(tmp_path_factory):
 
 
 def subject_of(folder):
-    return eval_dba.load_subject(SimpleNamespace(ckpt=folder / "model", device="cpu", dtype="float32", out=None))
+    return load_subject(folder / "model", "cpu")
 
 
 def hflm(model, **how):
@@ -69,7 +71,7 @@ def hflm(model, **how):
 
 def evaluate(lm, names, data, folder):
     import lm_eval
-    loaded, missing = eval_dba.load_tasks(names, data, folder)
+    loaded, missing = tasks.load_tasks(names, data, folder)
     assert not missing
     for task in loaded.values():
         task.set_config("num_fewshot", 0)
@@ -84,11 +86,11 @@ def test_every_item_scores_as_by_lm_evals_own_model(llama, tmp_path):
     model, folder = llama
     write_items(tmp_path / "data")
     (tmp_path / "tasks").mkdir()
-    ours, its = (evaluate(lm, [*eval_dba.TASKS], tmp_path / "data", tmp_path / "tasks")
-                 for lm in (eval_dba.lm_eval_model(subject_of(folder), 4), hflm(model)))
+    ours, its = (evaluate(lm, [*tasks.TASKS], tmp_path / "data", tmp_path / "tasks")
+                 for lm in (tasks.lm_eval_model(subject_of(folder), 4), hflm(model)))
     cut = 0
-    for name in eval_dba.TASKS:
-        a, b = eval_dba.task_result(ours, name), eval_dba.task_result(its, name)
+    for name in tasks.TASKS:
+        a, b = tasks.task_result(ours, name), tasks.task_result(its, name)
         assert a == b and a["n"] == COUNT, name
         assert ("acc_norm" in a) == (name in ("hellaswag", "arc_easy", "piqa"))
         for mine, theirs in zip(ours["samples"][name], its["samples"][name]):
@@ -104,7 +106,7 @@ def request(*args):
 
 def test_rolling_and_greedy_texts_are_those_of_lm_evals_own_model(llama):
     model, folder = llama
-    ours, its, rng = eval_dba.lm_eval_model(subject_of(folder), 3), hflm(model), random.Random(0)
+    ours, its, rng = tasks.lm_eval_model(subject_of(folder), 3), hflm(model), random.Random(0)
     texts = [request(text(rng, 1, 60)) for _ in range(7)]
     assert ours.loglikelihood_rolling(texts) == pytest.approx(its.loglikelihood_rolling(texts), abs=1e-2)
     empty = [request("", " Water"), request("Water ", "boils"), request("Water", " boils at two")]
@@ -145,7 +147,7 @@ def test_command_and_comparison(tmp_path, capsys):
     assert [(row["task"], row["metric"], row["pairs"]) for row in second["compared"]] == [
         ("boolq", "acc", 6), ("piqa", "acc", 6), ("piqa", "acc_norm", 6)]
     row, (mine, its) = second["compared"][1], (result["tasks"]["piqa"]["correct"]["acc"] for result in (second, first))
-    assert (row["only_this"], row["only_other"], row["p"]) == eval_dba.discordant(mine, its[:6])
+    assert (row["only_this"], row["only_other"], row["p"]) == tasks.discordant(mine, its[:6])
     assert row["other"] == sum(its[:6]) / 6
 
 
@@ -156,12 +158,12 @@ def test_command_and_comparison(tmp_path, capsys):
     ([1, 0], [1, 0], (0, 0, 1.0)),
 ])
 def test_mcnemar_by_hand(this, other, expected):
-    assert eval_dba.discordant(this, other) == expected
-    assert eval_dba.discordant(other, this) == (expected[1], expected[0], expected[2])
+    assert tasks.discordant(this, other) == expected
+    assert tasks.discordant(other, this) == (expected[1], expected[0], expected[2])
 
 
 def test_mcnemar_of_many_items_is_the_sign_test():
-    b, c, p = eval_dba.discordant([1] * 3000 + [0] * 2800, [0] * 3000 + [1] * 2800)
+    b, c, p = tasks.discordant([1] * 3000 + [0] * 2800, [0] * 3000 + [1] * 2800)
     assert (b, c) == (3000, 2800) and p == pytest.approx(0.0090, abs=2e-4)      # normal: 2 Phi(-199 / sqrt(5800))
 
 
@@ -180,7 +182,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     where = ("--tasks-dir", tmp_path / "data", "--tasks")
     assert "no boolq_valid.jsonl" in error_of(capsys, *ckpt, *where, "boolq")
     (tmp_path / "a.json").write_text("{}")
-    assert "no result of tasks" in error_of(capsys, *ckpt, *where, "piqa", "--compare", tmp_path / "a.json")
+    assert "a.json is damaged" in error_of(capsys, *ckpt, *where, "piqa", "--compare", tmp_path / "a.json")
     lines = piqa.read_text().splitlines()
     for line, words in (("{", "piqa_valid.jsonl:2 is no JSON"), ("3", "piqa_valid.jsonl:2"),
                         ('{"goal": "", "sol1": "", "label": 0}', "piqa_valid.jsonl:2 lacks sol2")):
@@ -196,17 +198,17 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_context_is_cut_from_the_left(llama):
     subject = subject_of(llama[1])
-    (long, _), (short, _) = eval_dba.score(subject, [([5] * 90, [2] * 48), ([5], [2] * 48)], 2)
+    (long, _), (short, _) = tasks.score(subject, [([5] * 90, [2] * 48), ([5], [2] * 48)], 2)
     assert long == pytest.approx(short, abs=1e-4)
     with pytest.raises(UserError, match="no tokens"):
-        eval_dba.score(subject, [([1], [])], 1)
+        tasks.score(subject, [([1], [])], 1)
 
 
 def test_a_continuation_longer_than_the_window_is_scored_in_parts_of_half_of_it(llama):
     """Against plain forward passes; the window is 48 tokens."""
     subject, rng = subject_of(llama[1]), random.Random(1)
     ids = [rng.randrange(40) for _ in range(110)]
-    (found, greedy), (other, _) = eval_dba.score(subject, [(ids[:7], ids[7:]), (ids[:7], ids[7:55])], 2)
+    (found, greedy), (other, _) = tasks.score(subject, [(ids[:7], ids[7:]), (ids[:7], ids[7:55])], 2)
     expected, like = 0.0, True
     for start in range(7, 110, 24):
         end = min(start + 24, 110)

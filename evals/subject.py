@@ -1,0 +1,236 @@
+"""
+What is measured and on which tokens: --ckpt to a Subject, --data to token ids; and a result to its file.
+
+load_subject() is the one loader: a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a
+Hugging Face folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import train_dba
+from train_dba import (
+    GPT,
+    Config,
+    UserError,
+    cache_formats,
+    check_same_data,
+    checkpoint_file,
+    load_checkpoint,
+    load_model,
+    pick_device,
+    pick_dtype,
+    provenance,
+    tokenizer_hash,
+)
+
+
+@dataclass
+class Subject:
+    """What is measured: a model in eval mode, its tokenizer, where its results go, the device and type of it, and what
+    its checkpoint says of the data that it was trained on, where it does."""
+    model: GPT
+    tokenizer: object
+    folder: Path
+    step: int | None
+    sha256: str
+    device: torch.device
+    dtype: torch.dtype
+    data: dict | None = None
+
+    @property
+    def cfg(self) -> Config:
+        return self.model.cfg
+
+
+def file_hash(*paths: Path) -> str:
+    """sha256 of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
+
+def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32") -> Subject:
+    """The Subject of --ckpt, --device and --dtype. Raises UserError."""
+    device = pick_device(device)
+    dtype, _ = pick_dtype(dtype, device)
+    path = Path(ckpt)
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        return load_pretrained(path, device, dtype)
+    path = checkpoint_file(path)
+    content = load_checkpoint(path, device)
+    return Subject(load_model(content), content["tokenizer"], path.parent, content["step"], file_hash(path), device,
+                   dtype, content.get("data"))
+
+
+def load_pretrained(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The Subject of a Llama: a .gguf file, or a Hugging Face folder with safetensors. Raises UserError."""
+    from convert_dba import load_llama
+    if not path.exists():
+        raise UserError(f"{path} is not a file")
+    model, tokenizer = load_llama(path, device)
+    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
+
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+class HeldOut(NamedTuple):
+    """Tokens to measure on: ids [N] int64, bytes of their text where they are known, and the sha256 of their file."""
+    ids: torch.Tensor
+    text_bytes: int | None
+    sha256: str
+
+
+def own_validation(subject: Subject) -> HeldOut:
+    """The validation part that a checkpoint was trained with. Raises UserError unless it is the very same, in the ids
+    of the checkpoint's own vocabulary."""
+    cfg = subject.cfg
+    if cfg.data is None:
+        raise UserError("--data is missing: this model doesn't say what it was trained on")
+    if subject.data is None:
+        raise UserError("--data is missing: this checkpoint doesn't hold the hash of what it was trained on")
+    data = train_dba.load_data(cfg)
+    check_same_data(subject.data, data, "the checkpoint", "put that file back, or name a text to measure by --data")
+    return HeldOut(torch.from_numpy(data.val.astype("int64")), data.val_bytes, data.val_sha256 or data.sha256)
+
+
+def read_data(subject: Subject, path: Path) -> HeldOut:
+    """The tokens of a --data: a .npy by prepare_fineweb.py, or a text in the checkpoint's vocabulary."""
+    if not path.is_file():
+        raise UserError(f"--data {path} is not a file")
+    if path.suffix == ".npy":
+        ids, tokenizer, info = train_dba.open_token_file(path)
+        if (tokenizer.name, tokenizer_hash(tokenizer)) != (subject.tokenizer.name, tokenizer_hash(subject.tokenizer)):
+            raise UserError(f"{path} was made with {tokenizer.name}, {tokenizer.vocab_size} types; the model reads "
+                            f"{subject.tokenizer.name}, {subject.tokenizer.vocab_size}, or other words")
+        return HeldOut(torch.from_numpy(ids.astype("int64")), info["text_bytes"], info["sha256"])
+    text = train_dba.read_text(path)
+    ids = subject.tokenizer.encode(text)
+    return HeldOut(torch.from_numpy(ids.astype("int64")), len(text.encode()), file_hash(path))
+
+
+def held_out(subject: Subject, path: str | None, most: int | None = None) -> HeldOut:
+    """The first `most` tokens of --data or, without it, of the validation part that the checkpoint was trained with.
+    Bytes of a part of a text are known of byte tokens alone. Raises UserError."""
+    ids, text_bytes, sha256 = own_validation(subject) if path is None else read_data(subject, Path(path))
+    if most is not None and most < len(ids):
+        ids, text_bytes = ids[:most], None
+    if len(ids) < 2:
+        raise UserError(f"{len(ids)} tokens to measure: nothing to predict")
+    if subject.tokenizer.name == "byte":
+        text_bytes = int((ids != subject.tokenizer.eot).sum())
+    return HeldOut(ids, text_bytes, sha256)
+
+
+# -----------------------------------------------------------------------------
+# Caches
+
+def formats_of(subject: Subject, name: str) -> dict[str, str]:
+    """{stream: format} of a --kv-cache. Raises UserError where it doesn't fit the model."""
+    formats = cache_formats(subject.cfg, name)
+    if formats is None:
+        raise UserError(f"--kv-cache {name} doesn't fit {subject.cfg.attn_mode} attention")
+    return formats
+
+
+def cache_name(kv_cache: str, rotated: bool, residual: int) -> str:
+    """The name of a cache in tables and file names."""
+    parts = [kv_cache]
+    if rotated:
+        parts.append("rotated")
+    if residual:
+        parts.append(f"residual{residual}")
+    return "_".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+def check_out(out: str | None) -> None:
+    """Make the folder of --out, before hours of work. Raises UserError."""
+    if out is None:
+        return
+    folder = Path(out).parent if out.endswith(".json") else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: can't make the folder {folder} ({e.strerror})") from None
+
+
+def result_path(out: str | None, subject: Subject, name: str) -> Path:
+    """--out, or <name>.json in the folder that --out names, or beside the checkpoint."""
+    path = Path(out or subject.folder)
+    return path if path.suffix == ".json" else path / f"{name}.json"
+
+
+def write_result(path: Path, subject: Subject, flags: dict, result: dict) -> None:
+    """Write a result with the flags that it was asked for by, what was measured, and the hardware."""
+    settings = {name: value for name, value in flags.items() if name not in ("run", "out")}
+    model = dict(step=subject.step, sha256=subject.sha256, config=dataclasses.asdict(subject.cfg))
+    text = json_text(dict(settings=settings, model=model, env=provenance(subject.device), **result))
+    train_dba.write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def json_text(result: dict) -> str:
+    """A result as JSON in which every record of a list has one line."""
+    fields = []
+    for name, value in result.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def text_table(rows: list[tuple]) -> str:
+    """Rows, the head first, as lines with columns flushed right."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [str(cell).rjust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Progress
+
+Report = Callable[[int, int], None]                        # (units done, units in all)
+
+
+def quiet(done: int, total: int) -> None:
+    """The Report of who doesn't want one."""
+
+
+class Progress:
+    """A bar with rate and time left, without a terminal lines of them, as a Report; made when the work begins to be
+    counted, and anew where it begins again."""
+
+    def __init__(self, unit: str, what: str):
+        self.unit, self.what, self.bar = unit, what, None
+
+    def __enter__(self) -> Report:
+        return self.report
+
+    def report(self, done: int, total: int) -> None:
+        if self.bar is None or done < self.bar.n:
+            self.__exit__()
+            self.bar = train_dba.progress(total, self.unit, self.what)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()

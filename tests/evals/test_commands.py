@@ -1,0 +1,39 @@
+"""What the commands of eval_dba.py refuse, in one line."""
+
+import pytest
+from trained import evaluate
+
+from helpers import assert_error, snapshot
+
+REFUSED = {
+    "ppl --ckpt standard --stride 200 --block 100": ("--stride 200",),
+    "ppl --ckpt standard --kv-cache hetero": ("--kv-cache hetero", "standard"),
+    "ppl --ckpt nowhere": ("nowhere",),
+    "ppl --ckpt text.txt": ("text.txt", "damaged"),
+    "ppl --ckpt standard --data nowhere.npy": ("--data nowhere.npy",),
+    "latency --ckpt mla --kv-cache hetero": ("--kv-cache hetero", "mla"),
+    "latency --ckpt standard --kernel metal": ("--kernel metal",),
+    "latency --ckpt standard --device nonsense": ("--device nonsense",),
+    "memory --ckpt standard --kv-cache hetero": ("--kv-cache hetero",),
+    "sweep --ckpt standard --kv-cache hetero": ("--kv-cache hetero",),
+    "sweep --ckpt standard --data empty.txt": ("nothing to predict",),
+    "policy --ckpt standard": ("--max-delta-nll", "--max-kv-bytes-per-token"),
+    "policy --ckpt standard --max-delta-nll 1 --max-kv-bytes-per-token 99": ("--max-delta-nll",),
+    "policy --ckpt standard --max-delta-nll 1 --long --long-factor 999": ("too few", "--data"),
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_refused_in_one_line(folder, args):
+    (folder / "empty.txt").write_text("a")
+    before = snapshot(folder)
+    assert_error(evaluate(args if "--device" in args else f"{args} --device cpu", folder), *REFUSED[args])
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("args", ("", "nothing", "ppl", "latency --ckpt a --prompts 0", "policy --ckpt a --max-kl nan",
+                                  "policy --ckpt a --max-delta-nll -1", "sweep --ckpt a --max-seconds inf",
+                                  "memory --ckpt a --tokens 8", "ppl --ckpt a --kv-cach q8_0"))
+def test_bad_flags_are_a_usage_error(runs, args):
+    result = evaluate(args, runs)
+    assert result.code == 2 and "error: " in result.stderr
