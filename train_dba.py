@@ -59,9 +59,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Callable, get_args, get_type_hints
 
-# OpenMP's threads spin at barriers, by default so long that a busy neighbour costs them its time slices. Read when torch
-# is imported. Two threads, a small model: 118 ms a step against 113 to 119 alone, 305 against 490 to 560 beside one busy
-# process (docs/LOG.md).
+# OpenMP's threads spin at barriers, by default so long that a busy neighbour costs them its time slices. Read when
+# torch is imported. Two threads, a small model: 118 ms a step against 113 to 119 alone, 305 against 490 to 560 beside
+# one busy process (docs/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
