@@ -116,7 +116,7 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
                     if only and not label.startswith(tuple(only)):
                         continue
                     given = {**part["base"], **settings, **({"lr": lr} if lr else {}), **dict(overrides), "seed": seed,
-                             "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}_{label}"}
+                             "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}/{name}/{label.removeprefix(name + '_')}"}
                     given.pop("lrs", None)
                     if unknown := given.keys() - DEFAULTS.keys():
                         raise UserError(f"{group}_{label}: no setting {min(unknown)}")
