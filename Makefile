@@ -170,7 +170,7 @@ memory: env  ## KV memory at 128k tokens, by formula and measured
 heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/demo/standard PROMPT="..." ANCHOR="..."
 	$(PY) vis_heatmap.py --ckpt "$$CKPT" --prompt "$$PROMPT" --anchor "$$ANCHOR"
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
-	for name in train_speed loss_memory tokenize_speed decode_speed long_context; do \
+	for name in train_speed loss_memory tokenize_speed decode_speed prefill_speed long_context; do \
 	$(PY) benchmarks/$$name.py --out $(RUNS)/bench/$$name.json || exit 1; done
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
 	$(PY) benchmarks/cache_quality.py $(BOTH:%=$(CKPTS)/%) --out $(RUNS)/bench/cache_quality.json

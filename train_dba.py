@@ -59,6 +59,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Callable, get_args, get_type_hints
 
+# OpenMP's threads spin at barriers, by default so long that a busy neighbour costs them its time slices. Read when
+# torch is imported. Two threads, a small model: 118 ms a step against 113 to 119 alone, 305 against 490 to 560 beside
+# one busy process (docs/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1935,30 +1940,31 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
-FUSED_FROM = 16                                            # queries that share a key, see benchmarks/prefill_speed.py
-fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_FROM = 64                                            # queries that share a key: benchmarks/prefill_speed.py
+HIDDEN = torch.finfo(torch.float32).min / 2                # a score; the fused kernel has wrong sums for infinities
 
 
-def attend_chunk(q, k, v, visible=None):
+def product_chunk(q, k, v, visible):
     """Attention over some of the keys, and the log-sum-exp of its scores, to merge it with that over others.
 
-    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible: None for all, or
-    [B, 1, M, S]. Returns float32 [B, G, M, u], [B, G, M, 1]; a query that sees nothing has a log-sum-exp of -1e38 at
-    most. On a CPU its fused kernel serves many queries, though it takes tokens in rows and one width for all.
+    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible [B, 1, M, S], or None if all
+    are. Returns float32 [B, G, M, u], [B, G, M, 1]; the latter is about HIDDEN where a query sees nothing.
     """
-    M, u, least = q[0].size(2), v.size(2), torch.finfo(torch.float32).min / 2
-    if v.device.type != "cpu" or M < FUSED_FROM:
-        scores = sum(a @ b for a, b in zip(q, k))                               # [B, G, M, S]
-        scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
-        top = scores.amax(-1, keepdim=True).clamp(min=least)
-        p = torch.exp(scores - top)
-        total = p.sum(-1, keepdim=True)
-        return p @ v.mT / total.clamp(min=1e-30), top + total.log()
-    q, k, v = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT
+    scores = sum(a @ b for a, b in zip(q, k))                                   # [B, G, M, S]
+    scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=HIDDEN)
+    p = torch.exp(scores - top)
+    total = p.sum(-1, keepdim=True)
+    return p @ v.mT / total.clamp(min=1e-30), top + total.log()
+
+
+def fused_chunk(q, k, v, visible):
+    """The same by the CPU's fused kernel, which takes tokens in rows and one width for all, for many queries."""
+    q, k, v, u = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT, v.size(2)
     width = max(q.size(3), u)
     q, k, v = (F.pad(x, (0, width - x.size(3))).contiguous() for x in (q, k, v))
-    mask = None if visible is None else torch.where(visible, 0.0, least)
-    out, log_sum = fused_attention(q, k, v, attn_mask=mask, scale=1.0)
+    mask = None if visible is None else torch.where(visible, 0.0, HIDDEN)
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1.0)
     return out[..., :u], log_sum[..., None]
 
 
@@ -1980,7 +1986,9 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
     else:                                                                       # the null token is the first key seen
         score, value = null
         log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    fused = q[0].device.type == "cpu" and H // G * T >= FUSED_FROM
+    attend_chunk, scores = (fused_chunk, 0) if fused else (product_chunk, H * T)
+    per_token = B * max(scores, sum(shape.streams.values()))                    # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
         most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
         for part, start, stop, pos in span.chunks(most, newest):

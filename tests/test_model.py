@@ -292,7 +292,7 @@ def test_the_full_logits_are_never_allocated(training, monkeypatch):
 @pytest.mark.skipif(dba.COMPACT is None, reason="F.linear_cross_entropy is younger than this PyTorch")
 @pytest.mark.parametrize("vocab_size", (600, 640))         # 640 rows
 def test_pytorchs_loss_equals_ours(vocab_size, monkeypatch):
-    """In float32 on a CPU: over several of its chunks, without targets of -1, without the rows that pad the vocabulary."""
+    """In float32 on a CPU: over several chunks, without targets of -1 and rows that pad the vocabulary."""
     given = settings("decoupled", null_attn=True)
     model, idx, targets = model_of(given, vocab_size), tokens(60, 10), tokens(60, 10, seed=1, vocab_size=vocab_size)
     targets[:, ::3] = -1

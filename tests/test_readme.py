@@ -2,8 +2,8 @@
 name exist, make runs the experiments as written, and the tables and results.json are what the committed runs say."""
 
 import argparse
-import importlib
 import hashlib
+import importlib
 import json
 import os
 import re
