@@ -92,7 +92,8 @@ DEFAULT_WORDS = (r"[\p{P}$+<=>^~|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 PRE_TOKENIZERS = {
     (r"\p{N}", GPT2_WORDS): "smollm starcoder refact command-r codeshell exaone minerva-7b",
     (GPT2_WORDS,): "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat",
-    (LLAMA3_WORDS,): "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
+    (LLAMA3_WORDS,): ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe "
+                      "chatglm-bpe glm4"),
     (QWEN2_WORDS,): "qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan",
     DEFAULT_WORDS: "default",
 }
@@ -197,9 +198,9 @@ GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
 class GGUFHeader:
-    """What a GGUF file says before its data. fields: {key: number, string or list}; tensors: {name: shape}. Every length
-    is held against the file's size before it is used, so that readers that don't do so can be let loose on the file.
-    Raises UserError, ValueError or struct.error for a damaged one."""
+    """What a GGUF file says before its data. fields: {key: number, string or list}; tensors: {name: shape}. Every
+    length is held against the file's size before it is used, so that readers that don't do so can be let loose on the
+    file. Raises UserError, ValueError or struct.error for a damaged one."""
 
     def __init__(self, path):
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
@@ -282,7 +283,8 @@ GGUF_READ = {"llama." + key: kind for key, kind in {
         "add_bos_token": bool, "add_space_prefix": bool}.items()}
 GGUF_NEUTRAL = {
     "general.type": ("model",), "split.count": (0, 1),
-    "llama.rope.scaling.type": ("none", "linear"), "llama.rope.scaling.factor": (0, 1), "llama.rope.scale_linear": (0, 1),
+    "llama.rope.scaling.type": ("none", "linear"), "llama.rope.scaling.factor": (0, 1),
+    "llama.rope.scale_linear": (0, 1),
     "llama.rope.scaling.attn_factor": (1,), "llama.expert_count": (0,), "llama.expert_used_count": (0,),
     "llama.attention.causal": (True,), "llama.pooling_type": (0,), "tokenizer.ggml.add_eos_token": (False,),
     "tokenizer.ggml.add_sep_token": (False,), "tokenizer.ggml.remove_extra_whitespaces": (False,),
@@ -296,10 +298,11 @@ GGUF_NEEDED = ("llama.context_length", "llama.embedding_length", "llama.block_co
 
 
 def check_gguf_fields(fields):
-    """Raises UserError for a key that is missing, of another type, or that asks for what our model can't hold. transformers
-    passes over most of them."""
+    """Raises UserError for a key that is missing, of another type, or that asks for what our model can't hold.
+    transformers passes over most of them."""
     if fields.get("general.architecture") != "llama":
-        raise UserError(f"it is a {str(fields.get('general.architecture')):.40}; of GGUF files only llama fits our model")
+        raise UserError(f"it is a {str(fields.get('general.architecture')):.40}; of GGUF files only llama fits our "
+                        "model")
     if missing := [key for key in GGUF_NEEDED if key not in fields]:
         raise UserError(f"it lacks {missing[0]}")
     for key, value in fields.items():
@@ -349,7 +352,8 @@ def check_gguf(path):
     if missing := sorted(known - tensors.keys()):
         raise UserError(f"it lacks the tensor {missing[0]}")
     if tensors["token_embd.weight"] != (D, fields.get("llama.vocab_size", len(fields["tokenizer.ggml.tokens"]))):
-        raise UserError(f"its embedding has the shape {tensors['token_embd.weight']}, which isn't what its settings say")
+        raise UserError(f"its embedding has the shape {tensors['token_embd.weight']}, which isn't what its settings "
+                        "say")
     return fields
 
 
@@ -373,7 +377,7 @@ def read_config(folder):
 
 
 def check_size(config, files):
-    """Raises UserError if transformers would allocate far more for a config than the files that it describes can fill."""
+    """Raises UserError if transformers would allocate far more for a config than its files can fill."""
     cfg = llama_config(config)
     asked, held = count_params(cfg, config.vocab_size)["total"], sum(path.stat().st_size for path in files)
     if asked > 8 * held:                                   # no format has less than a bit per weight
@@ -381,8 +385,8 @@ def check_size(config, files):
 
 
 def read_folder(folder, fields=None, **gguf_file):
-    """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it, whose
-    fields are given."""
+    """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it,
+    whose fields are given."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **gguf_file)
     check_size(config, [path for path in Path(folder).iterdir() if path.suffix in (".gguf", ".safetensors")])
@@ -417,8 +421,8 @@ def read_llama(path):
 def load_llama(path, device="cpu"):
     """(GPT in eval mode on a device, LlamaTokenizer) of a .gguf file or a Hugging Face folder. Raises UserError."""
     try:
-        import gguf  # noqa: F401
         import accelerate  # noqa: F401
+        import gguf  # noqa: F401
         import transformers
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError

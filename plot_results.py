@@ -316,7 +316,7 @@ def draw_learning_rate(series: list, path: Path) -> None:
         ticks = sorted({member["lr"] for members in rows.values() for member in members})
         ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         ax.minorticks_off()
-        name, batch, steps = title.split(", ")
+        name, batch, steps = title.rsplit(", ", 2)
         ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.04 * (high - low), high + 0.11 * len(rows) * (high - low))        # room for the legend

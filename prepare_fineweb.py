@@ -9,7 +9,8 @@
 
 NAME.npy holds the token ids of the training documents, one after the other, each ended by the tokenizer's eot;
 NAME.val.npy those of the validation documents. A sidecar .json beside each says what it holds. It is written last:
-a .npy without one is unfinished. NAME.vocab.json is the vocabulary of a word or bpe tokenizer, made of the training part.
+a .npy without one is unfinished. NAME.vocab.json is the vocabulary of a word or bpe tokenizer, made of the training
+part.
 
     source -> batches -> worker processes, in order -> NAME.npy.part, NAME.val.npy.part + journal -> .npy -> sidecar
 
@@ -51,8 +52,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train_dba import (BYTE_CHARS, EOS, LONGEST_TOKEN, BPETokenizer, ByteTokenizer, GPT2Tokenizer, UserError,
-                       WordTokenizer, exclusive, split_words)
+from train_dba import (
+    BYTE_CHARS,
+    EOS,
+    LONGEST_TOKEN,
+    BPETokenizer,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    UserError,
+    WordTokenizer,
+    exclusive,
+    split_words,
+)
 
 BATCH_CHARS = 1 << 19                              # text that a worker gets at once
 JOURNAL_SECONDS = 5.0                              # the work that a kill can cost
@@ -198,7 +209,7 @@ def read_parquet(path, start):
                         if not isinstance(text, str):
                             raise UserError(f'{path}, row {row}: no string in the column "text" but {text!r:.40}')
                         yield text, row
-    except (ValueError, OSError, LookupError, TypeError, NotImplementedError, MemoryError) as e:   # bases of Arrow's own
+    except (ValueError, OSError, LookupError, TypeError, NotImplementedError, MemoryError) as e:  # Arrow's are of them
         raise UserError(f"{path}: can't be read as parquet ({str(e).partition(chr(10))[0]})") from None
 
 
@@ -327,7 +338,7 @@ def open_wikitext(args, _revision):
     folder = args.input[0] if args.input else args.output.parent
     files = [folder / f"wiki.{split}.tokens" for split in ("valid", "train", "test")]
     if not args.input and not all(path.exists() for path in files):
-        with exclusive(folder / "wiki.lock", folder, wait=True):    # two runs that fetch at once would write to one file
+        with exclusive(folder / "wiki.lock", folder, wait=True):                 # two fetches would write one file
             fetch_wikitext(files)
     for path in files[:2]:
         if not path.is_file():
@@ -459,13 +470,13 @@ def worker_pool(args):
         pool.shutdown(cancel_futures=True)
 
 
-def batches(documents, index, val_frac):
-    """Yields (texts, is_val [documents], cursor after the last); index: that of the first document.
+def batches(documents, first, val_frac):
+    """Yields (texts, is_val [documents], cursor after the last); first: the first document's index.
 
     Document i is held out for validation where the number to hold out so far, (i + 1) * val_frac, reaches an integer.
     """
     texts, is_val, chars = [], [], 0
-    for index, (text, cursor) in enumerate(documents, index):
+    for index, (text, cursor) in enumerate(documents, first):
         texts.append(text)
         is_val.append(cursor[0] == 0 if val_frac is None
                       else math.floor((index + 1) * val_frac) > math.floor(index * val_frac))
@@ -854,8 +865,8 @@ def parse_args(argv=None):
     parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text: .txt, .jsonl (field text) and "
                         ".parquet (column text) files, or folders of them; wikitext2: a folder of "
                         "wiki.{train,valid,test}.tokens [from the hub, into the folder of --output]")
-    parser.add_argument("--tokenizer", type=tokenizer_name, metavar="NAME", help="word, gpt2, byte, or bpe:N, byte pairs "
-                        f"learned from the training part, N types in all [{defaults('tokenizer')}]")
+    parser.add_argument("--tokenizer", type=tokenizer_name, metavar="NAME", help="word, gpt2, byte, or bpe:N, byte "
+                        f"pairs learned from the training part, N types in all [{defaults('tokenizer')}]")
     parser.add_argument("--tokens", type=token_count, metavar="N", help="end with the document that reaches N training "
                         "tokens: 100M, 1B, 250000; validation comes on top [all; fineweb-edu needs it]")
     parser.add_argument("--val-frac", type=float, metavar="F", help="share of the documents held out for "

@@ -33,9 +33,11 @@ import torch
 from tqdm import tqdm
 
 from train_dba import (
+    BROKEN,
     DEFAULTS,
     Config,
     UserError,
+    brief,
     bytes_per_token,
     cache_formats,
     count_params,
@@ -43,6 +45,7 @@ from train_dba import (
     make_config,
     parse_args,
     pick_device,
+    read_json,
     synchronize,
 )
 
@@ -113,7 +116,7 @@ class Run:
 def read_manifest(path):
     """The manifest as a dict. Raises UserError where it's damaged."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, dict)
         for group in manifest.values():
             check_contrasts(group.get("contrasts", []))
             for part in group["sets"].values():
@@ -121,8 +124,8 @@ def read_manifest(path):
                 if unknown := part.keys() - {"about", "base", "rows", "seeds", "lrs", "data", "vocab_size"}:
                     raise KeyError(f"unknown key {min(unknown)}")
         return manifest
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
-        raise UserError(f"{path} is no manifest ({type(e).__name__} {e})") from None
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"{path} is no manifest ({brief(e)})") from None
 
 
 def check_contrasts(contrasts):

@@ -43,6 +43,7 @@ import operator
 import os
 import pickle
 import platform
+import reprlib
 import resource
 import shlex
 import shutil
@@ -57,6 +58,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, get_args, get_type_hints
+
+# OpenMP's threads spin at barriers, by default so long that a busy neighbour costs them its time slices. Read when
+# torch is imported. Two threads, a small model: 118 ms a step against 113 to 119 alone, 305 against 490 to 560 beside
+# one busy process (docs/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
@@ -445,6 +451,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh * grad_output, dw.mul_(grad_output), None, None, None, None
 
 
+# PyTorch's own of the same, from 2.13 on. On a CPU in float32, measured on a busy machine only: 0.78 to 0.94 of our CPU
+# time at five shapes, 1.09 at a sixth (33,278 types, where wall time was 0.86); 268 MiB where ours took 398. Whether it
+# is faster is to be measured on a quiet one; None goes back to ours. In bfloat16 it falls back to slow products.
+COMPACT = None
+if hasattr(nn, "LinearCrossEntropyOptions"):
+    COMPACT = nn.LinearCrossEntropyOptions(acc_policy="compact", batch_chunk_size=512)
+
+
 class GPT(nn.Module):
     """Pre-norm transformer with a tied, optionally factorised embedding. vocab_size counts the tokenizer's ids; the
     embedding has that many rows rounded up to a multiple of 64."""
@@ -484,14 +498,17 @@ class GPT(nn.Module):
         return F.linear(h, self.embed.weight)[..., :self.vocab_size].float()                      # [B, T, V]
 
     def forward(self, idx, targets=None, cache=None):
-        """idx [B, T] -> logits [B, T, V], or with targets [B, T] (below 0: ignored) the sum of their nll in nats."""
+        """idx [B, T] -> logits [B, T, V], or with targets [B, T] (-1: ignored) the sum of their nll in nats."""
         h = self.hidden(idx, cache)
         if targets is None:
             return self.logits(h)
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        return LinearCrossEntropy.apply(h.flatten(0, 1), self.embed.weight, targets.flatten(), self.vocab_size,
-                                        self.nll_and_grad, torch.is_grad_enabled())
+        h, targets, training = h.flatten(0, 1), targets.flatten(), torch.is_grad_enabled()
+        if COMPACT and training and h.device.type == "cpu" and h.dtype == torch.float32:
+            return F.linear_cross_entropy(h, self.embed.weight[:self.vocab_size], targets, reduction="sum",
+                                          ignore_index=-1, options=COMPACT)
+        return LinearCrossEntropy.apply(h, self.embed.weight, targets, self.vocab_size, self.nll_and_grad, training)
 
 
 def count_params(cfg, vocab_size):
@@ -548,7 +565,7 @@ def check(value, shape, name):
     else:
         fits, expected = shape(value), shape.__name__.replace("_", " ")
     if not fits:
-        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+        shown = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
         raise ValueError(f"{name} is no {expected} but {type(value).__name__} {shown}")
 
 
@@ -1177,6 +1194,10 @@ def remove_empty(folders):
             folder.rmdir()
 
 
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(path, cfg, tokenizer, model, **state):
     """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
     words = getattr(tokenizer, "words", None)
@@ -1376,7 +1397,7 @@ def start_folder(cfg, ckpt, env, meta, argv):
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
 
 
 # -----------------------------------------------------------------------------
@@ -1794,10 +1815,10 @@ def append(stream, rows, pos, x):
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
-    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read so
-    by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving, (rows,
-    positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t) go into
-    the ring.
+    pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read
+    so by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving,
+    (rows, positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t)
+    go into the ring.
 
     Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
     would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring
@@ -1920,30 +1941,31 @@ class KVCache:
         return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
-FUSED_FROM = 16                                            # queries that share a key, see benchmarks/prefill_speed.py
-fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_FROM = 64                                            # queries that share a key: benchmarks/prefill_speed.py
+HIDDEN = torch.finfo(torch.float32).min / 2                # a score; the fused kernel has wrong sums for infinities
 
 
-def attend_chunk(q, k, v, visible=None):
+def product_chunk(q, k, v, visible):
     """Attention over some of the keys, and the log-sum-exp of its scores, to merge it with that over others.
 
-    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible: None for all, or
-    [B, 1, M, S]. Returns float32 [B, G, M, u], [B, G, M, 1]; a query that sees nothing has a log-sum-exp of -1e38 at
-    most. On a CPU its fused kernel serves many queries, though it takes tokens in rows and one width for all.
+    q and k: per score path, [B, G, M, w] scaled and [B, G, w, S]; v [B, G, u, S]; visible [B, 1, M, S], or None if all
+    are. Returns float32 [B, G, M, u], [B, G, M, 1]; the latter is about HIDDEN where a query sees nothing.
     """
-    M, u, least = q[0].size(2), v.size(2), torch.finfo(torch.float32).min / 2
-    if v.device.type != "cpu" or M < FUSED_FROM:
-        scores = sum(a @ b for a, b in zip(q, k))                               # [B, G, M, S]
-        scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
-        top = scores.amax(-1, keepdim=True).clamp(min=least)
-        p = torch.exp(scores - top)
-        total = p.sum(-1, keepdim=True)
-        return p @ v.mT / total.clamp(min=1e-30), top + total.log()
-    q, k, v = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT
+    scores = sum(a @ b for a, b in zip(q, k))                                   # [B, G, M, S]
+    scores = scores if visible is None else torch.where(visible, scores, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=HIDDEN)
+    p = torch.exp(scores - top)
+    total = p.sum(-1, keepdim=True)
+    return p @ v.mT / total.clamp(min=1e-30), top + total.log()
+
+
+def fused_chunk(q, k, v, visible):
+    """The same by the CPU's fused kernel, which takes tokens in rows and one width for all, for many queries."""
+    q, k, v, u = torch.cat(q, 3), torch.cat([part.mT for part in k], 3), v.mT, v.size(2)
     width = max(q.size(3), u)
     q, k, v = (F.pad(x, (0, width - x.size(3))).contiguous() for x in (q, k, v))
-    mask = None if visible is None else torch.where(visible, 0.0, least)
-    out, log_sum = fused_attention(q, k, v, attn_mask=mask, scale=1.0)
+    mask = None if visible is None else torch.where(visible, 0.0, HIDDEN)
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1.0)
     return out[..., :u], log_sum[..., None]
 
 
@@ -1965,7 +1987,9 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
     else:                                                                       # the null token is the first key seen
         score, value = null
         log_sum, out = score.float().reshape(B, G, H // G * T, 1), value.float()[None, :, None]       # [1, G, 1, v]
-    per_token = B * max(H * T, sum(shape.streams.values()))                     # scores, or channels, of a cached token
+    fused = q[0].device.type == "cpu" and H // G * T >= FUSED_FROM
+    attend_chunk, scores = (fused_chunk, 0) if fused else (product_chunk, H * T)
+    per_token = B * max(scores, sum(shape.streams.values()))                    # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
         most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
         for part, start, stop, pos in span.chunks(most, newest):

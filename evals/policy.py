@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import (Progress, Report, Subject, check_out, held_out, load_subject, quiet, text_table,
-                           write_result)
+from evals.subject import Progress, Report, Subject, check_out, held_out, load_subject, quiet, text_table, write_result
 from evals.timing import WARM_UP, decode_times
 from paper.stats import frontier
 from train_dba import HETERO, KVCache, UserError, autocast, bytes_per_token, resolve_kernel, rotate_cache

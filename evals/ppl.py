@@ -5,8 +5,21 @@ import math
 import torch
 
 import train_dba
-from evals.subject import (HeldOut, Progress, Report, Subject, cache_name, check_out, formats_of, held_out,
-                           load_subject, quiet, result_path, text_table, write_result)
+from evals.subject import (
+    HeldOut,
+    Progress,
+    Report,
+    Subject,
+    cache_name,
+    check_out,
+    formats_of,
+    held_out,
+    load_subject,
+    quiet,
+    result_path,
+    text_table,
+    write_result,
+)
 from paper.stats import mean_interval, perplexity
 from train_dba import KVCache, UserError, autocast, bytes_per_token, rotate_cache
 

@@ -13,8 +13,19 @@ import torch
 
 import train_dba
 from evals.ppl import window_nll
-from evals.subject import (Progress, Report, Subject, cache_name, check_out, formats_of, load_subject, quiet,
-                           result_path, text_table, write_result)
+from evals.subject import (
+    Progress,
+    Report,
+    Subject,
+    cache_name,
+    check_out,
+    formats_of,
+    load_subject,
+    quiet,
+    result_path,
+    text_table,
+    write_result,
+)
 from paper.shapes import list_of, read_json
 from paper.stats import mcnemar, wilson
 from train_dba import KVCache, UserError, autocast, rotate_cache
@@ -385,7 +396,7 @@ def main(args) -> None:
     tables = count_table(counts, differences), case_table(results)
     for suffix, form in ((".md", markdown_table), (".tex", latex_table)):
         text = "\n".join(form(*rows) for rows in tables)
-        train_dba.write_whole(path.with_suffix(suffix), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        train_dba.write_text(path.with_suffix(suffix), text)
     for key, what in (("unknown_words", "hold words that the tokenizer doesn't know"),
                       ("past_context", "are longer than the training context")):
         if n := sum(bool(result[key]) for result in results):

@@ -10,8 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evals.subject import (Progress, Report, Subject, check_out, held_out, load_subject, quiet, result_path, text_table,
-                           write_result)
+from evals.subject import (
+    Progress,
+    Report,
+    Subject,
+    check_out,
+    held_out,
+    load_subject,
+    quiet,
+    result_path,
+    text_table,
+    write_result,
+)
 from train_dba import GPT, UserError, autocast, write_whole
 
 DEFINITIONS = {

@@ -16,8 +16,20 @@ from typing import NamedTuple
 import torch
 
 import train_dba
-from train_dba import (GPT, Config, UserError, cache_formats, check_same_data, checkpoint_file, load_checkpoint,
-                       load_model, pick_device, pick_dtype, provenance, tokenizer_hash)
+from train_dba import (
+    GPT,
+    Config,
+    UserError,
+    cache_formats,
+    check_same_data,
+    checkpoint_file,
+    load_checkpoint,
+    load_model,
+    pick_device,
+    pick_dtype,
+    provenance,
+    tokenizer_hash,
+)
 
 
 @dataclass

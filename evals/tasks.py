@@ -9,8 +9,17 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import (Progress, Report, Subject, check_out, load_subject, quiet, result_path, text_table,
-                           write_result)
+from evals.subject import (
+    Progress,
+    Report,
+    Subject,
+    check_out,
+    load_subject,
+    quiet,
+    result_path,
+    text_table,
+    write_result,
+)
 from paper.shapes import count, list_of, map_of, read_json
 from paper.stats import mcnemar
 from train_dba import KVCache, UserError, autocast
@@ -24,7 +33,7 @@ TASKS = {
     "boolq": ("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
 }
 LOCAL_NAMES = {"validation": "valid", "test": "test"}
-COMPARABLE = dict(tasks=map_of(dict(items=list_of(str), correct=map_of(list_of(count)))))       # of a result of this command
+COMPARABLE = dict(tasks=map_of(dict(items=list_of(str), correct=map_of(list_of(count)))))  # of a result
 
 Request = tuple[list[int], list[int]]                      # ids of a context, ids of its continuation
 Score = tuple[float, bool]                                 # log-probability in nats, whether greedy decoding writes it

@@ -17,10 +17,30 @@ import torch
 from tqdm import tqdm
 
 import train_dba
-from evals.subject import (Progress, Report, Subject, check_out, formats_of, held_out, load_subject, quiet, result_path,
-                           text_table, write_result)
-from train_dba import (KVCache, UserError, autocast, bytes_per_token, cache_bytes, cache_formats, resolve_kernel,
-                       rotate_cache, synchronize)
+from evals.subject import (
+    Progress,
+    Report,
+    Subject,
+    check_out,
+    formats_of,
+    held_out,
+    load_subject,
+    quiet,
+    result_path,
+    text_table,
+    write_result,
+)
+from train_dba import (
+    KVCache,
+    UserError,
+    autocast,
+    bytes_per_token,
+    cache_bytes,
+    cache_formats,
+    resolve_kernel,
+    rotate_cache,
+    synchronize,
+)
 
 COMPARED = ("fp16", "q8_0", "q4_0", "hetero")              # cache formats, where they fit the model
 WARM_UP = 8                                                # decode steps that aren't measured: kernels are compiled

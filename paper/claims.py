@@ -7,18 +7,20 @@ shows; differences of losses are corrected by Holm over all of them. Arithmetic 
 own numbers by its own premises. contrasts() tests what paper_manifest.json fixed before its runs.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from paper.collect import same_data
+from paper.shapes import list_of, maybe, number, read_json
 from paper.stats import holm, mean_interval, p_below
-from train_dba import bytes_per_token, count_params, make_config
+from train_dba import BROKEN, UserError, brief, bytes_per_token, count_params, make_config
 
 SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        # the Llama-7B scale of the reports
 LONG = 131_072                                                                  # tokens of "128k"
 ALPHA = 0.05
+CLAIM = {"id": str, "rule": str, "source": str, "statement": str, "unit": str, "reported": maybe(number),
+         "margin?": number, "note?": str, "needs?": str}
 ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_difference", "cache_ratio", "cache_gib",
               "cache_layer_bytes", "parameters")
 UNDECIDED, ONE, NOT_RUN, HOLDS, FAILS = "undecided", "undecided (n = 1)", "not yet run", "holds", "does not hold"
@@ -320,9 +322,15 @@ def correct(findings: list[Finding]) -> None:
 
 
 def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") -> list[dict]:
-    """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict."""
-    claims = json.loads(path.read_text())
-    findings = [RULES[claim["rule"]](claim, results) for claim in claims]
+    """Every claim with our value, its 95 % interval's half-width, where it is from, and the verdict. Raises UserError
+    for a damaged file of claims."""
+    claims = read_json(path, list_of(CLAIM))
+    findings = []
+    for claim in claims:
+        try:
+            findings.append(RULES[claim["rule"]](claim, results))
+        except BROKEN as e:
+            raise UserError(f"{path}: the claim {claim['id']} lacks what its rule reads ({brief(e)})") from None
     correct(findings)
     rows = []
     for claim, finding in zip(claims, findings):

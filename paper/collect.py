@@ -262,14 +262,22 @@ def mark_matched(series: list) -> None:
             member["label"] += " matched"
 
 
+def experiment(series: dict) -> str:
+    """<group>/<set> of a series that the manifest lists or could list; "" for a user's own."""
+    parts = series["series"].split("/")
+    return "/".join(parts[:2]) if len(parts) == 3 else ""
+
+
 def comparable(a: dict, b: dict) -> bool:
-    """Whether two series share data, batch, context and steps."""
-    return same_data(a, b) and all(a[key] == b[key] for key in ("batch", "context", "steps"))
+    """Whether two series share data, batch, context and steps, and are of one set of the manifest, which holds equal
+    what else matters."""
+    alike = all(a[key] == b[key] for key in ("batch", "context", "steps"))
+    return alike and same_data(a, b) and experiment(a) == experiment(b)
 
 
 def panels(series: list) -> list:
-    """[(title, series)]: those of one data, context, batch and number of steps. Of sweeps over the learning rate, which
-    have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
+    """[(title, series)]: those of one set, data, context, batch and number of steps. Of sweeps over the learning rate,
+    which have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
     groups = []
     for member in series:
         if is_swept(member) or in_rate_set(member):
@@ -303,13 +311,16 @@ def rate_panels(series: list) -> list:
 
 
 def titled(groups: list) -> list:
-    """[(title, series)], by title: data, batch and steps, and where two data share a name, the start of their hash."""
+    """[(title, series)], by title: set, data, batch and steps, and where two data share a name, the start of its
+    hash."""
     pairs = []
     for group in groups:
         first = group[0]
         name = first["data"]
         if any(other[0]["data"] == name and not same_data(other[0], first) for other in groups):
             name += f" ({first['identity']['sha256']:.6})"
+        if experiment(first):
+            name = f"{experiment(first)}: {name}"
         pairs.append((f"{name}, {first['batch']} x {first['context']}, {first['steps']:,} steps", group))
     return sorted(pairs, key=lambda pair: pair[0])
 

@@ -123,8 +123,9 @@ def find_losses(results: dict) -> str | None:
     if half is not None and mean - half < 0 < mean + half:
         decided += ", which the seeds do not decide"
     return (f"At {dba['params'] / 1e6:.2f}M parameters and {dba['kv_bytes_fp16']:,} bytes of cache per token, DBA with "
-            f"grouped keys ends at {pm(dba['best_val_loss'])} nats and GQA at {pm(gqa['best_val_loss'])} ({decided}; "
-            f"{plural(seeds, 'seed')}, not corrected for other comparisons); standard attention, whose cache is "
+            f"grouped keys ends at {pm(dba['best_val_loss'])} nats and {gqa['label'].removesuffix(' matched')} at "
+            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, not corrected for other comparisons, nor "
+            f"against the GQA of the same head width); standard attention, whose cache is "
             f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
             f"{pm(standard['best_val_loss'])}.")
 
@@ -136,7 +137,8 @@ def find_contrasts(results: dict) -> str | None:
     counts = {name: sum(row["verdict"] == name for row in rows) for name in (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)}
     text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     chosen = {family(member): member for member in headline(results["series"])}
-    sentence = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text}"
+    sentence = (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text} (the first: "
+                f"{rows[0]['name']})")
     if ("mla", False) in chosen and ("standard", False) in chosen:
         mean, half, _ = difference(results, chosen["mla", False], chosen["standard", False])
         if mean is not None:

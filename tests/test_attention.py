@@ -9,8 +9,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
 import train_dba as dba
-from reference import (MODES, UNGROUPED, VOCAB, cached_logits, close, config, model_of, null_and_tie, poisoned,
-                       randomize, settings, tokens, weights)
+from reference import (
+    MODES,
+    UNGROUPED,
+    VOCAB,
+    cached_logits,
+    close,
+    config,
+    model_of,
+    null_and_tie,
+    poisoned,
+    randomize,
+    settings,
+    tokens,
+    weights,
+)
 
 EXACT = 2e-5                                               # queries, rotated keys and cached values are float32
 

@@ -16,10 +16,23 @@ import zipfile
 
 import pytest
 import torch
-from helpers import (TRAIN, assert_done, assert_error, call, cli, finish, last_step, lines, losses, make_text,
-                     read_log, snapshot, start)
 
 import train_dba
+from helpers import (
+    TRAIN,
+    assert_done,
+    assert_error,
+    call,
+    cli,
+    finish,
+    last_step,
+    lines,
+    losses,
+    make_text,
+    read_log,
+    snapshot,
+    start,
+)
 from train_dba import UserError, load_checkpoint, load_model
 
 RUN = f"{TRAIN} --steps 8 --save-every 4 --eval-every 2 --out-dir run"

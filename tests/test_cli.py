@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
-from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
 
 import train_dba
+from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
 from train_dba import Config, UserError, count_params, make_config
 
 FIELDS = [f.name for f in dataclasses.fields(Config)]

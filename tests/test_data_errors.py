@@ -10,9 +10,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, TRAIN, assert_done, assert_error, call, edit_sidecar, make_text, read_log, write_tokens
 
 import train_dba
+from helpers import TINY, TRAIN, assert_done, assert_error, call, edit_sidecar, make_text, read_log, write_tokens
 from train_dba import eval_batches, load_data, make_config
 
 RUN = f"--data train.npy {TINY} --steps 2 --warmup-steps 0 --out-dir run"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRAINER, TRAIN, assert_done, call, finish, last_step, losses, make_text, read_log, snapshot, start
 
 import train_dba
+from helpers import TRAIN, TRAINER, assert_done, call, finish, last_step, losses, make_text, read_log, snapshot, start
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RUN = f"{TRAIN} --lr 1e-2 --grad-accum 2 --eval-every 3 --eval-iters 5 --save-every 3 --grad-clip 0.5"

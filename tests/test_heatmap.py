@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from helpers import Result, assert_done, assert_error
-from reference import MODES, close, config, null_and_tie, randomize, settings
 
 import train_dba
 import vis_heatmap
+from helpers import Result, assert_done, assert_error
+from reference import MODES, close, config, null_and_tie, randomize, settings
 from train_dba import GPT, ByteTokenizer, UserError, WordTokenizer
 from vis_heatmap import find_anchor, merge_labels, read_maps, readable
 

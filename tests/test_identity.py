@@ -10,10 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import (TINY, TRAIN, TRAINER, assert_done, assert_error, call, edit_sidecar, environment, losses,
-                     make_text, read_log, write_tokens)
 
 import train_dba
+from helpers import (
+    TINY,
+    TRAIN,
+    TRAINER,
+    assert_done,
+    assert_error,
+    call,
+    environment,
+    losses,
+    make_text,
+    read_log,
+    write_tokens,
+)
 from train_dba import check_same_data, known_digest, load_checkpoint, load_data, make_config
 
 WORDS = ["a", "<eos>", "b", "<unk>"]

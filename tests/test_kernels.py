@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_logits_are_the_reference_s(mode, widths, fmt, residual):
     kernel, calls = counting()
     actual, expected = cached_and_expected(model, given, tokens(2, 17), schedule, formats, residual, kernel)
     close(actual, expected, EXACT)
-    assert len(calls) == 4 * 2, "the kernel had no part in it"                  # steps x layers
+    assert len(calls) >= 2 * 2, "the kernel had no part in it"                  # one token at a time, twice, 2 layers
 
 
 def ragged(cfg, formats, residual, T, lengths):
@@ -298,7 +299,9 @@ def compare(mode, widths, formats, residual, T, null, lengths=(3, 700, 641), see
     assert actual.dtype == torch.float32
     expected = torch.stack([attention_of(shape, H, q, held[row], null, row) for row in range(3)])
     close(actual, expected, EXACT, "beside float64")
-    close(dba.decode_attention(q, cache.layers[0], shape, span, null), expected, EXACT, "torch beside float64")
+    for name, fused_from in (("matrix products", 10**9), ("the fused kernel", 1)):
+        with mock.patch.object(dba, "FUSED_FROM", fused_from):
+            close(dba.decode_attention(q, cache.layers[0], shape, span, null), expected, EXACT, name)
 
 
 @pytest.mark.parametrize("T", (1, 2))
@@ -319,7 +322,11 @@ def test_every_pair_of_formats():
 def test_a_block_without_a_scale_poisons_what_it_holds():
     """32 of the 48 value channels of one sequence, as in decode_attention; not the others, nor the other sequence."""
     cfg = config(settings("decoupled", layers=1))
-    for fmt, kernel in itertools.product(QUANTISED, (cpu_decode.attention, dba.decode_attention)):
+    def fused(*args):
+        with mock.patch.object(dba, "FUSED_FROM", 1):
+            return dba.decode_attention(*args)
+
+    for fmt, kernel in itertools.product(QUANTISED, (cpu_decode.attention, dba.decode_attention, fused)):
         cache, entries = poisoned(cfg, 2, 40, fmt), entries_of(cfg, 2, 10)
         entries[0]["v"][1, 4, 7] = torch.inf
         put(cache, entries, 0, 10)
@@ -330,7 +337,7 @@ def test_a_block_without_a_scale_poisons_what_it_holds():
 
 def test_many_queries_go_to_torch():
     model = model_of(settings("gqa"))                      # three queries of a token share a key
-    for T, compiled in ((2, True), (3, False)):
+    for T, compiled in ((21, True), (22, False)):
         kernel, calls = counting()
         cache = poisoned(model.cfg, 1, 40, "q8_0", 0, "cpu", kernel)
         with torch.no_grad():

@@ -280,12 +280,39 @@ def test_the_full_logits_are_never_allocated(training, monkeypatch):
     given = dict(attn_mode="decoupled", d_model=8, n_head=2, sem_dim=4, geo_dim=4, layers=1, d_ff=8)
     model, idx = model_of(given, vocab_size=1000), tokens(8, 32, vocab_size=1000)
     monkeypatch.setattr(dba, "LOGIT_CHUNK", 16 * 1024)     # 16 of 256 rows
+    monkeypatch.setattr(dba, "COMPACT", None)
     with torch.set_grad_enabled(training), reference.Recorder() as ran:
         loss = model(idx, idx)
         if training:
             loss.backward()
     assert 16 * 1024 <= ran.largest <= 2 * 16 * 1024 < idx.numel() * 1000
     assert ran.names.count("aten::gather") == 16           # one for each chunk
+
+
+@pytest.mark.skipif(dba.COMPACT is None, reason="F.linear_cross_entropy is younger than this PyTorch")
+@pytest.mark.parametrize("vocab_size", (600, 640))         # 640 rows
+def test_pytorchs_loss_equals_ours(vocab_size, monkeypatch):
+    """In float32 on a CPU: over several chunks, without targets of -1 and rows that pad the vocabulary."""
+    given = settings("decoupled", null_attn=True)
+    model, idx, targets = model_of(given, vocab_size), tokens(60, 10), tokens(60, 10, seed=1, vocab_size=vocab_size)
+    targets[:, ::3] = -1
+    used = []
+    original = F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda *args, **how: used.append(1) or original(*args, **how))
+    loss = model(idx, targets)
+    (3 * loss).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert used
+    with torch.no_grad():                                  # an evaluation needs none of its gradients
+        close(model(idx, targets), loss, 1e-6)
+    model.zero_grad()
+    monkeypatch.setattr(dba, "COMPACT", None)
+    expected = model(idx, targets)
+    (3 * expected).backward()
+    assert len(used) == 1
+    close(loss, expected, 1e-6)
+    for name, p in model.named_parameters():
+        close(gradients[name], p.grad, 1e-5, name)
 
 
 @torch.no_grad()
@@ -302,7 +329,8 @@ def test_evaluation_makes_no_gradients():
 # --- torch.compile
 
 @pytest.mark.parametrize("mode", ("standard", "decoupled"))
-def test_compiled_model_equals_eager(mode):
+def test_compiled_model_equals_eager(mode, monkeypatch):
+    monkeypatch.setattr(dba, "COMPACT", None)              # PyTorch's loss isn't compiled
     given = settings(mode, null_attn=mode == "decoupled", learned_temp=mode == "decoupled", layers=1)
     eager, idx, targets = model_of(given), tokens(2, 16), tokens(2, 16, seed=1)
     compiled = dba.GPT(eager.cfg, VOCAB)

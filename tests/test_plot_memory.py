@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from helpers import Result, assert_done, assert_error
-from reference import MODES, config, settings
 
 import plot_memory
 import train_dba
+from helpers import Result, assert_done, assert_error
 from plot_memory import GIB, MODELS, POLICIES, estimate, factors, measure_fill, model_configs, policies, what_fits
+from reference import MODES, config, settings
 from train_dba import CACHE_BLOCK, GPT, KVCache, bytes_per_token, cache_bytes
 
 TOKENS = 131_072

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import prepare_fineweb as prep                                     # noqa: E402
-from train_dba import EOS, UNK, ByteTokenizer, GPT2Tokenizer, UserError, WordTokenizer, split_words    # noqa: E402
+import prepare_fineweb as prep  # noqa: E402
+from train_dba import EOS, UNK, ByteTokenizer, GPT2Tokenizer, UserError, WordTokenizer, split_words  # noqa: E402
 
 WIKITEXT2 = os.environ.get("DBA_WIKITEXT2")
 KEYS = {"dataset", "revision", "tokenizer", "vocab_size", "eot", "tokens", "documents", "sha256", "text_bytes", "val",

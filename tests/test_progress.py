@@ -4,9 +4,9 @@ import io
 import signal
 
 import pytest
-from helpers import TRAIN, assert_done, assert_error, call, make_text, read_log
 
 import train_dba
+from helpers import TRAIN, assert_done, assert_error, call, make_text, read_log
 
 
 class Terminal(io.StringIO):

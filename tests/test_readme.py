@@ -2,6 +2,7 @@
 name exist, make runs the experiments as written, and the tables and results.json are what the committed runs say."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -135,10 +136,11 @@ def tiny_data(tmp_path, monkeypatch):
     for name in ("wikitext2", "fineweb_100m"):
         (data / f"{name}.vocab.json").write_text(json.dumps(words))
         for part, n in (("", 5000), (".val", 2100)):
-            np.save(data / f"{name}{part}.npy", np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
+            path = data / f"{name}{part}.npy"
+            np.save(path, np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
             info = dict(dataset=name, revision=None, tokenizer="word", vocab_size=50, eot=48, tokens=n, documents=1,
-                        sha256="0", text_bytes=5 * n, val=None if part else f"{name}.val.npy",
-                        vocab=f"{name}.vocab.json")
+                        sha256=hashlib.sha256(path.read_bytes()).hexdigest(), text_bytes=5 * n,
+                        val=None if part else f"{name}.val.npy", vocab=f"{name}.vocab.json")
             (data / f"{name}{part}.json").write_text(json.dumps(info))
 
 
@@ -230,6 +232,8 @@ def test_free_text_reaches_the_command_as_written(tmp_path):
     text = """it's $5 or "$(HOME)" `x` # 7 % \\ & more"""
     result = make("-s", "heatmap", f"VENV={tmp_path}/venv", f"PROMPT={text}", "ANCHOR=$5 or", "CKPT=my runs/a b")
     assert result.stdout.splitlines()[1:] == ["--ckpt", "my runs/a b", "--prompt", text, "--anchor", "$5 or"]
+    default = make("-s", "heatmap", f"VENV={tmp_path}/venv", "RUNS=elsewhere").stdout.splitlines()
+    assert default[1:4] == ["--ckpt", "elsewhere/demo/decoupled", "--prompt"] and default[6] in default[4]
 
 
 @pytest.mark.parametrize("name", ["RUNS", "DATA", "VENV", "PYTHON"])

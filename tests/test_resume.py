@@ -4,10 +4,10 @@ import signal
 import time
 
 import pytest
-from helpers import TRAIN, assert_done, call, finish, last_step, lines, losses, make_text, read_log, start
-from kill_run import kill_and_compare
 
 import train_dba
+from helpers import TRAIN, assert_done, call, finish, last_step, lines, losses, make_text, read_log, start
+from kill_run import kill_and_compare
 
 ENDLESS = (f"{TRAIN} --dropout 0.1 --grad-accum 2 --steps 1000000 --eval-every 7 --eval-iters 2 --save-every 100000 "
            "--out-dir run")

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -13,10 +12,24 @@ import time
 
 import pytest
 import torch
-from helpers import (TRAIN, TRAINER, Result, assert_done, assert_error, call, cli, environment, finish, last_step,
-                     lines, losses, make_text, read_log, snapshot, start)
 
 import train_dba
+from helpers import (
+    TRAIN,
+    TRAINER,
+    assert_done,
+    assert_error,
+    call,
+    cli,
+    environment,
+    finish,
+    last_step,
+    lines,
+    make_text,
+    read_log,
+    snapshot,
+    start,
+)
 from train_dba import UserError, exclusive, load_checkpoint
 
 RUN = f"{TRAIN} --steps 8 --out-dir run"

@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import TRAIN, assert_done, assert_error, call, cli, make_text
-from test_cache import HETERO, cost
 
 import train_dba
+from helpers import TRAIN, assert_done, assert_error, call, cli, make_text
 from reference import QUANTISED, randomize
+from test_cache import HETERO, cost
 from train_dba import FORMATS, compare_bytes, make_config
 
 SAMPLE = "--mode sample --ckpt {}/last.pt --device cpu --dtype float32 --max-new-tokens 8 --prompt ab"

@@ -13,9 +13,9 @@ import train_dba as dba
 
 triton = pytest.importorskip("triton", reason="triton isn't installed")
 
-from triton.backends.compiler import GPUTarget             # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from kernels import triton_decode                          # noqa: E402
+from kernels import triton_decode  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 

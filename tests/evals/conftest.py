@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from helpers import assert_done, call, make_text
 from trained import MODES, TRAIN
+
+from helpers import assert_done, call, make_text
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """What the commands of eval_dba.py refuse, in one line."""
 
 import pytest
-from helpers import assert_error, snapshot
 from trained import evaluate
 
+from helpers import assert_error, snapshot
 
 REFUSED = {
     "ppl --ckpt standard --stride 200 --block 100": ("--stride 200",),

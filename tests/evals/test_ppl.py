@@ -2,14 +2,17 @@
 
 import json
 import math
+import random
+import statistics
 
 import pytest
 import torch
-from helpers import assert_done, assert_error
+import torch.nn.functional as F
 from trained import BLOCK, EVALUATE, MODES, evaluate, plain_nll, result_of, validation
 
 from evals import ppl
-from train_dba import load_checkpoint, load_model
+from helpers import assert_done, assert_error
+from train_dba import KVCache, load_checkpoint, load_model
 
 
 @pytest.mark.parametrize("block, stride", ((2, 1), (2, 2), (5, 1), (5, 3), (5, 5), (16, 1), (16, 7), (16, 16)))
@@ -53,3 +56,61 @@ def test_several_caches_are_as_many_files_in_one_folder(runs, tmp_path):
     assert_error(evaluate(f"{command} --out {tmp_path}/new.json", runs), "--out")
     (tmp_path / "file").write_text("")
     assert_error(evaluate(f"{command} --out {tmp_path}/file/out", runs), "--out")
+
+
+def one_by_one(model, ids, formats, residual):
+    """nll [T] of ids [T + 1], decoded token by token through a cache."""
+    cache, nll = KVCache(model.cfg, 1, len(ids) - 1, formats, residual), []
+    with torch.inference_mode():
+        for token, following in zip(ids[:-1], ids[1:]):
+            nll.append(F.cross_entropy(model(token.view(1, 1), cache=cache)[0].double(), following.view(1)))
+    return torch.stack(nll)
+
+
+@pytest.mark.parametrize("mode, fmt", (("standard", "q4_0"), ("decoupled", "hetero"), ("mla", "nf4")))
+def test_a_loss_through_a_residual_window_is_that_of_decoding(runs, tmp_path, mode, fmt):
+    model, ids, total = load_model(load_checkpoint(runs / mode / "best.pt")), validation(runs)[:301], 0.0
+    for start in (0, 150):                                 # windows of 150, side by side
+        total += one_by_one(model, ids[start:start + 151], fmt, 32).sum().item()
+    command = f"ppl {EVALUATE} {mode} --max-tokens 301 --block 150 --stride 150 --kv-cache {fmt} --out {tmp_path}"
+    name = f"eval_ppl_{fmt}_residual32.json"
+    windowed = result_of(f"{command} --kv-residual 32", runs, tmp_path / name)
+    assert windowed["loss"] == pytest.approx(total / 300, abs=2e-6)
+    plain = result_of(command, runs, tmp_path / f"eval_ppl_{fmt}.json")
+    assert abs(plain["loss"] - windowed["loss"]) > 1e-5, "the window made a difference"
+
+
+def test_a_difference_is_paired_over_windows():
+    """Of equal windows, the mean and t-interval of the differences; of unequal ones, the ratio's linearisation."""
+    rng = random.Random(0)
+    other = [(rng.uniform(100, 200), 64) for _ in range(20)]
+    this = [(nll + rng.gauss(0.5, 0.2), count) for nll, count in other]
+    mean, half = ppl.paired_difference(this, other)
+    differences = [(a - b) / 64 for (a, _), (b, _) in zip(this, other)]
+    assert mean == pytest.approx(statistics.mean(differences))
+    assert half == pytest.approx(2.093 * statistics.stdev(differences) / 20 ** 0.5, rel=1e-3)
+    twice = [(2.0, 2), (6.0, 6), (12.0, 12)], [(1.0, 2), (3.0, 6), (6.0, 12)]   # half a nat each, however long
+    assert ppl.paired_difference(*twice) == pytest.approx((0.5, 0.0))
+    assert ppl.paired_difference([(2.0, 4)], [(1.0, 4)]) == (0.25, None)
+
+
+def test_one_table_compares_with_fp16(runs, tmp_path):
+    result = evaluate(f"ppl {EVALUATE} decoupled --kv-cache q4_0 fp16 q8_0 --max-tokens 300 --out {tmp_path}", runs)
+    assert_done(result)
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["cache", "q4_0", "fp16", "q8_0"]
+    assert "±" in lines[1] and "±" not in lines[2] and "±" in lines[3]
+    found = {name: json.loads((tmp_path / f"eval_ppl_{name}.json").read_text()) for name in ("fp16", "q4_0", "q8_0")}
+    assert found["q4_0"]["delta_nll"] == pytest.approx(found["q4_0"]["loss"] - found["fp16"]["loss"], abs=1e-12)
+    assert found["fp16"]["delta_nll"] is None and found["q8_0"]["delta_nll_half"] > 0
+    bytes_seen = 300 - validation(runs)[:300].eq(256).sum().item()
+    assert found["fp16"]["bpb"] == pytest.approx(found["fp16"]["loss"] / math.log(2) * 299 / bytes_seen)
+
+
+def test_a_loss_above_709_has_no_perplexity(folder):
+    ckpt = torch.load(folder / "standard/best.pt", weights_only=True)
+    ckpt["model"]["norm.weight"] *= 1e5
+    (folder / "loud").mkdir()
+    torch.save(ckpt, folder / "loud/best.pt")
+    found = result_of(f"ppl {EVALUATE} loud --max-tokens 100", folder, "loud/eval_ppl_fp16.json")
+    assert found["loss"] > 709 and found["ppl"] is None

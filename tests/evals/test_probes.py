@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, assert_error
-from subjects import evaluate, write_checkpoint
 
 import train_dba as dba
 from evals import probes
 from evals.subject import formats_of, load_subject
+from helpers import assert_done, assert_error
 from paper import stats
 from reference import MODES
+from subjects import evaluate, write_checkpoint
 
 SMALL = "probes --ckpt run --device cpu --instances 1 --max-new-tokens 6 --kv-cache fp32 --out result.json"
 PINNED = ("seen: fern lamb fish\ntold: fern lamb fish\nseen: bell rain rice\ntold: bell rain rice\n"
@@ -260,3 +260,19 @@ def test_mistakes_are_one_line(finished, args, words):
     if "standard" in args:
         write_checkpoint(folder / "standard", "standard")
     assert_error(evaluate(f"{SMALL} {args}", folder), *words)
+
+
+def test_margins_through_a_residual_window_are_those_of_decoding(tmp_path):
+    subject, _ = subject_of(tmp_path, "decoupled", null_attn=True)
+    formats, nll = formats_of(subject, "q4_0"), []
+    triple = [list(b"one two three four five six"), list(b"one two three four five six seven"),
+              list(b"one two three four five six eight")]
+    for ids in triple[1:]:
+        cache = dba.KVCache(subject.cfg, 1, len(ids), formats, 5)
+        with torch.inference_mode():
+            rows = torch.cat([subject.model(torch.tensor([[token]]), cache=cache)[0] for token in ids[:-1]])
+        nll.append(F.cross_entropy(rows[27:].double(), torch.tensor(ids[28:]), reduction="sum").item())
+    assert triple[1][:28] == triple[2][:28], "they part after the space"
+    found, = probes.margins(subject, formats, [triple], residual=5)
+    assert found == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    assert abs(found - probes.margins(subject, formats, [triple], residual=0)[0]) > 1e-3

@@ -7,14 +7,14 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from helpers import assert_done, assert_error, make_text
-from subjects import evaluate, write_checkpoint
 
 import reference
 import train_dba as dba
 from evals import rank
 from evals.subject import load_subject
+from helpers import assert_done, assert_error, make_text
 from reference import MODES, close, config, randomize, settings, weights
+from subjects import evaluate, write_checkpoint
 
 CPU = torch.device("cpu")
 

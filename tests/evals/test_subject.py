@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_done, assert_error, call, write_tokens
-from subjects import write_checkpoint
 from trained import EVALUATE, evaluate, result_of
 
 import train_dba
 from evals import probes, subject, tasks
+from helpers import TINY, assert_done, assert_error, call, write_tokens
 from paper.shapes import read_json
+from subjects import write_checkpoint
 from train_dba import UserError
 
 # --- What is measured
@@ -123,8 +123,9 @@ def test_a_bar_counts_units(capsys, monkeypatch):
     """Without a terminal, a line of each state that is shown."""
     monkeypatch.setattr(train_dba, "LINE_SECONDS", 0)
     with subject.Progress("window", "policies") as report:
-        for done in (3, 7, 10, 2, 4):                      # it begins again
-            report(done, 10 if done else 4)
-    said = capsys.readouterr().err.splitlines()
-    assert "policies: 30 %, 3 of 10 window" in said[0] and any("10 of 10" in line and "left" in line for line in said)
-    assert all("\r" not in line for line in said) and "4 of 10" in said[-1]
+        for done, total in ((3, 10), (7, 10), (10, 10), (2, 4), (4, 4)):        # it begins again
+            report(done, total)
+    said = capsys.readouterr().err
+    for state in ("30 %, 3 of 10 window", "100 %, 10 of 10 window", "100 %, 4 of 4 window"):
+        assert f"policies: {state}" in said
+    assert " left" in said and "\r" not in said

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from helpers import assert_done
 from trained import BLOCK, EVALUATE, evaluate, plain_nll, result_of, validation
 
 import train_dba
 from evals import timing
 from evals.subject import load_subject
+from helpers import assert_done
 from train_dba import KVCache, cache_bytes, load_checkpoint, load_model, stream_bytes
 
 

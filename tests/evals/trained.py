@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from helpers import assert_done, call
 
 import eval_dba
+from helpers import assert_done, call
 
 BLOCK = 128
 TRAIN = (f"--data text.txt --tokenizer byte --d-model 32 --layers 1 --n-head 2 --d-ff 64 --block {BLOCK} "

@@ -303,3 +303,13 @@ def test_every_claim_names_runs_of_the_manifest():
     for claim in json.loads((ROOT / "paper/claims.json").read_text()):
         named = [claim["series"]] if "series" in claim else sum(claim.get("pairs", []), [])
         assert {name.removesuffix("_s1337") for name in named} <= known, claim["id"]
+
+
+@pytest.mark.parametrize("damage", ("[", "{}", '[{"id": 1}]', '[{"id": "a", "rule": "loss", "source": "", "statement": '
+                                    '"", "unit": "", "reported": null}]'))
+def test_damaged_claims_are_one_line(tmp_path, damage):
+    path = tmp_path / "claims.json"
+    path.write_text(damage)
+    with pytest.raises(UserError, match="claims.json") as error:
+        claims.ledger(dict(runs=[], evals={}, benchmarks={}), path)
+    assert "\n" not in str(error.value)

@@ -229,6 +229,16 @@ def test_runs_of_other_data_share_no_series_panel_or_difference(tmp_path):
     assert report.difference(results, a, b) == (None, None, 0)
 
 
+def test_two_sets_of_the_manifest_share_no_panel(tmp_path):
+    """Their schedules and types may differ, whatever else is equal."""
+    for group in ("cpu_mini/modes", "cpu_fair/headline"):
+        write_run(tmp_path / group / "standard_s1", seed=1)
+        write_run(tmp_path / group / "gqa_s1", seed=1, attn_mode="gqa", kv_head=2)
+    drawn = collect.panels(collect.collect(tmp_path, {})["series"])
+    assert [(title.split(":")[0], len(members)) for title, members in drawn] == [("cpu_fair/headline", 2),
+                                                                                ("cpu_mini/modes", 2)]
+
+
 def test_moved_data_are_the_same(tmp_path):
     write_run(tmp_path / "a_s1", seed=1)
     write_run(tmp_path / "b_s1", seed=1, data="elsewhere/other.txt")
