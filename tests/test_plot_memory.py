@@ -3,17 +3,21 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import plot_memory
 import train_dba
-from helpers import Result, assert_done, assert_error
+from helpers import Result, assert_done, assert_error, environment
 from plot_memory import GIB, MODELS, POLICIES, estimate, factors, measure_fill, model_configs, policies, what_fits
 from reference import MODES, config, settings
 from train_dba import CACHE_BLOCK, GPT, KVCache, bytes_per_token, cache_bytes
 
+ROOT = Path(__file__).parent.parent
 TOKENS = 131_072
 CPU = torch.device("cpu")
 
@@ -80,10 +84,19 @@ def test_measured_is_what_the_formula_says(mode):
         assert found["scaled_owned_bytes"] == cache_bytes(cfg, 1, 3 * CACHE_BLOCK, policy)
 
 
+FILL = f"""
+import json, torch, plot_memory
+cfg, cpu = plot_memory.model_configs("7B")["standard"], torch.device("cpu")
+plot_memory.warm_up(cpu)
+print(json.dumps(plot_memory.measure_fill(cfg, "fp16", {TOKENS}, 2**25, cpu)))
+"""
+
+
 def test_filled_memory_is_taken():
-    cfg = model_configs("7B")["standard"]
-    plot_memory.warm_up(CPU)
-    found = measure_fill(cfg, "fp16", TOKENS, 2**25, CPU)
+    """In a process of its own, as the command has one: here, other tests may have left memory that is used again."""
+    run = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
     assert found["tokens"] == 2048 and found["layers"] == 1 and found["scale_factor"] == 64 * 32
     assert found["peak"]["taken_bytes"] == pytest.approx(found["owned_bytes"], rel=0.1)
 

@@ -207,9 +207,13 @@ def script(path, text):
     path.chmod(0o755)
 
 
+EXPORTED = re.search(r"^TEXTS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+
+
 def make(*args):
-    """Result of make in the project's folder."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    """Result of make in the project's folder, without what a make that runs the tests has put in the environment."""
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith(("MAKE", "MFLAGS")) and name not in EXPORTED}
     return subprocess.run(["make", *args], cwd=ROOT, capture_output=True, text=True, env=clean)
 
 
