@@ -178,7 +178,7 @@ def read_jsonl(path, start):
     with open(path, "rb") as f:
         for n, line in enumerate(iter(lambda: f.readline(LINE_BYTES + 1), b""), 1):
             if len(line) > LINE_BYTES:
-                raise UserError(f"{path}, line {n}: longer than {LINE_BYTES:,} bytes: cut the document up, or remove it")
+                raise UserError(f"{path}, line {n}: more than {LINE_BYTES:,} bytes: cut the document up, or remove it")
             if n == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if n <= start or not line.strip():

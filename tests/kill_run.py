@@ -2,9 +2,9 @@
 
     python3 tests/kill_run.py --kills 20
 
-A run kills itself, by SIGKILL, at the N-th event of a kind since it was started, so that no kill depends on time: before
-a step; with half a line of the log written; with part of a file written beside the one that it replaces; just after
-best.pt has been replaced, when last.pt is still older.
+A run kills itself, by SIGKILL, at the N-th event of a kind since it was started, so that no kill depends on time:
+before a step; with half a line of the log written; with half a file written beside the one that it replaces; just
+after best.pt has been replaced, when last.pt is still older.
 """
 
 import argparse

@@ -193,6 +193,7 @@ def test_the_script_says_what_a_llama_is(tmp_path, capsys):
     assert convert_dba.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     model = convert_dba.load_llama(tmp_path)[0]
-    assert f"{model.cfg.layers} layers" in said and f"{count_params(model.cfg, model.vocab_size)['total']:,} param" in said
+    params = count_params(model.cfg, model.vocab_size)["total"]
+    assert f"{model.cfg.layers} layers" in said and f"{params:,} parameters" in said
     assert convert_dba.main([str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

@@ -708,7 +708,7 @@ def test_long_lines(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "t.jsonl", ["abc", "d" * 100])
     args = ["--dataset", "text", "--tokenizer", "byte", "--input", source, "--output", tmp_path / "x.npy"]
     monkeypatch.setattr(prep, "LINE_BYTES", 100)
-    assert "t.jsonl, line 2: longer than 100 bytes" in fails(*args)
+    assert "t.jsonl, line 2: more than 100 bytes" in fails(*args)
     monkeypatch.setattr(prep, "LINE_BYTES", max(map(len, source.read_bytes().splitlines(keepends=True))))
     run(*args)
 
