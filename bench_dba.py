@@ -297,10 +297,10 @@ def train(device, toy, cases=(), micro=(), compile=True, layers=None, steps=None
         sizes = dict(layers=layers)
     plan = [(case, m, compile) for case in cases for m in micro or (8,)]
     if not cases:
-        plan = [("paper_baseline", 8, True), ("paper_gqa", 8, True), ("paper_decoupled", 8, True),
-                ("paper_decoupled_sem8", 8, True), ("llama", 8, True), ("paper_decoupled_sem8", 16, True),
-                ("paper_baseline", 16, True), ("paper_baseline", 2, True), ("paper_mla", 8, True),
-                ("paper_baseline", 8, False), ("paper_decoupled_sem8", 8, False), ("paper_baseline", 8, True)]
+        plan = [("paper_baseline", 8, True), ("paper_decoupled_sem8", 8, True), ("paper_decoupled", 8, True),
+                ("paper_gqa", 8, True), ("paper_baseline", 8, False), ("paper_decoupled_sem8", 8, False),
+                ("llama", 8, True), ("paper_mla", 8, True), ("paper_baseline", 16, True),
+                ("paper_decoupled_sem8", 16, True), ("paper_baseline", 2, True), ("paper_baseline", 8, True)]
     base = None
     for case, m, compiled in plan:
         if toy:
@@ -384,7 +384,7 @@ def decode(device, toy):
     copy = next(ceilings(device, toy))["gb_per_s"]
     cases = ((1, 256),)
     if not toy:
-        cases = (1, 1024), (1, 8192), (1, 32_768), (1, 131_072), (8, 8192), (8, 32_768), (32, 8192)
+        cases = (1, 8192), (1, 131_072), (32, 8192), (1, 1024), (1, 32_768), (8, 8192), (8, 32_768)
     H, d = 32, 2048
     for batch, tokens in cases:
         k, v = torch.randn(2, batch, H, tokens, d // H, device=device, dtype=torch.float16)
