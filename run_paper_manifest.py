@@ -209,8 +209,8 @@ def describe(runs, device):
         rate, dtype = rates[shape]
         total += run.flops / rate
         print(f"{run.name}: {params:,} parameters, KV {bytes_per_token(cfg, 'fp16'):,} B/token in fp16, "
-              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at {rate / 1e12:.3g} TFLOP/s in {dtype} at least "
-              f"{hours(run.flops / rate)}\n    train_dba.py {shlex.join(run.command())}")
+              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at least {hours(run.flops / rate)} at "
+              f"{rate / 1e12:.3g} TFLOP/s in {dtype}\n    train_dba.py {shlex.join(run.command())}")
     flops = sum(run.flops for run in runs)
     print(f"{len(runs)} runs, {sum(run.tokens for run in runs) / 1e6:.1f}M tokens, {flops:.2e} FLOPs; at "
           f"{flops / total / 1e12:.3g} TFLOP/s, of matrix products on this {device.type}, at least {hours(total)}")
