@@ -248,10 +248,10 @@ def run_cases(subject: Subject, formats: dict, cases: list[dict], *, max_new_tok
     prompts = [triple[0] for triple in triples]
     outputs = greedy_outputs(subject, formats, prompts, most=max_new_tokens, residual=residual, batch_size=batch_size,
                              report=lambda done, total: report(done, 2 * total))
-    found = margins(subject, formats, triples, residual=residual, batch_size=batch_size,
-                    report=lambda done, total: report((done + total) // 2, total))
+    gaps = margins(subject, formats, triples, residual=residual, batch_size=batch_size,
+                   report=lambda done, total: report((done + total) // 2, total))
     results = []
-    for case, triple, output, margin in zip(cases, triples, outputs, found):
+    for case, triple, output, margin in zip(cases, triples, outputs, gaps):
         if not math.isfinite(margin):
             raise UserError(f"{case['name']}: the margin is {margin}: a broken checkpoint, or a cache format that "
                             "can't hold its values")
@@ -310,9 +310,9 @@ def compare_cases(results: list[dict], others: list[dict]) -> list[dict]:
         difference = dict(set=name, n=len(cases))
         for check in CHECKS:
             here_only = there_only = 0
-            for here, there in zip(cases, of_others[name]):
-                here_only += here[check] > there[check]
-                there_only += here[check] < there[check]
+            for case, other in zip(cases, of_others[name]):
+                here_only += case[check] > other[check]
+                there_only += case[check] < other[check]
             difference[check] = (here_only, there_only, mcnemar(here_only, there_only))
         differences.append(difference)
     return differences
