@@ -410,22 +410,22 @@ def report(policy, m, factor):
 @torch.inference_mode()
 def write_checkpoint(args, device):
     """Measure --ckpt and write mem<length>.json beside it, or in --out."""
-    subject = load_subject(args.ckpt, args.device, "auto")
+    dtype, why = pick_dtype("auto", device)
+    subject = load_subject(args.ckpt, args.device, str(dtype).removeprefix("torch."))
     model, limit = subject.model, round((args.memory or 1) * GIB)
     cfg, blocks = model.cfg, model.blocks
-    _, why = pick_dtype("auto", device)
     warm_up(device)
-    with autocast(device, subject.dtype):
+    with autocast(device, dtype):
         model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
     controls, measured = control_configs(cfg), {}
     for policy, of_policy in factors(cfg, controls, args.tokens).items():
-        with autocast(device, subject.dtype):
+        with autocast(device, dtype):
             measured[policy] = measure_decode(model, blocks, policy, args.tokens, limit, device)
         report(policy, measured[policy], of_policy["end_to_end"])
     parts = decomposition(cfg, controls, measured, args.tokens, limit, device)
     out = make_folder(Path(args.out or subject.folder)) / f"mem{length_name(args.tokens)}.json"
     write_json(out, dict(tokens=args.tokens, batch=1, ckpt=relative(str(subject.path)), step=subject.step,
-                         config=dataclasses.asdict(cfg), dtype=f"{subject.dtype} ({why})", limit_bytes=limit,
+                         config=dataclasses.asdict(cfg), dtype=f"{dtype} ({why})", limit_bytes=limit,
                          estimate_bytes=estimate(cfg, args.tokens), measured=measured, decomposition=parts,
                          env=provenance(device)))
     print(f"written to {out}")
