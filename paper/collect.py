@@ -97,9 +97,9 @@ def lines_of(lines: list, kind: str, shape: dict) -> list:
     return chosen
 
 
-def column(rows: list, *path) -> list:
+def column(rows: Iterable, *path) -> list:
     """What every row holds at row[path[0]][path[1]]..."""
-    values = rows
+    values = list(rows)
     for key in path:
         values = [value[key] for value in values]
     return values
