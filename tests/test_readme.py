@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import run_paper_manifest as runner
+import train_dba
 from train_dba import main, make_config, parse_args, stream_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -93,12 +94,22 @@ def test_make_target_exists(command):
     subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
+def headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_links_resolve(page):
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
         if not link.startswith("http"):
-            assert (folder / link.split("#")[0]).exists(), f"{page}: {link}"
+            path, _, heading = link.partition("#")
+            assert (folder / path).exists(), f"{page}: {link}"
+            assert not heading or heading in headings(folder / path), f"{page}: {link}"
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", TEXT[page]):
+        assert hasattr(getattr(train_dba, owner), name), f"{page}: {owner}.{name}"
     for name in re.findall(r"pip install -r (\S+) -c (\S+?)`", TEXT[page]):
         assert all((ROOT / file).is_file() for file in name)
 
