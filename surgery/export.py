@@ -12,15 +12,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from train_dba import BYTE_CHARS, EOS, UNK, Config, UserError, load_checkpoint, load_model
+from convert_dba import LAYER
+from train_dba import BYTE_CHARS, EOS, UNK, Config, UserError, load_checkpoint, load_model, why_unwritten
 
 MODELING = Path(__file__).with_name("modeling_dba.py")
-# Hugging Face's names of a layer's weights, and ours.
-LAYER = {
-    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn.q.geo": "self_attn.q_proj",
-    "attn.k.geo": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
-}
 DBA_FIELDS = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model" and f.name not in (
     "size", "exp")]
 
@@ -48,7 +43,7 @@ def llama_folder(cfg: Config, weights: dict, vocab_size: int, eot: int) -> tuple
     tensors = {"model.embed_tokens.weight": weights["embed.weight"][:vocab_size], "model.norm.weight": weights[
         "norm.weight"]}
     for i in range(cfg.layers):
-        for ours, theirs in LAYER.items():
+        for theirs, ours in LAYER.items():
             tensors[f"model.layers.{i}.{theirs}.weight"] = weights[f"blocks.{i}.{ours}.weight"]
     return config, tensors
 
@@ -127,12 +122,13 @@ def export(ckpt: str | Path, out: Path) -> str:
     """Write the checkpoint as a folder `out`, whole or not at all; returns "Llama" or "DBA", what the folder holds.
     Raises UserError for a checkpoint or a folder that won't do."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         from transformers import PreTrainedTokenizerFast
     except ImportError as e:
         raise UserError(f"no module {e.name}: pip install -r requirements-eval.txt") from None
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; name another --out-dir")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; name another --out-dir")
     ckpt = load_checkpoint(ckpt)
     model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
     made, end = to_tokenizers(tokenizer)
@@ -142,20 +138,20 @@ def export(ckpt: str | Path, out: Path) -> str:
     weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
     make = {"DBA": dba_folder, "Llama": llama_folder}[kind]
     config, tensors = make(model.cfg, weights, model.vocab_size, tokenizer.eot)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        folder = Path(folder) / "whole"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
-        PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end, model_max_length=model.cfg.block,
-                                **({"unk_token": UNK} if tokenizer.name == "word" else {})).save_pretrained(folder)
-        if kind == "DBA":
-            shutil.copy(MODELING, folder)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+    special = dict(bos_token=end, eos_token=end, **({"unk_token": UNK} if tokenizer.name == "word" else {}))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as whole:
+            folder = Path(whole) / out.name
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors",
+                      metadata={"format": "pt"})
+            PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=model.cfg.block,
+                                    **special).save_pretrained(folder)
+            if kind == "DBA":
+                shutil.copy(MODELING, folder)
+            folder.replace(out)                            # an empty folder gives way
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"can't write {out} ({why_unwritten(e)}); nothing is left of it") from None
     return kind
-
-

@@ -126,8 +126,30 @@ def test_refusals(tmp_path):
     saved(tmp_path / "run", LLAMAS["gqa"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
-    with pytest.raises(UserError, match="is not empty; name another --out-dir"):
+    with pytest.raises(UserError, match="is not an empty folder; name another --out-dir"):
         export(tmp_path / "run", tmp_path / "full")
     with pytest.raises(UserError, match="is not a file"):
         export(tmp_path / "none", tmp_path / "hf")
     assert not (tmp_path / "hf").exists() and (tmp_path / "full/x").read_text() == "mine"
+
+
+def test_command_line(tmp_path, capsys):
+    saved(tmp_path / "run", OTHERS["decoupled, all"])
+    (tmp_path / "hf").mkdir()
+    assert convert_dba.main(["export", "--ckpt", str(tmp_path / "run"), "--out-dir", str(tmp_path / "hf")]) == 0
+    assert "no Llama (--attn-mode decoupled, --null-attn, --tie-qk, --learned-temp)" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert files == {"config.json", "model.safetensors", "modeling_dba.py", "tokenizer.json", "tokenizer_config.json"}
+    assert convert_dba.main(["export", "--ckpt", str(tmp_path / "run"), "--out-dir", str(tmp_path / "hf")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    saved(tmp_path / "run", LLAMAS["standard"])
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match="disk full"):
+        export(tmp_path / "run", tmp_path / "out" / "hf")
+    assert list((tmp_path / "out").iterdir()) == []
