@@ -149,6 +149,7 @@ class Config:
     """All settings of a run. Build it by make_config(), which fills in presets and derived defaults and validates."""
 
     mode: str = flag("run", "train", "what to do", choices=("train", "sample"))
+    config: str | None = flag("run", None, "resolved_config.json of another run: its settings, where no flag says else")
     seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0, below=2**63)
     device: str = flag("run", "auto", "cpu, cuda, mps or auto")
     dtype: str = flag("run", "auto", "of matrix products; weights stay float32; auto: bfloat16 where it is fast",
@@ -175,8 +176,10 @@ class Config:
     block: int = flag("model", 256, "context length in tokens", low=1)
     attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
                                 "decoupled sem + geo, bottleneck none", low=1)
-    sem_dim: int | None = flag("model", None, "total semantic width (32)", low=1, modes=("decoupled",))
-    geo_dim: int | None = flag("model", None, "total geometric width (64)", low=1, modes=("decoupled",))
+    sem_dim: int | None = flag("model", None, "total semantic width (32; with --size 4 a head)", low=1,
+                               modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64; with --size 8 a head)", low=1,
+                               modes=("decoupled",))
     kv_head: int | None = flag("model", None, "key/value groups (gqa: none, decoupled: n_head)", low=1,
                                modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
@@ -199,7 +202,10 @@ class Config:
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
-    min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
+    schedule: str | None = flag("training", None, "learning rate after the warm-up: constant, a cosine to --min-lr, or "
+                                "wsd, linear to it over the last fifth (constant; with --min-lr cosine)",
+                                choices=("constant", "cosine", "wsd"))
+    min_lr: float | None = flag("training", None, "where the schedule ends (lr / 10)", low=0)
     warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10); --exp: min(2000, "
                                     "steps / 5))", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
@@ -209,12 +215,18 @@ class Config:
                                   low=1)
     log_every: int = flag("training", 10, "steps between log lines", low=1)
     save_every: int = flag("training", 500, "steps between checkpoints", low=1)
+    keep_every: int | None = flag("training", None, "steps between weights that are kept, as step<N>.pt (none)", low=1)
     compile: bool = flag("training", False, "torch.compile the blocks and the loss")
 
     ckpt: str | None = flag("sampling", None, "checkpoint to sample from")
-    prompt: str | None = flag("sampling", None, "text to continue")
+    prompt: str | None = flag("sampling", None, "text to continue; -: standard input")
+    prompt_file: str | None = flag("sampling", None, "file whose text to continue")
     prompt_tokens: str | None = flag("sampling", None, "token ids to continue, separated by commas or spaces")
+    interactive: bool = flag("sampling", False, "continue each line of standard input, on its own")
+    num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
+    stop: str | None = flag("sampling", None, "end before this text")
+    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (of words, of a line: no end)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
@@ -901,6 +913,9 @@ def load_data(cfg):
     """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; make a token file of its texts: prepare_fineweb.py --dataset text "
+                            f"--input {path} --tokenizer bpe:4096 --output data/mine.npy")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
@@ -1114,12 +1129,21 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+DECAY = 0.2                                                # of the steps: the end of a warm-up, stable, decay schedule
+
+
 def lr_at(step, cfg):
-    """Learning rate of a step (from 1): linear warm-up, then a cosine from lr to min_lr, flat where they are equal."""
+    """Learning rate of a step (from 1): linear warm-up, then as --schedule says, to min_lr at the last step."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if cfg.schedule == "constant":
+        return cfg.lr
+    begin = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        begin = max(begin, cfg.steps - round(DECAY * cfg.steps))
+    progress = max(0, step - begin) / max(1, cfg.steps - begin)
+    left = 1 - progress if cfg.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
 def compile_model(model):
@@ -1137,8 +1161,9 @@ def compile_model(model):
 # Run folder: command.txt, resolved_config.json, env.json, train.jsonl, last.pt, best.pt
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
-MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
-RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
+MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
+              "overwrite", "config"}
+RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt", "step*.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
 CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
@@ -1227,7 +1252,8 @@ def config_of(logged: dict) -> Config:
     """The Config in a log, checkpoint or result; a flag that is younger has today's default. Raises ValueError or
     TypeError where it isn't one."""
     check(logged, CONFIG, "config")
-    return Config(**logged)
+    cfg = Config(**logged)
+    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr == cfg.lr else "cosine"))
 
 
 def checkpoint_file(path):
@@ -1395,8 +1421,8 @@ def start_folder(cfg, ckpt, env, meta, argv):
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
-        for name in ("last.pt", "best.pt"):
-            (folder / name).unlink(missing_ok=True)
+        for path in [folder / "last.pt", folder / "best.pt", *folder.glob("step*.pt")]:
+            path.unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
 
@@ -1503,6 +1529,9 @@ def catch_signals(waits_for):
     return caught
 
 
+NARROW = 4                                                 # channels a head: fewer get a warning
+
+
 def describe(cfg, data, ranks, dtype, why):
     """Print what was decided, and return the `meta` line of the log."""
     params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
@@ -1515,6 +1544,9 @@ def describe(cfg, data, ranks, dtype, why):
         print("data:", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), f"({data.tokenizer.name})")
         print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
               flush=True)
+        if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
+            print(f"warning: channels per head: {', '.join(narrow)}; fewer than {NARROW} hold little. Give larger "
+                  "--sem-dim and --geo-dim, or fewer heads", file=sys.stderr)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
                 data=data.identity)
 
@@ -1653,6 +1685,8 @@ def train(cfg, given, argv):
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
+        if cfg.keep_every and step % cfg.keep_every == 0:
+            save(f"step{step:07}.pt")
         interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
         stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         if step % cfg.save_every == 0 or last or stop_with:
@@ -2081,17 +2115,61 @@ def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, 
             h = model.hidden(token.to(prompt.device), cache)
 
 
-def prompt_ids(cfg, tokenizer):
-    """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
+def prompts(cfg, tokenizer):
+    """Yield the token ids of every prompt; without one, the end-of-text token, which starts a document. Raises
+    UserError for what can't be read, or has no ids."""
     try:
-        if cfg.prompt_tokens is None:
-            return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
-        ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
+        if cfg.prompt_tokens is not None:
+            ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
+            if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
+                raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
+            yield ids
+            return
+        if cfg.prompt_file:
+            texts = [read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()]
+        elif cfg.interactive:
+            texts = (line.removesuffix("\n") for line in sys.stdin)
+        else:
+            texts = [sys.stdin.read(LONGEST_PROMPT) if cfg.prompt == "-" else cfg.prompt or ""]
+        for text in texts:
+            yield tokenizer.encode(text).tolist() or [tokenizer.eot]
+    except OSError as e:
+        raise UserError(f"--prompt-file {cfg.prompt_file} can't be read ({brief(e)})") from None
     except ValueError:                                     # of which UnicodeEncodeError is one
-        raise UserError("--prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
-    if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
-        raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
-    return ids
+        raise UserError("a prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
+
+
+LONGEST_PROMPT = 2**24                                     # bytes
+
+
+class Printer:
+    """Prints tokens as text as soon as they make whole characters, up to a text `stop`, which isn't shown."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.held = tokenizer, stop or "", ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")         # a character may span tokens
+
+    def prompt(self, ids):
+        print(self.decoder.decode(self.tokenizer.decode(ids)), end="", flush=True)
+
+    def add(self, ids):
+        """Print more tokens. Returns whether `stop` has come."""
+        self.held += self.decoder.decode(self.tokenizer.decode(ids))
+        stopped = bool(self.stop) and self.stop in self.held
+        ready = self.held.index(self.stop) if stopped else len(self.held) - self.beginning()
+        print(self.held[:ready], end="", flush=True)
+        self.held = "" if stopped else self.held[ready:]
+        return stopped
+
+    def beginning(self):
+        """How many characters at the end of what is held may be the beginning of `stop`."""
+        for n in range(min(len(self.stop), len(self.held)), 0, -1):
+            if self.held.endswith(self.stop[:n]):
+                return n
+        return 0
+
+    def end(self):
+        print(self.held + self.decoder.decode(b"", final=True), flush=True)
 
 
 def stream_formats(cfg, model_cfg):
@@ -2211,7 +2289,7 @@ def resolve_kernel(name, device):
 
 
 def sample(cfg):
-    """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
+    """Stream continuations of the prompts to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
     cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
     ckpt = load_checkpoint(cfg.ckpt, device)
@@ -2220,31 +2298,46 @@ def sample(cfg):
     rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
     dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
-    ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
-    tokens = len(ids) + cfg.max_new_tokens - 1
+    formats = stream_formats(cfg, model.cfg)
     kernel, why_kernel = resolve_kernel(cfg.kernel, device)
     if cfg.kv_rotate:
         rotate_cache(model)
-    try:
-        cache = KVCache(model.cfg, 1, tokens, formats, cfg.kv_residual, device, kernel)
-    except RuntimeError as e:
-        raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
-                        "--max-new-tokens") from None
-    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel {kernel.name} "
-          f"({why_kernel})\nKV cache ({', '.join(f'{name} {fmt}' for name, fmt in formats.items())}): "
-          f"{compare_bytes(model.cfg, formats)}; {cache.nbytes():,} bytes allocated for {cache.capacity:,} tokens",
-          file=sys.stderr)
-    if tokens > model.cfg.block:
-        print(f"warning: {tokens:,} tokens go past the {model.cfg.block:,} of the training context: positions that the "
-              "model hasn't seen", file=sys.stderr)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
-    print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
+    header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "
+              f"{kernel.name} ({why_kernel})\nKV cache ({', '.join(map(' '.join, formats.items()))}): "
+              f"{compare_bytes(model.cfg, formats)}")
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
-        for token in generate(model, torch.tensor([ids], device=device), cfg.max_new_tokens, cache, cfg.temperature,
-                              cfg.top_k, cfg.top_p, cfg.seed):
-            print(decoder.decode(tokenizer.decode([token.item()])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        for ids in prompts(cfg, tokenizer):
+            tokens = len(ids) + cfg.max_new_tokens - 1
+            try:
+                cache = KVCache(model.cfg, 1, tokens, formats, cfg.kv_residual, device, kernel)
+            except RuntimeError as e:
+                raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
+                                "--max-new-tokens") from None
+            if header:
+                print(f"{header}; {cache.nbytes():,} bytes allocated for {cache.capacity:,} tokens", file=sys.stderr)
+                header = ""
+            if tokens > model.cfg.block:
+                print(f"warning: {tokens:,} tokens go past the {model.cfg.block:,} of the training context: positions "
+                      "that the model hasn't seen", file=sys.stderr)
+            for n in range(cfg.num_samples):
+                cache.truncate(0)
+                continue_text(model, tokenizer, ids, cache, cfg, cfg.seed + n)
     return 0
+
+
+def continue_text(model, tokenizer, ids, cache, cfg, seed):
+    """Print a prompt and what the model makes of it, then on standard error how long that took."""
+    printer, ends = Printer(tokenizer, cfg.stop), cfg.stop_at_eot and tokenizer.name != "word"
+    printer.prompt(ids)
+    count, first, started = 0, None, time.perf_counter()
+    prompt = torch.tensor([ids], device=cache.device)
+    for token in generate(model, prompt, cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k, cfg.top_p, seed):
+        count, first = count + 1, first or time.perf_counter()
+        if ends and token.item() == tokenizer.eot or printer.add([token.item()]):
+            break
+    printer.end()
+    rate = f", then {(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else ""
+    print(f"{count} tokens: the first after {1000 * (first - started):.0f} ms{rate}", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -2252,11 +2345,13 @@ def sample(cfg):
 
 def derived(c):
     """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    fallback = dict(embed_dim=c["d_model"], min_lr=c["lr"],
+    schedule = c["schedule"] or ("constant" if c["min_lr"] in (None, c["lr"]) else "cosine")
+    fallback = dict(embed_dim=c["d_model"], schedule=schedule, min_lr=c["lr"] / (1 if schedule == "constant" else 10),
                     out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
                     warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
     if c["attn_mode"] == "decoupled":
-        fallback.update(sem_dim=32, geo_dim=64, attn_dim=(c["sem_dim"] or 32) + (c["geo_dim"] or 64))
+        sem, geo = (4 * c["n_head"], 8 * c["n_head"]) if c["size"] else (32, 64)
+        fallback.update(sem_dim=sem, geo_dim=geo, attn_dim=(c["sem_dim"] or sem) + (c["geo_dim"] or geo))
     elif c["attn_mode"] != "bottleneck":
         fallback.update(attn_dim=c["d_model"])
     if c["attn_mode"] == "mla":
@@ -2324,10 +2419,11 @@ def problems(c, given):
     overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
         "kv_rotate", "kv_residual")]
     if c.mode == "sample":
+        asked = [flag_name(name) for name in ("prompt", "prompt_file", "prompt_tokens", "interactive")
+                 if getattr(c, name) not in (None, False)]
         return wrong + [message for bad, message in checks + [
             (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
-            (c.prompt is not None and c.prompt_tokens is not None,
-             "--prompt and --prompt-tokens exclude each other; give one"),
+            (len(asked) > 1, f"{' and '.join(asked)} exclude each other; give one"),
             (c.temperature == 0 and (c.top_k or c.top_p),
              "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
             (c.kv_cache == "auto" and overrides,
@@ -2338,6 +2434,8 @@ def problems(c, given):
         (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
         (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
         (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+        (c.schedule == "constant" and c.min_lr != c.lr,
+         f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
         (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
         (c.micro_batch and c.batch_size % c.micro_batch,
          f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
@@ -2359,6 +2457,24 @@ def make_config(**given):
     if wrong:
         raise UserError("; ".join(wrong))
     return cfg
+
+
+def settings_of(path):
+    """What a resolved_config.json says of data, model and training, as flags would: not where a run lay, nor what would
+    follow from the rest. {} without a path. Raises UserError for a file that is none."""
+    if path is None:
+        return {}
+    try:
+        settings = vars(config_of(read_json(Path(path), CONFIG)))
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
+    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
+    given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in (
+        "out_dir", "overwrite", "size", "exp") and groups[name] in ("data", "model", "training")}
+    for name in reversed(given):
+        if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
+            given = {other: value for other, value in given.items() if other != name}
+    return given
 
 
 class Parser(argparse.ArgumentParser):
@@ -2397,6 +2513,7 @@ def main(argv=None):
         if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
             sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
+        given = {**settings_of(given.get("config")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

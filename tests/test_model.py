@@ -363,6 +363,23 @@ def test_learning_rate_cosine():
     assert [dba.lr_at(step, cfg) for step in steps] == pytest.approx(cosine)
 
 
+def test_learning_rate_wsd():
+    """Warm-up, stable, and over the last fifth a line to its end."""
+    cfg = config(dict(lr=1.0, schedule="wsd", steps=100, warmup_steps=10))
+    rates = [dba.lr_at(step, cfg) for step in (5, 10, 60, 80, 85, 90, 100)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.775, 0.55, 0.1])
+
+
+def test_schedule_that_follows_from_flags():
+    for given, schedule, end in ((dict(), "constant", 0.5), (dict(min_lr=0.1), "cosine", 0.1),
+                                 (dict(schedule="cosine"), "cosine", 0.05), (dict(schedule="wsd"), "wsd", 0.05)):
+        cfg = config(dict(lr=0.5, **given))
+        assert (cfg.schedule, cfg.min_lr) == (schedule, pytest.approx(end)), given
+    logged = {name: value for name, value in vars(config(dict(lr=0.5, min_lr=0.1))).items() if name != "schedule"}
+    assert dba.config_of(logged).schedule == "cosine"      # of a log that is older than the flag
+    assert dba.config_of({**logged, "min_lr": 0.5}).schedule == "constant"
+
+
 @pytest.mark.parametrize("warmup", (0, 20))
 def test_learning_rate_without_warm_up_or_with_nothing_else(warmup):
     cfg = config(dict(lr=1.0, min_lr=0.0, steps=20, warmup_steps=warmup))
