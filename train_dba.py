@@ -22,7 +22,7 @@ and per head r semantic width, p geometric width, v value width.
     python3 train_dba.py --data data/wikitext2.npy --attn-mode decoupled --tie-qk --null-attn
     python3 train_dba.py --data data/sample.npy --size tiny --steps 200 --out-dir runs/tiny
     python3 train_dba.py --data data/fineweb_20b.npy --exp paper_decoupled --compile
-    torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile [--shard]
+    torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile
     python3 train_dba.py --mode sample --ckpt runs/tiny/best.pt --prompt "The list" --temperature 0.8
 
 The same command started again resumes its run folder.
