@@ -1023,23 +1023,27 @@ class Ranks:
                             "command, code and data, and a run folder that they share")
 
 
+def mesh_sizes():
+    """Nodes, and ranks of each, as torchrun started them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
+
+
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes, local_ranks = mesh_sizes()
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
+    # torchrun keeps its store over restarts, where ranks would find the addresses of those that died. Nodes may count
+    # restarts differently: docs/scale.md has the variable that helps there.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if nodes == 1 else "", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, store=store, rank=rank,
+                            world_size=world, timeout=timedelta(minutes=30))    # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def mesh_sizes():
-    """Nodes, and ranks of each, as torchrun started them."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
 
 
 def pick_device(name):
