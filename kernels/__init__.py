@@ -46,12 +46,13 @@ def difference(cache, plain, H: int) -> float:
     equal, make of the same tokens for H query heads; infinite if there is a NaN. The sequences get different lengths,
     and of the tokens some settle at once, some leave the ring and some stay in it."""
     shape, T, generator = cache.shape, 2, torch.Generator().manual_seed(0)
+    G = 1 if shape.latent else shape.v_groups
 
     def random(*size):
         return torch.randn(size, generator=generator).to(cache.device)
 
-    width = sum(path.width for path in shape.paths)
-    q, null = random(2, H, T, width) / width ** 0.5, (random(2, H, T), random(shape.v_groups, shape.v_width))
+    width = sum(shape.streams[path.stream] for path in shape.paths) // G
+    q, null = random(2, H, T, width) / width ** 0.5, (random(2, H, T), random(G, shape.streams[shape.v_stream] // G))
     for tokens, kept in ((600, torch.tensor([600, 301])), (T, None)):
         entries = {name: random(2, tokens, channels) for name, channels in shape.streams.items()}
         spans = {}

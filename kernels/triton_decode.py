@@ -5,7 +5,7 @@ query, a warp for each, so that sums over tokens are shuffles; combine then merg
 token. A lane holds BLOCK / 32 adjacent tokens and walks over the channels of its head: codes are channel-major, so it
 loads 16 bytes of them at once, and a head may be of any width. Loads have no masks, which would break them up into
 single bytes; the cache is allocated in multiples of BLOCK, and what holds no token is left out by tl.where.
-quantize_tile settles new tokens in one launch. Nothing here was run on a GPU yet, only interpreted and compiled.
+quantize_tile settles new tokens in one launch.
 """
 
 import functools

@@ -9,7 +9,6 @@ import itertools
 import math
 from unittest import mock
 
-import gguf
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -195,6 +194,8 @@ def quantised(x, fmt):
         bad, zero = ~np.isfinite(d.astype(np.float16)), d.astype(np.float16) == 0   # bad: NaN and infinity, too
         blocks = np.where(bad | zero, 0, blocks)
         if fmt in ("q8_0", "q4_0"):
+            import gguf  # not on every GPU machine, and the Triton cases need none
+
             kind = gguf.GGMLQuantizationType[fmt.upper()]
             read = gguf.dequantize(gguf.quantize(blocks, kind), kind)
         else:

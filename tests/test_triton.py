@@ -20,11 +20,13 @@ from kernels import triton_decode  # noqa: E402
 HERE = Path(__file__).resolve().parent
 
 
-def test_interpreted():
+@pytest.mark.parametrize("interpret", [
+    "1", pytest.param("0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
+def test_cases(interpret):
     """A process either interprets kernels or compiles them, as its environment says before the first is defined."""
     result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p",
-                             "no:cacheprovider", HERE / "triton_interpreted.py"], cwd=HERE.parent, text=True,
-                            env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE,
+                             "no:cacheprovider", HERE / "triton_cases.py"], cwd=HERE.parent, text=True,
+                            env={**os.environ, "TRITON_INTERPRET": interpret}, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
 

@@ -31,7 +31,7 @@ def test_every_run_has_its_own_folder_and_its_flags_resolve_to_its_config():
 
 
 def test_groups_of_the_issue_are_there():
-    assert set(MANIFEST) == {"wikitext2", "fineweb100m", "local_12l", "a100_1b", "cpu_mini", "cpu_fair"}
+    assert set(MANIFEST) == {"wikitext2", "fineweb100m", "local_12l", "a100_1b", "cpu_mini", "equal_cache"}
     modes = {run.cfg.attn_mode for run in RUNS if run.name.startswith("cpu_mini/modes")}
     assert modes == {"standard", "bottleneck", "decoupled", "gqa", "mla"}
 

@@ -231,11 +231,11 @@ def test_runs_of_other_data_share_no_series_panel_or_difference(tmp_path):
 
 def test_two_sets_of_the_manifest_share_no_panel(tmp_path):
     """Their schedules and types may differ, whatever else is equal."""
-    for group in ("cpu_mini/modes", "cpu_fair/headline"):
+    for group in ("cpu_mini/modes", "equal_cache/headline"):
         write_run(tmp_path / group / "standard_s1", seed=1)
         write_run(tmp_path / group / "gqa_s1", seed=1, attn_mode="gqa", kv_head=2)
     drawn = collect.panels(collect.collect(tmp_path, {})["series"])
-    assert [(title.split(":")[0], len(members)) for title, members in drawn] == [("cpu_fair/headline", 2),
+    assert [(title.split(":")[0], len(members)) for title, members in drawn] == [("equal_cache/headline", 2),
                                                                                 ("cpu_mini/modes", 2)]
 
 

@@ -1,8 +1,10 @@
-"""The Triton kernels, interpreted: test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1. The
-reference for attention is one dense softmax per query, in float64; for append it is train_dba.append, bit by bit."""
+"""The Triton kernels, on a CUDA device or, with TRITON_INTERPRET=1, interpreted: test_triton.py runs this file in a
+process of its own. The reference for attention is one dense softmax per query, in float64; for append it is
+train_dba.append on the CPU, bit by bit."""
 
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,7 @@ import train_dba as dba
 from kernels import triton_decode
 from reference import hard_tokens
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
-
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 torch.use_deterministic_algorithms(True)                   # torch.empty is full of NaN
 F = tuple(dba.FORMATS)
 
@@ -90,8 +91,15 @@ def values(stream, b, positions, settled, window):
     return torch.stack(columns, 1)
 
 
+def on_cpu(x):
+    """What the reference reads of a stream or a span, on the CPU."""
+    return SimpleNamespace(**{name: part.cpu() if isinstance(part, torch.Tensor) else part
+                              for name, part in vars(x).items()})
+
+
 def reference(q, streams, shape, span, null):
     """Float64 [B, H, T, v] by one softmax over all tokens that a query may see; and the scores' standard deviation."""
+    span, streams = on_cpu(span), {name: on_cpu(stream) for name, stream in streams.items()}
     B, H, T, _ = q.shape
     G = 1 if shape.latent else shape.v_groups
     out, spread = [], []
@@ -125,12 +133,13 @@ def test_attention(case, monkeypatch):
     formats = case.formats if isinstance(case.formats, str) else dict(zip(shape.streams, case.formats, strict=True))
     kernel = dba.Kernel(**triton_decode.KERNEL)
     cache = dba.KVCache(case.cfg, B, max(case.lengths) + case.ahead, formats, case.residual,
-                        kernel=kernel if case.kernel else None)
+                        DEVICE, kernel if case.kernel else None)
     poison(cache)
 
     def step(T):
         span = cache.begin(T)
-        cache.append(0, span, {name: torch.randn(B, T, C, generator=generator) for name, C in shape.streams.items()})
+        cache.append(0, span, {name: torch.randn(B, T, C, generator=generator).to(DEVICE)
+                               for name, C in shape.streams.items()})
         return span
 
     if before := max(case.lengths) - T + case.ahead:
@@ -145,20 +154,22 @@ def test_attention(case, monkeypatch):
     null = null if case.null else None
     expected, spread = reference(q, streams, shape, span, null)
     assert max(case.lengths) == 1 or spread > 1, f"scores of order {spread:.2f} make this a weak test"
-    actual = cache.attend(0, span, q, null)
+    if null is not None:
+        null = tuple(part.to(DEVICE) for part in null)
+    actual = cache.attend(0, span, q.to(DEVICE), null)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(actual.double().cpu(), expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", ("k_sem", "v"))
 def test_what_is_not_finite_gives_nan(name):
     """A visible token with an infinity makes NaN of the queries that see it, as in torch, and of no other."""
-    cache = dba.KVCache(D4_8_12, 2, 3, "hetero")
+    cache = dba.KVCache(D4_8_12, 2, 3, "hetero", device=DEVICE)
     span = cache.begin(3)
-    entries = {name: torch.randn(2, 3, C) for name, C in cache.shape.streams.items()}
+    entries = {name: torch.randn(2, 3, C, device=DEVICE) for name, C in cache.shape.streams.items()}
     entries[name][0, 2] = float("inf")
     cache.append(0, span, entries)
-    out = triton_decode.attention(torch.randn(2, 4, 3, 12), cache.layers[0], cache.shape, span)
+    out = triton_decode.attention(torch.randn(2, 4, 3, 12, device=DEVICE), cache.layers[0], cache.shape, span)
     assert out[0, :, 2].isnan().all() and out[0, :, :2].isfinite().all() and out[1].isfinite().all()
 
 
@@ -168,14 +179,16 @@ def test_what_is_not_finite_gives_nan(name):
 def test_append_is_bit_identical(fmt, C, dtype):
     x = hard_tokens(C).to(dtype)
     rows, pos = torch.arange(len(x)) % 3, torch.randperm(512, generator=torch.Generator().manual_seed(0))[:len(x)]
-    expected, actual = (dba.CacheStream(3, C, 512, 0, fmt, "cpu") for _ in range(2))
+    expected, actual = (dba.CacheStream(3, C, 512, 0, fmt, device) for device in ("cpu", DEVICE))
     for stream in (expected, actual):
         stream.codes.fill_(1)
         if stream.scales is not None:
             stream.scales.fill_(-7)
     dba.append(expected, rows, pos, x)
+    rows, pos, x = rows.to(DEVICE), pos.to(DEVICE), x.to(DEVICE)
     triton_decode.append(actual, rows, pos, x.T.contiguous().T)                 # as the ring gives it
     triton_decode.append(actual, rows[:0], pos[:0], x[:0])
+    actual = on_cpu(actual)
     torch.testing.assert_close(actual.codes, expected.codes, rtol=0, atol=0, equal_nan=True)
     if actual.scales is not None:
         a, b = actual.scales, expected.scales
