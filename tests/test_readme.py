@@ -29,11 +29,13 @@ def commands_of(text):
     """Commands of the fenced blocks of a page, each on one line without its comment."""
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if not re.match("#|export ", line)]         # of a script for Slurm
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
 
 
 COMMANDS = [(page, command) for page, text in TEXT.items() for command in commands_of(text)]
-PYTHON = [(page, re.sub(r"^torchrun \S+ \S+", "python3", c)) for page, c in COMMANDS if re.match("python3|torchrun", c)]
+LAUNCHER = r"(?:srun )?torchrun(?: --\S+ \S+)*(?= train_dba)"
+PYTHON = [(page, re.sub(LAUNCHER, "python3", c)) for page, c in COMMANDS if re.match(f"python3|{LAUNCHER}", c)]
 MAKE = sorted({command for _, command in COMMANDS if command.startswith("make ")}
               | {command for text in TEXT.values() for command in re.findall(r"`(make [^`\n]+)`", text)})
 PAPER = [command for page, command in PYTHON if page == "docs/experiments.md"
@@ -69,7 +71,7 @@ def only_parse(monkeypatch):
 def test_every_kind_of_command_is_shown():
     scripts = {shlex.split(command)[1] for _, command in PYTHON}
     assert scripts >= {"train_dba.py", "prepare_fineweb.py", "eval_dba.py", "run_paper_manifest.py", "vis_heatmap.py"}
-    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match("python3|torchrun|make", c)}
+    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match(f"python3|{LAUNCHER}|make", c)}
     evaluations = {shlex.split(command)[2] for _, command in PYTHON if "eval_dba.py" in command}
     assert evaluations == {"ppl", "latency", "memory", "sweep", "probes", "rank", "policy", "tasks"}
 

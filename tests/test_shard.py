@@ -101,8 +101,8 @@ WATCHED = """
 shard_model = train_dba.shard_model
 def watched(model, *args):
     model = shard_model(model, *args)
-    up = model.blocks[0].mlp.up
-    up.register_forward_pre_hook(lambda module, x: seen.append((module.weight.dtype, model.embed.weight.dtype)))
+    up, norm = model.blocks[0].mlp.up, model.blocks[0].mlp_norm
+    norm.register_forward_hook(lambda _, x, y: seen.append((up.weight.dtype, y.dtype, model.embed.weight.dtype)))
     whole, own = (sum(p.numel() for p in parts) for parts in (model.parameters(), [
         p.to_local() for p in model.parameters()]))
     print(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}", flush=True)
@@ -111,13 +111,13 @@ seen, train_dba.shard_model = [], watched
 """
 
 
-def test_bfloat16_is_what_blocks_are_gathered_in(folder, tmp_path):
+def test_blocks_are_gathered_in_bfloat16_and_norms_are_float32(folder, tmp_path):
     flags = f"{RUN} --dtype bfloat16 --steps 10 --out-dir"
     assert_done(call(f"{flags} bf16", folder))
     result = ranks(2, f"{flags} bf16_sharded --shard", folder, script(tmp_path, WATCHED, "print(set(seen))"))
     assert_done(result)
     assert result.stdout.count("(2,) (Shard(dim=0),) 0.50") == 2
-    assert result.stdout.count("{(torch.bfloat16, torch.float32)}") == 2, result.stdout
+    assert result.stdout.count("{(torch.bfloat16, torch.float32, torch.float32)}") == 2, result.stdout
     assert_curve(folder / "bf16", folder / "bf16_sharded", 10, loss=5e-4, norm=5e-3)
     model = train_dba.load_checkpoint(folder / "bf16_sharded/last.pt")["model"]
     assert {tensor.dtype for tensor in model.values()} == {torch.float32}
