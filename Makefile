@@ -76,7 +76,7 @@ test_eval: $(VENV)/.ready-eval  ## the tests that need requirements-eval.txt
 	$(PYTEST) $(SHARED) --ignore tests/test_fuzz.py -k "tasks or llama or export"
 lint: env  ## ruff
 	$(PY) -m ruff check .
-kill_test: env  ## kill a run 20 times at random; its losses must be those of a run never stopped
+kill_test: env  ## kill a run 20 times at drawn events; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20
 
 # --- the demo: no network beyond the packages

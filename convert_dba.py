@@ -1,24 +1,40 @@
 """
 Pretrained Llamas as models of train_dba.py.
 
+    python3 convert_dba.py SmolLM2.gguf         # what model it is, or why it can't be read
+
 A Llama is our standard attention, or gqa where query heads share keys, or bottleneck where its heads aren't as wide as
 the model, with RMSNorm, SwiGLU, RoPE on halves and a tied embedding. load_llama() reads a .gguf file or a Hugging Face
-folder (config.json, safetensors, tokenizer.json) into a GPT and its tokenizer, or says what in it our model can't hold.
-It needs requirements-eval.txt.
+folder (config.json, safetensors, tokenizer.json) into a GPT and its tokenizer, or says what in it our model can't hold;
+`eval_dba.py COMMAND --ckpt PATH` measures it. It needs requirements-eval.txt.
 """
 
+import argparse
 import json
 import math
 import mmap
 import re
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from train_dba import BROKEN, DEFAULTS, GPT, Config, UserError, count_params, derived, out_of_range, width_problems
+from train_dba import (
+    BROKEN,
+    DEFAULTS,
+    GPT,
+    Config,
+    UserError,
+    bytes_per_token,
+    count_params,
+    derived,
+    out_of_range,
+    read_bytes,
+    width_problems,
+)
 
 # Hugging Face's names of a layer's weights, and ours.
 LAYER = {
@@ -28,6 +44,7 @@ LAYER = {
 }
 GGUF_LAYER = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 CONFIG_BYTES = 1 << 20                                     # the most that a config.json may have
+TOKENIZER_BYTES = 1 << 28                                  # the same of a tokenizer.json
 MOST = 1 << 24                                             # the largest number in a model's settings
 
 
@@ -387,6 +404,7 @@ def check_size(config, files):
 def read_folder(folder, fields=None, **gguf_file):
     """(LlamaForCausalLM in float32, tokenizer) of transformers from a folder, or the .gguf file of that name in it,
     whose fields are given."""
+    from tokenizers import Tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **gguf_file)
     check_size(config, [path for path in Path(folder).iterdir() if path.suffix in (".gguf", ".safetensors")])
@@ -398,6 +416,8 @@ def read_folder(folder, fields=None, **gguf_file):
         raise UserError(f"its tensors are not those that its settings promise ({strange[0]}){biases}")
     if fields and fields["tokenizer.ggml.model"] == "gpt2":
         return llama, gguf_tokenizer(fields)
+    if (file := Path(folder, "tokenizer.json")).is_file():                      # or transformers' error has no class
+        Tokenizer.from_buffer(read_bytes(file, TOKENIZER_BYTES))
     hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_file)
     if fields and not fields.get("tokenizer.ggml.add_space_prefix", True):
         from tokenizers import pre_tokenizers
@@ -438,3 +458,24 @@ def load_llama(path, device="cpu"):
             SafetensorError, StrictDataclassError) as e:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
+    parser.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
+    path = parser.parse_args(argv).path
+    try:
+        model, tokenizer = load_llama(path)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    cfg, params = model.cfg, count_params(model.cfg, model.vocab_size)["total"]
+    print(f"{path}: {cfg.attn_mode} attention, {cfg.layers} layers, d_model {cfg.d_model}, {cfg.n_head} heads, block "
+          f"{cfg.block:,}, {len(tokenizer.bytes):,} tokens, {params:,} parameters, KV "
+          f"{bytes_per_token(cfg, 'fp16'):,} B/token in fp16")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -463,7 +463,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"can't make the folder {args.out} ({e.strerror}); give another --out") from None
     write_results(results, args.out)
     if missing := draw(results, args.out):
-        print(f"not drawn for want of results: {', '.join(missing)}", file=sys.stderr)
+        print(f"{len(missing)} figures not drawn: the runs that they need aren't there", file=sys.stderr)
     if papers:
         for name, (done, total) in results["manifest"].items():
             if done < total:

@@ -66,6 +66,7 @@ from train_dba import (
 )
 
 BATCH_CHARS = 1 << 19                              # text that a worker gets at once
+LINE_BYTES = 1 << 28                               # the longest line of a .jsonl
 JOURNAL_SECONDS = 5.0                              # the work that a kill can cost
 HEADER_BYTES = 128                                 # of a 1-D .npy
 CHUNK_BYTES = 1 << 22
@@ -175,7 +176,9 @@ def read_txt(path, start):
 def read_jsonl(path, start):
     """The string under "text" of each line; position: lines read."""
     with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
+        for n, line in enumerate(iter(lambda: f.readline(LINE_BYTES + 1), b""), 1):
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{path}, line {n}: more than {LINE_BYTES:,} bytes: cut the document up, or remove it")
             if n == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if n <= start or not line.strip():

@@ -45,6 +45,8 @@ from train_dba import (
     make_config,
     parse_args,
     pick_device,
+    pick_dtype,
+    product_rates,
     read_json,
     synchronize,
 )
@@ -174,10 +176,14 @@ def make_run(group, row, series, given, vocab_size):
     return Run(name, f"{group}/{series}", f"{group}/{row}", given, cfg, vocab_size)
 
 
-def matmul_rate(device, seconds=1.0):
-    """FLOP/s of bfloat16 matrix products of 1024 x 1024 (8192 x 8192 on a GPU) on this device."""
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
+def product_rate(cfg, device, seconds=0.2):
+    """FLOP/s of matrix products on this device in the type that a run would take here, and that type's name."""
+    if device.type == "cpu":
+        rates = product_rates(cfg.batch_size * cfg.block, cfg.d_model, cfg.d_ff)
+        name = str(pick_dtype(cfg.dtype, device, rates)[0]).removeprefix("torch.")
+        return rates[name] * 1e12, name
+    dtype, size = pick_dtype(cfg.dtype, device)[0], 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     a @ b
     synchronize(device)
     count, started = 0, time.perf_counter()
@@ -185,7 +191,7 @@ def matmul_rate(device, seconds=1.0):
         a @ b
         synchronize(device)
         count += 1
-    return count * 2 * size**3 / (time.perf_counter() - started)
+    return count * 2 * size**3 / (time.perf_counter() - started), str(dtype).removeprefix("torch.")
 
 
 def hours(seconds):
@@ -194,16 +200,20 @@ def hours(seconds):
 
 def describe(runs, device):
     """Print commands, sizes and the least time that they take here; needs no data, and builds no model."""
-    rate = matmul_rate(device)
+    rates, total = {}, 0.0                                 # of runs with products of one shape; seconds
     for run in runs:
-        params = count_params(run.cfg, run.vocab_size)["total"]
-        print(f"{run.name}: {params:,} parameters, KV {bytes_per_token(run.cfg, 'fp16'):,} B/token in fp16, "
-              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at least {hours(run.flops / rate)}\n"
-              f"    train_dba.py {shlex.join(run.command())}")
+        cfg, params = run.cfg, count_params(run.cfg, run.vocab_size)["total"]
+        shape = cfg.dtype, cfg.batch_size * cfg.block, cfg.d_model, cfg.d_ff
+        if shape not in rates:
+            rates[shape] = product_rate(cfg, device)
+        rate, dtype = rates[shape]
+        total += run.flops / rate
+        print(f"{run.name}: {params:,} parameters, KV {bytes_per_token(cfg, 'fp16'):,} B/token in fp16, "
+              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at least {hours(run.flops / rate)} at "
+              f"{rate / 1e12:.3g} TFLOP/s in {dtype}\n    train_dba.py {shlex.join(run.command())}")
     flops = sum(run.flops for run in runs)
     print(f"{len(runs)} runs, {sum(run.tokens for run in runs) / 1e6:.1f}M tokens, {flops:.2e} FLOPs; at "
-          f"{rate / 1e12:.2f} TFLOP/s, of a bfloat16 matrix product on this {device.type}, at least "
-          f"{hours(flops / rate)}")
+          f"{flops / total / 1e12:.3g} TFLOP/s, of matrix products on this {device.type}, at least {hours(total)}")
 
 
 def progress(run):

@@ -8,12 +8,10 @@ largest difference of a continuation's log-probability in nats.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
-
-import lm_eval
-from lm_eval.models.huggingface import HFLM
 
 import common
 import eval_dba
@@ -46,6 +44,11 @@ def main():
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ModuleNotFoundError as e:
+        return f"error: this needs {e.name}: pip install -r requirements-eval.txt"
     subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32", out=None))
     llama, tokenizer = read_llama(args.ckpt)
     models = {"ours": eval_dba.lm_eval_model(subject, args.batch_size),
@@ -70,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

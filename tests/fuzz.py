@@ -49,9 +49,9 @@ CPU_SECONDS = 60
 WALL_SECONDS = 600                                         # only what waits without end takes as long
 MEMORY_BYTES = 2 << 30                                     # beyond what the warm process has
 ERROR_LENGTH = 2000                                        # longest error line, in characters
-# One thread, as a fork keeps the locks of others; no window; no kernel is compiled.
+# One thread, as a fork keeps the locks of others (pyarrow's jemalloc starts one); no window; no kernel is compiled.
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg",
-                   CXX="no-compiler")
+                   CXX="no-compiler", JE_ARROW_MALLOC_CONF="background_thread:false")
 SCRIPTS = ("train_dba", "eval_dba", "prepare_fineweb", "run_paper_manifest", "plot_results", "plot_memory",
            "vis_heatmap")
 LM_EVAL = ("lm_eval",)

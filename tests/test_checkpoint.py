@@ -255,9 +255,9 @@ EDITS = {
 @pytest.mark.parametrize("change, word", EDITS.values(), ids=EDITS)
 def test_edited_checkpoints(folder, change, word):
     edit(folder / "run/last.pt", change)
-    peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert_error(call(SAMPLE, folder), word)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000
 
 

@@ -10,7 +10,7 @@ import torch
 import convert_dba
 import eval_dba
 from llamas import TEXT, VOCAB, byte_level, save_llama, sentencepiece, write_gguf
-from train_dba import KVCache, UserError
+from train_dba import KVCache, UserError, count_params
 
 for needed in ("accelerate", "gguf", "safetensors", "transformers"):
     pytest.importorskip(needed, reason="requirements-eval.txt")
@@ -123,6 +123,8 @@ def edit_config(folder, **fields):
     lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
     lambda f: (f / "model.safetensors").unlink(),
     lambda f: (f / "tokenizer.json").unlink(),
+    lambda f: (f / "tokenizer.json").write_text("{"),
+    lambda f: (f / "tokenizer.json").write_text('{"truncation": "None"}'),
     lambda f: (f / "config.json").write_text("{"),
     lambda f: edit_config(f, num_hidden_layers=3),
     lambda f: edit_config(f, num_hidden_layers=1),
@@ -182,3 +184,16 @@ def test_smollm2_has_the_logits_of_transformers():
     assert ids.tolist() == hf.encode(TEXT * 2, add_special_tokens=False)
     assert tokenizer.decode(ids.tolist()).decode() == TEXT * 2
     assert_same_logits(llama, model, torch.from_numpy(ids.astype("int64"))[None])
+
+
+# --- The command line
+
+def test_the_script_says_what_a_llama_is(tmp_path, capsys):
+    save_llama(tmp_path)
+    assert convert_dba.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    model = convert_dba.load_llama(tmp_path)[0]
+    params = count_params(model.cfg, model.vocab_size)["total"]
+    assert f"{model.cfg.layers} layers" in said and f"{params:,} parameters" in said
+    assert convert_dba.main([str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

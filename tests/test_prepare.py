@@ -704,6 +704,15 @@ def test_bad_input(tmp_path, name, data, expected):
     assert expected in message and not (tmp_path / "o" / "x.npy").exists()
 
 
+def test_long_lines(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "t.jsonl", ["abc", "d" * 100])
+    args = ["--dataset", "text", "--tokenizer", "byte", "--input", source, "--output", tmp_path / "x.npy"]
+    monkeypatch.setattr(prep, "LINE_BYTES", 100)
+    assert "t.jsonl, line 2: more than 100 bytes" in fails(*args)
+    monkeypatch.setattr(prep, "LINE_BYTES", max(map(len, source.read_bytes().splitlines(keepends=True))))
+    run(*args)
+
+
 def test_bad_parquet_columns(tmp_path):
     args = ["--dataset", "text", "--tokenizer", "byte", "--output", tmp_path / "x.npy", "--input"]
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -16,7 +16,7 @@ ENDLESS = (f"{TRAIN} --dropout 0.1 --grad-accum 2 --steps 1000000 --eval-every 7
 def stop_after(folder, steps, signum):
     """Result of a run that is sent a signal once it has logged the given steps."""
     process, first = start(ENDLESS, folder), last_step(folder / "run")
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while process.poll() is None and last_step(folder / "run") < first + steps and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signum)
@@ -41,8 +41,8 @@ def test_signals_finish_the_step_and_save(tmp_path):
 
 
 def test_killed_runs_have_the_same_log(tmp_path):
-    counts = kill_and_compare(tmp_path, kills=4, steps=120)
-    assert counts["during a save"] and counts["resumed"] >= 3
+    counts = kill_and_compare(tmp_path, kills=5, steps=60)
+    assert counts["during a save"] and counts["with a torn line"] and counts["resumed"]
 
 
 def test_a_signal_on_the_last_step_leaves_a_run_that_finishes(tmp_path, monkeypatch):

@@ -142,6 +142,9 @@ def test_dry_run_needs_no_data(small):
     (small / "text.txt").unlink()
     result = manifest_command(small, "--dry-run")
     assert result.returncode == 0 and "3 runs" in result.stdout and "FLOPs" in result.stdout
+    for dtype in ("float32", "bfloat16"):                  # of the runs, not of the device
+        said = manifest_command(small, f"--dry-run -- --dtype {dtype}").stdout
+        assert said.count(f"TFLOP/s in {dtype}") == 3 and " 0 TFLOP/s" not in said
     assert not (small / "runs").exists()
     assert manifest_command(small, "").returncode == 1
     wrong = manifest_command(small, "--only nothing")
