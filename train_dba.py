@@ -1305,7 +1305,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
     try:
         with open(path, "rb") as f:
             verify_records(f)
-            ckpt = torch.load(path if mmap else f, map_location=device, weights_only=True, mmap=mmap)
+            source = f"/dev/fd/{f.fileno()}" if mmap else f                     # PyTorch maps by a name, in UTF-8
+            ckpt = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
     except (*BROKEN, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged, or holds more than weights and settings ({brief(e)}); nothing in it was "
                         "run") from None
