@@ -498,13 +498,14 @@ def main(argv=None):
             p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
             p.add_argument("--layers", type=int, help="so many in place of the preset's")
             p.add_argument("--steps", type=int, help="timed steps (6)")
-    args = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     try:
-        if args["command"] == "gpu":
-            args["out"] = args["out"] or Path("runs/bench/gpu")
-            return run_plan(argparse.Namespace(**args))
+        if args.command == "gpu":
+            args.out = args.out or Path("runs/bench/gpu")
+            return run_plan(args)
         keep_freed_memory()
-        run_block(args.pop("command"), pick_device(args.pop("device")), **args)
+        settings = vars(args)
+        run_block(settings.pop("command"), pick_device(settings.pop("device")), **settings)
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -290,7 +290,8 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # float32's backward is faster: 14 % of a step without AMX
+    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
+    narrow = q.device.type == "cpu" and width <= 16
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal

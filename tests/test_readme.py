@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import run_paper_manifest as runner
+import train_dba
 from train_dba import main, make_config, parse_args, stream_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -95,12 +96,22 @@ def test_make_target_exists(command):
     subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
+def headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_links_resolve(page):
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
         if not link.startswith("http"):
-            assert (folder / link.split("#")[0]).exists(), f"{page}: {link}"
+            path, _, heading = link.partition("#")
+            assert (folder / path).exists(), f"{page}: {link}"
+            assert not heading or heading in headings(folder / path), f"{page}: {link}"
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", TEXT[page]):
+        assert hasattr(getattr(train_dba, owner), name), f"{page}: {owner}.{name}"
     for name in re.findall(r"pip install -r (\S+) -c (\S+?)`", TEXT[page]):
         assert all((ROOT / file).is_file() for file in name)
 
@@ -130,14 +141,14 @@ def test_bytes_of_the_cache_page():
 
 @pytest.fixture
 def tiny_data(tmp_path, monkeypatch):
-    """A working folder with the token files that the pages name, of a few thousand word tokens each."""
+    """A working folder with the token files that the pages name, of some thousand word tokens each."""
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
     words = [f"w{i}" for i in range(48)] + ["<eos>", "<unk>"]
     for name in ("wikitext2", "fineweb_100m"):
         (data / f"{name}.vocab.json").write_text(json.dumps(words))
-        for part, n in (("", 5000), (".val", 2100)):
+        for part, n in (("", 30_000), (".val", 2100)):
             path = data / f"{name}{part}.npy"
             np.save(path, np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
             info = dict(dataset=name, revision=None, tokenizer="word", vocab_size=50, eot=48, tokens=n, documents=1,
@@ -178,7 +189,7 @@ def test_training_command(command, tiny_data, capsys):
     assert resolved == {**resolved, **given, "steps": 2}
     log = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     assert [line["type"] for line in log] == ["meta", "train", "train", "eval", "done"]
-    assert log[0]["config"] == resolved and log[-2]["val_tokens"] == 2099
+    assert log[0]["config"] == resolved and log[-2]["val_tokens"] == (2999 if "val_frac" in given else 2099)
     page = TEXT["docs/run_folders.md"]
     named = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert named >= {"command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt"}
