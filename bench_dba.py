@@ -209,16 +209,16 @@ def loss(device, toy):
         calls[f"ours, {chunk // 10**6}M logits, compiled"] = chunk, partial(ours, compiled)
     calls["full logits"] = 0, plain
     calls["full logits, compiled"] = 0, torch.compile(plain)
-    kept = train_dba.LOGIT_CHUNK
+    kept = train_dba.LOGIT_CHUNK[device.type]
     for name, (chunk, call) in calls.items():
-        train_dba.LOGIT_CHUNK = chunk or kept
+        train_dba.LOGIT_CHUNK[device.type] = chunk or kept
         call()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = median_of(call, device, rounds=5)
         yield dict(case=name, ms=1000 * seconds, gib=peak_memory(device) / 2**30,
                    tflops=6e-12 * N * D * len(weight) / seconds)
-    train_dba.LOGIT_CHUNK = kept
+    train_dba.LOGIT_CHUNK[device.type] = kept
 
 
 def llama(cfg):

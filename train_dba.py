@@ -70,6 +70,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -216,7 +217,11 @@ class Config:
     log_every: int = flag("training", 10, "steps between log lines", low=1)
     save_every: int = flag("training", 500, "steps between checkpoints", low=1)
     keep_every: int | None = flag("training", None, "steps between weights that are kept, as step<N>.pt (none)", low=1)
+    tensorboard: bool = flag("training", False, "write the log's numbers for TensorBoard, too")
     compile: bool = flag("training", False, "torch.compile the blocks and the loss")
+    shard: bool = flag("training", False, "split weights, gradients and optimiser over the ranks that torchrun started")
+    activation_checkpointing: bool = flag("training", False, "compute each block again in its backward pass, to save "
+                                          "memory")
 
     ckpt: str | None = flag("sampling", None, "checkpoint to sample from")
     prompt: str | None = flag("sampling", None, "text to continue; -: standard input")
@@ -317,7 +322,8 @@ def linear(n_in, n_out):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))    # in float32 where autocast made x bfloat16
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
 
 
 def split_heads(x, n):
@@ -423,7 +429,8 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
-LOGIT_CHUNK = 20_000_000                                   # most logits that exist at once
+# Most logits that exist at once. On CUDA a guess until one is measured.
+LOGIT_CHUNK = {"cpu": 20_000_000, "mps": 20_000_000, "cuda": 100_000_000}
 
 
 def nll_and_grad(h, w, targets, mask, dw=None):
@@ -453,7 +460,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
         mask[vocab_size:] = -torch.inf
         dw = torch.zeros_like(weight) if with_grad else None
-        rows = -(-len(h) // -(-len(h) * len(w) // LOGIT_CHUNK))                 # of h, in chunks of even size
+        chunks = -(-len(h) * len(w) // LOGIT_CHUNK[h.device.type])
+        rows = -(-len(h) // chunks)                        # of h, in chunks of even size
         nll, dh = zip(*(chunk_loss(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
         ctx.save_for_backward(torch.cat(dh) if with_grad else None, dw)
         return sum(nll)
@@ -502,7 +510,10 @@ class GPT(nn.Module):
         span = None if cache is None else cache.begin(idx.size(1))
         x = F.dropout(self.embed_up(self.embed(idx)), self.cfg.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache, i, span)
+            if cache is not None:
+                x = block(x, cache, i, span)
+            else:
+                x = checkpoint(block, x, use_reentrant=False) if self.cfg.activation_checkpointing else block(x)
         if cache is not None:
             cache.advance(span)
         return self.embed_down(self.norm(x))
@@ -1029,16 +1040,26 @@ class Ranks:
                             "command, code and data, and a run folder that they share")
 
 
+def mesh_sizes():
+    """Nodes, and ranks of each, as torchrun started them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
+
+
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes, local_ranks = mesh_sizes()
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
+    # torchrun keeps its store over restarts, where ranks would find the addresses of those that died. Nodes may count
+    # restarts differently: docs/scale.md has the variable that helps there.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if nodes == 1 else "", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, store=store, rank=rank,
+                            world_size=world, timeout=timedelta(minutes=30))    # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -1146,10 +1167,11 @@ def lr_at(step, cfg):
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
-def compile_model(model):
-    """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
+def compile_model(model, device=None):
+    """The same model with its blocks and its loss compiled. device: where it will run, if not where it is. Raises
+    UserError where nothing could compile them."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
+    if (device or model.embed.weight.device).type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -1157,12 +1179,44 @@ def compile_model(model):
     return model
 
 
+def shard_model(model, device, dtype):
+    """The same model with its parameters split over the ranks of a node, each node with a copy (FSDP2, HSDP). A block's
+    are put together in dtype while it runs, the embedding's in float32; gradients are added up in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+
+    nodes, ranks = mesh_sizes()
+    sizes = (nodes, ranks) if nodes > 1 and ranks > 1 else (nodes * ranks,)
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("nodes", "ranks")[-len(sizes):])
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(state, keep):
+    """A state with its sharded tensors put together on the CPU, one at a time, if this rank is to keep them. All ranks
+    must call it."""
+    if isinstance(state, dict):
+        return {key: whole(value, keep) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if keep else None
+
+
+def share_of(tensor, p):
+    """A copy of a whole tensor as the parameter p is: on its device, and sharded if that is."""
+    if not hasattr(p, "full_tensor"):
+        return tensor.to(p.device, copy=True)
+    return dist.tensor.distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).clone()
+
+
 # -----------------------------------------------------------------------------
 # Run folder: command.txt, resolved_config.json, env.json, train.jsonl, last.pt, best.pt
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
-              "overwrite", "config"}
+              "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
 RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt", "step*.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
@@ -1224,17 +1278,19 @@ def write_text(path, text):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_checkpoint(path, cfg, tokenizer, model, **state):
-    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
+def save_checkpoint(path, cfg, tokenizer, model, keep=True, **state):
+    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng. Every rank of a sharded model must
+    call it; the one that is to keep it writes."""
     words = getattr(tokenizer, "words", None)
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
-                   model=model.state_dict(), **state)
+                   model=whole(model.state_dict(), keep), **whole(state, keep))
 
     def write(temporary):
         with open(temporary, "wb") as f:                   # by its path, PyTorch would hide why it can't be written
             torch.save(content, f)
 
-    write_whole(path, write)
+    if keep:
+        write_whole(path, write)
 
 
 def verify_records(f):
@@ -1268,14 +1324,16 @@ def checkpoint_file(path):
     return path
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", mmap=False):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
-    unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
+    unpickled, so a hostile file can't run code. mmap: leave the tensors on disk until they are read, which ranks that
+    share a machine do once. Raises UserError for a file that isn't a checkpoint of this script."""
     path = checkpoint_file(path)
     try:
         with open(path, "rb") as f:
             verify_records(f)
-            ckpt = torch.load(f, map_location=device, weights_only=True)
+            source = f"/dev/fd/{f.fileno()}" if mmap else f                     # PyTorch maps by a name, in UTF-8
+            ckpt = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
     except (*BROKEN, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged, or holds more than weights and settings ({brief(e)}); nothing in it was "
                         "run") from None
@@ -1338,6 +1396,15 @@ def append_line(path, **line):
         raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
+def summary_writer(folder, step):
+    """TensorBoard's writer of a run folder, going on after `step`. Raises UserError where it isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
 def read_log(path):
     """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
     if not path.exists():
@@ -1364,7 +1431,8 @@ def find_run(cfg, given):
     a run with other settings, or can't be gone on with."""
     folder = Path(cfg.out_dir)
     log = [] if cfg.overwrite else read_log(folder / "train.jsonl")
-    ckpt = None if cfg.overwrite or not (folder / "last.pt").exists() else load_checkpoint(folder / "last.pt")
+    afresh = cfg.overwrite or not (folder / "last.pt").exists()
+    ckpt = None if afresh else load_checkpoint(folder / "last.pt", mmap=True)
     if not log and not ckpt:
         return cfg, None, False
     lacking = {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys() if ckpt else None
@@ -1414,9 +1482,12 @@ def start_folder(cfg, ckpt, env, meta, argv):
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
-    launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
-    command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
-    texts = {"command.txt": " ".join(map(shell_quote, command)) + "\n",
+    nodes, ranks = mesh_sizes()
+    launcher = f"torchrun --nproc-per-node {ranks}" if dist.is_initialized() else "python3"
+    if nodes > 1:                                          # HEAD: name and port of one of the nodes
+        launcher += f' --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint "$HEAD"'
+    args = ("=".join(map(relative, arg.split("=", 1))) for arg in argv)
+    texts = {"command.txt": " ".join([launcher, "train_dba.py", *map(shell_quote, args)]) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
@@ -1504,11 +1575,13 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
     for m in mine:
         if cfg.dropout:
             torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, m]).generate_state(1)[0]))
-        rows = slice(m * micro, (m + 1) * micro)
-        with model.no_sync() if ranks.world > 1 and m != mine[-1] else contextlib.nullcontext():
+        rows, last = slice(m * micro, (m + 1) * micro), m == mine[-1]           # whose backward pass adds up ranks
+        if cfg.shard:
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with autocast(ranks.device, dtype):
                 nll = model(x[rows], y[rows])
-            (nll * (ranks.world / y.numel())).backward()                        # DDP averages over ranks
+            (nll * (ranks.world / y.numel())).backward()                        # DDP and FSDP average over ranks
         total += nll.detach()
     return total.item()
 
@@ -1552,9 +1625,16 @@ def describe(cfg, data, ranks, dtype, why):
 
 
 def build(cfg, vocab_size, device):
-    """Model, optimiser and the generator that decides the order of the data, all from the seed."""
+    """Model, compiled and sharded if it is to be, optimiser and the generator that decides the order of the data, all
+    from the seed."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, vocab_size).init_weights().to(device)
+    model = GPT(cfg, vocab_size).init_weights()
+    if not cfg.shard:                                      # sharding brings it there block by block
+        model.to(device)
+    if cfg.compile:
+        compile_model(model, device)
+    if cfg.shard:
+        shard_model(model, device, getattr(torch, cfg.dtype))
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
 
 
@@ -1563,8 +1643,10 @@ def restore(ckpt, model, optimizer, rng):
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        check(ckpt["model"], model.state_dict(), "model")
-        model.load_state_dict(ckpt["model"])
+        own, state = model.state_dict(), {}
+        check(ckpt["model"], own, "model")
+        for name, tensor in ckpt["model"].items():
+            own[name].copy_(share_of(tensor, own[name]))
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("another model's parameters")
         steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
@@ -1572,7 +1654,9 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
-        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+            state[i] = dict(step=steps.clone(), **{name: share_of(saved["state"][i][name], p) for name in (
+                "exp_avg", "exp_avg_sq")})
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
         raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
@@ -1584,12 +1668,15 @@ def train(cfg, given, argv):
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
+    if cfg.shard and not dist.is_initialized():
+        raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
     settings = {flag_name(name): value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
-    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings)
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings,
+                shard=cfg.shard and "of {} x {}".format(*mesh_sizes()))
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
@@ -1611,19 +1698,26 @@ def train(cfg, given, argv):
         check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
         restore(ckpt, model, optimizer, rng)
         step, best = ckpt["step"], ckpt["best_val_loss"]
-    runner = compile_model(model) if cfg.compile else model
-    if ranks.world > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
+    runner = model
+    if ranks.world > 1 and not cfg.shard:
+        runner = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    board = summary_writer(folder, step) if cfg.tensorboard and main_rank else None
 
     def log(kind, **fields):
         if main_rank:
             append_line(folder / "train.jsonl", type=kind, step=step, tokens=step * cfg.tokens_per_step, **fields)
+        if board:
+            for name, value in fields.items():
+                if value is not None:
+                    board.add_scalar(f"{kind}/{name}", value, step)
+            board.flush()
 
     def save(name, **state):
-        if main_rank:
-            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * cfg.tokens_per_step,
-                            best_val_loss=best, data=meta["data"], **state)
+        save_checkpoint(folder / name, cfg, data.tokenizer, model, main_rank, step=step,
+                        tokens=step * cfg.tokens_per_step, best_val_loss=best, data=meta["data"], **state)
+        ranks.sum(0)                                       # all wait, in the group that lets them wait for long
 
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
@@ -1654,7 +1748,10 @@ def train(cfg, given, argv):
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
         loss = ranks.sum(nll)[0] / cfg.tokens_per_step
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
+        grad_norm = grad_norm.full_tensor() if cfg.shard else grad_norm
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip or math.inf, grad_norm)
+        grad_norm = grad_norm.item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -2460,17 +2557,17 @@ def make_config(**given):
 
 
 def settings_of(path):
-    """What a resolved_config.json says of data, model and training, as flags would: not where a run lay, nor what would
-    follow from the rest. {} without a path. Raises UserError for a file that is none."""
+    """What a resolved_config.json says, as flags would: not where a run lay and on what device, nor what would follow
+    from the rest. {} without a path. Raises UserError for a file that is none."""
     if path is None:
         return {}
     try:
         settings = vars(config_of(read_json(Path(path), CONFIG)))
     except (*BROKEN, OSError) as e:
         raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
-    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
-    given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in (
-        "out_dir", "overwrite", "size", "exp") and groups[name] in ("data", "model", "training")}
+    sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
+    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"} | sampling
+    given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
     for name in reversed(given):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
             given = {other: value for other, value in given.items() if other != name}

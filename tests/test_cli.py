@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -336,13 +338,13 @@ def test_few_channels_get_a_warning(tmp_path):
 def test_settings_of_another_run(tmp_path):
     """All that was asked of that run holds, but for where it lay; what only followed follows anew."""
     make_text(tmp_path)
-    asked = "--attn-mode decoupled --sem-dim 8 --geo-dim 16 --null-attn --schedule wsd --lr 0.01 --steps 20"
+    asked = "--attn-mode decoupled --sem-dim 8 --geo-dim 16 --null-attn --schedule wsd --lr 0.01 --steps 20 --seed 5"
     assert call(f"{TRAIN} {asked} --out-dir a", tmp_path).code == 0
     again = call("--config a/resolved_config.json --steps 30 --out-dir b", tmp_path)
     assert again.code == 0
     first, second = (json.loads((tmp_path / run / "resolved_config.json").read_text()) for run in "ab")
     differ = {name for name in first if first[name] != second[name]}
-    assert differ == {"config", "out_dir", "steps"}        # its warm-up was said
+    assert differ == {"config", "out_dir", "device", "steps"}                   # its warm-up was said
     assert_error(call("--config text.txt --out-dir c", tmp_path), "--config text.txt is no resolved_config.json")
     assert_error(call("--config none.json --out-dir c", tmp_path), "--config none.json is no resolved_config.json")
     assert not (tmp_path / "c").exists()
@@ -361,3 +363,31 @@ def test_weights_that_are_kept(tmp_path):
 def test_a_folder_of_texts(tmp_path):
     make_text(tmp_path)
     assert_error(call("--data . --out-dir a", tmp_path), ". is a folder", "prepare_fineweb.py --dataset text --input .")
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    """Every number of the log arrives, under its line's type; without the package it's one line, before any work."""
+    make_text(tmp_path)
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append(purge_step)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert_error(call(f"{TRAIN} --steps 2 --tensorboard --out-dir b", tmp_path), "pip install tensorboard")
+    module.SummaryWriter = SummaryWriter
+    assert call(f"{TRAIN} --steps 2 --tensorboard --out-dir a", tmp_path).code == 0
+    expected = [1]
+    for line in read_log(tmp_path / "a")[1:]:
+        for name, value in line.items():
+            if name not in ("type", "step", "tokens") and value is not None:
+                expected.append((f"{line['type']}/{name}", value, line["step"]))
+    assert written == expected and len(expected) > 10

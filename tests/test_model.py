@@ -226,7 +226,7 @@ def loss_inputs(N=37, E=12, rows=64, vocab_size=50):
 @pytest.mark.parametrize("vocab_size", (50, 64))
 @pytest.mark.parametrize("rows_at_once", (1, 7, 36, 37, 1000))
 def test_linear_cross_entropy(rows_at_once, vocab_size, monkeypatch):
-    monkeypatch.setattr(dba, "LOGIT_CHUNK", 64 * rows_at_once)
+    monkeypatch.setattr(dba, "LOGIT_CHUNK", {"cpu": 64 * rows_at_once})
     h, weight, targets = loss_inputs(vocab_size=vocab_size)
     h_ref, weight_ref = (t.detach().double().requires_grad_() for t in (h, weight))
     expected = F.cross_entropy(h_ref @ weight_ref[:vocab_size].T, targets, ignore_index=-1, reduction="sum")
@@ -279,7 +279,7 @@ def test_loss_under_bfloat16_autocast():
 def test_the_full_logits_are_never_allocated(training, monkeypatch):
     given = dict(attn_mode="decoupled", d_model=8, n_head=2, sem_dim=4, geo_dim=4, layers=1, d_ff=8)
     model, idx = model_of(given, vocab_size=1000), tokens(8, 32, vocab_size=1000)
-    monkeypatch.setattr(dba, "LOGIT_CHUNK", 16 * 1024)     # 16 of 256 rows
+    monkeypatch.setattr(dba, "LOGIT_CHUNK", {"cpu": 16 * 1024})  # 16 of 256 rows
     monkeypatch.setattr(dba, "COMPACT", None)
     with torch.set_grad_enabled(training), reference.Recorder() as ran:
         loss = model(idx, idx)
@@ -487,7 +487,7 @@ def test_a_blank_prompt_starts_a_document():
     words = dba.WordTokenizer(["a", "<eos>", "<unk>"])
     for prompt in (None, "", "  \n"):
         cfg = dba.make_config(mode="sample", ckpt="none", prompt=prompt)
-        assert dba.prompt_ids(cfg, words) == [words.eot]
+        assert list(dba.prompts(cfg, words)) == [[words.eot]]
 
 
 def test_a_checkpoint_older_than_a_flag_has_its_default(tmp_path):

@@ -30,11 +30,13 @@ def commands_of(text):
     """Commands of the fenced blocks of a page, each on one line without its comment."""
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if not re.match("#|export ", line)]         # of a script for Slurm
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
 
 
 COMMANDS = [(page, command) for page, text in TEXT.items() for command in commands_of(text)]
-PYTHON = [(page, re.sub(r"^torchrun \S+ \S+", "python3", c)) for page, c in COMMANDS if re.match("python3|torchrun", c)]
+LAUNCHER = r"(?:srun )?torchrun(?: --\S+ \S+)*(?= train_dba)"
+PYTHON = [(page, re.sub(LAUNCHER, "python3", c)) for page, c in COMMANDS if re.match(f"python3|{LAUNCHER}", c)]
 MAKE = sorted({command for _, command in COMMANDS if command.startswith("make ")}
               | {command for text in TEXT.values() for command in re.findall(r"`(make [^`\n]+)`", text)})
 PAPER = [command for page, command in PYTHON if page == "docs/experiments.md"
@@ -70,7 +72,7 @@ def only_parse(monkeypatch):
 def test_every_kind_of_command_is_shown():
     scripts = {shlex.split(command)[1] for _, command in PYTHON}
     assert scripts >= {"train_dba.py", "prepare_fineweb.py", "eval_dba.py", "run_paper_manifest.py", "vis_heatmap.py"}
-    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match("python3|torchrun|make", c)}
+    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match(f"python3|{LAUNCHER}|make", c)}
     evaluations = {shlex.split(command)[2] for _, command in PYTHON if "eval_dba.py" in command}
     assert evaluations == {"ppl", "latency", "memory", "sweep", "probes", "rank", "policy", "tasks"}
 
@@ -200,12 +202,25 @@ def test_sampling_command(command, tiny_data, capsys):
     ckpt = Path(parse_args(shlex.split(command)[2:])["ckpt"])
     tiny = ("--size tiny --d-model 16 --d-ff 16 --layers 1 --n-head 2 --steps 2 --attn-mode decoupled --sem-dim 4 "
             "--geo-dim 8 --dtype float32")
-    assert main(f"--data data/wikitext2.npy --out-dir {ckpt.parent} {tiny}".split()) == 0
-    before = {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+    run = ckpt.parent if ckpt.suffix else ckpt
+    assert main(f"--data data/wikitext2.npy --out-dir {run} {tiny}".split()) == 0
+    before = {path: path.read_bytes() for path in run.iterdir()}
     capsys.readouterr()
     assert main(shlex.split(command)[2:]) == 0
     assert len(capsys.readouterr().out.split()) > 50
-    assert before == {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_python_of_the_readme(tiny_data, capsys):
+    """The block does what it says with a run of the name that it has."""
+    block, = re.findall(r"^```python\n(.*?)^```", TEXT["README.md"], re.MULTILINE | re.DOTALL)
+    run = re.search(r'load_checkpoint\("(.*?)"\)', block)[1]
+    flags = f"--tokenizer byte --out-dir {run} --size tiny --steps 2".split()
+    assert main(["--data", str(ROOT / "README.md"), *flags]) == 0
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    nats, text = capsys.readouterr().out.split(" ", 1)
+    assert 4 < float(nats) < 7 and text.startswith("b")
 
 
 # -----------------------------------------------------------------------------

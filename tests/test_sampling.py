@@ -302,10 +302,11 @@ def test_the_end_of_a_document(trained, monkeypatch, capsys):
     model = train_dba.load_model(train_dba.load_checkpoint(trained / "gqa/last.pt"))
     cfg = make_config(mode="sample", ckpt="-", max_new_tokens=5)
     cache = train_dba.KVCache(model.cfg, 1, 8, "fp32")
-    for eot, words in ((99, 5), (1, 2)):
-        monkeypatch.setattr(train_dba, "generate", lambda *args: iter(torch.tensor([[[2]], [[1]], [[2]], [[2]], [[2]]])))
+    for eot, count in ((99, 5), (1, 2)):
+        drawn = torch.tensor([2, 1, 2, 2, 2]).view(5, 1, 1)
+        monkeypatch.setattr(train_dba, "generate", lambda *args: iter(drawn))
         tokenizer = Letters()
         tokenizer.eot = eot
         train_dba.continue_text(model, tokenizer, [3], cache, cfg, 0)
         said = capsys.readouterr()
-        assert f"{words} tokens" in said.err and said.out == ("dcbccc\n" if eot == 99 else "dc\n")
+        assert f"{count} tokens" in said.err and said.out == ("dcbccc\n" if eot == 99 else "dc\n")
