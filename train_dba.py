@@ -20,10 +20,9 @@ Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value gr
 and per head r semantic width, p geometric width, v value width.
 
     python3 train_dba.py --data data/wikitext2.npy --attn-mode decoupled --tie-qk --null-attn
-    python3 train_dba.py --data data/sample.npy --size tiny --steps 200 --out-dir runs/tiny
     python3 train_dba.py --data data/fineweb_20b.npy --exp paper_decoupled --compile
     torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile
-    python3 train_dba.py --mode sample --ckpt runs/tiny/best.pt --prompt "The list" --temperature 0.8
+    python3 train_dba.py --mode sample --ckpt runs/tiny --prompt "The list" --temperature 0.8
 
 The same command started again resumes its run folder.
 """
@@ -102,7 +101,6 @@ EXPS = {
 }
 EXP_DEFAULTS = dict(size="1b", steps=10_000)
 
-
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
            "nf4": (4, 2)}
@@ -158,8 +156,7 @@ class Config:
 
     data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
     val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
-    val_frac: float | None = flag("data", None, "validation part, cut from the end if it has no file (0.1)", above=0,
-                                  below=1)
+    val_frac: float | None = flag("data", None, "validation part, cut from the end (0.1)", above=0, below=1)
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
@@ -177,51 +174,42 @@ class Config:
     block: int = flag("model", 256, "context length in tokens", low=1)
     attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
                                 "decoupled sem + geo, bottleneck none", low=1)
-    sem_dim: int | None = flag("model", None, "total semantic width (32; with --size 4 a head)", low=1,
-                               modes=("decoupled",))
-    geo_dim: int | None = flag("model", None, "total geometric width (64; with --size 8 a head)", low=1,
-                               modes=("decoupled",))
-    kv_head: int | None = flag("model", None, "key/value groups (gqa: none, decoupled: n_head)", low=1,
-                               modes=("gqa", "decoupled"))
+    sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
+    kv_head: int | None = flag("model", None, "key/value groups (n_head)", low=1, modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
     tie_qk: bool = flag("model", False, "one projection for queries and keys (decoupled: of the semantic path only)",
                         modes=("standard", "bottleneck", "gqa", "decoupled"))
     learned_temp: bool = flag("model", False, "a learned temperature per head")
-    one_temperature: bool = flag("model", False, "scale both paths by 1/sqrt(r + p): the partial-RoPE control",
-                                 modes=("decoupled",))
+    one_temperature: bool = flag("model", False, "one scale for both paths: partial RoPE", modes=("decoupled",))
     rope: bool = flag("model", True, "rotate the geometric path")
     rope_base: float = flag("model", 10000.0, "base of the RoPE wavelengths", low=1)
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
-    dropout: float = flag("training", 0.0, "on the embedding and what each attention and MLP adds to the stream", low=0,
-                          below=1)
+    dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
-    schedule: str | None = flag("training", None, "learning rate after the warm-up: constant, a cosine to --min-lr, or "
-                                "wsd, linear to it over the last fifth (constant; with --min-lr cosine)",
-                                choices=("constant", "cosine", "wsd"))
+    schedule: str | None = flag("training", None, "of the rate after warm-up; wsd: constant, then linear in the last "
+                                "fifth (constant; with --min-lr cosine)", choices=("constant", "cosine", "wsd"))
     min_lr: float | None = flag("training", None, "where the schedule ends (lr / 10)", low=0)
-    warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10); --exp: min(2000, "
-                                    "steps / 5))", low=0)
+    warmup_steps: int | None = flag("training", None, "linear (a tenth up to 100; --exp: a fifth up to 2000)", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
     grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
     eval_every: int = flag("training", 500, "steps between evaluations", low=1)
-    eval_iters: int | None = flag("training", None, "evaluate so many batches, spread over the validation part (all)",
-                                  low=1)
+    eval_iters: int | None = flag("training", None, "evaluate so many batches, spread evenly (all)", low=1)
     log_every: int = flag("training", 10, "steps between log lines", low=1)
     save_every: int = flag("training", 500, "steps between checkpoints", low=1)
     keep_every: int | None = flag("training", None, "steps between weights that are kept, as step<N>.pt (none)", low=1)
     tensorboard: bool = flag("training", False, "write the log's numbers for TensorBoard, too")
     compile: bool = flag("training", False, "torch.compile the blocks and the loss")
     shard: bool = flag("training", False, "split weights, gradients and optimiser over the ranks that torchrun started")
-    activation_checkpointing: bool = flag("training", False, "compute each block again in its backward pass, to save "
-                                          "memory")
+    activation_checkpointing: bool = flag("training", False, "blocks are computed again in the backward pass")
 
     ckpt: str | None = flag("sampling", None, "checkpoint to sample from")
     prompt: str | None = flag("sampling", None, "text to continue; -: standard input")
@@ -234,8 +222,7 @@ class Config:
     stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (of words, of a line: no end)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
-    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
-                               top=1)
+    top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
     kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0; auto: "
                          "as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
@@ -246,8 +233,7 @@ class Config:
     kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
-    kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
-                       choices=KERNELS)
+    kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest here", choices=KERNELS)
 
     @property
     def attention(self):
