@@ -9,9 +9,10 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
 Flags of train_dba.py after -- go to every run.
 
 A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates
-(`lrs`, also of a row) that it is run with. Settings are named as the flags of train_dba.py, with underscores. A run is
-the folder <runs>/<group>/<set>/<row>[_lr<lr>]_s<seed>; started again it resumes, a finished one is left alone. A run
-that fails is reported at the end, where it left its messages, and makes the exit code 1; the others go on.
+(`lrs`, also of a row) that it is run with, and other seeds (`rate_seeds`) by which each row's rate is chosen. Settings
+are named as the flags of train_dba.py, with underscores. A run is <runs>/<group>/<set>/<row>[_lr<lr>]_s<seed>; started
+again it resumes, a finished one is left alone. A run that fails is reported at the end, where it left its messages, and
+makes the exit code 1; the others go on.
 
 A group's `contrasts` are what was decided to be tested before any of its runs: a - b, paired by seed, of two rows of a
 set. `kind` better: the difference is below 0; no_worse: below `margin` nats; equivalent: within it. paper/claims.py
@@ -53,6 +54,7 @@ from train_dba import (
 
 HERE = Path(__file__).parent
 CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": str, "margin": float}
+SET = {"about", "base", "rows", "seeds", "rate_seeds", "lrs", "data", "vocab_size"}
 KINDS = ("better", "no_worse", "equivalent")               # of contrasts
 CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post-ppl measures, where they fit the mode
 
@@ -60,13 +62,15 @@ CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post
 @dataclass(frozen=True)
 class Run:
     """One training run: its folder's name, <group>/<set>/<row>[_lr<lr>]_s<seed>, and what of it remains without seed,
-    and without learning rate too; the settings that it is given, the Config that they resolve to."""
+    and without learning rate too; the settings that it is given, the Config that they resolve to; whether it only helps
+    to choose its row's rate."""
     name: str
     series: str
     row: str
     given: dict
     cfg: Config
     vocab_size: int
+    for_rate: bool = False
 
     @property
     def tokens(self):
@@ -123,8 +127,10 @@ def read_manifest(path):
             check_contrasts(group.get("contrasts", []))
             for part in group["sets"].values():
                 part["base"], part["rows"], part["seeds"], group["data"], group["vocab_size"]
-                if unknown := part.keys() - {"about", "base", "rows", "seeds", "lrs", "data", "vocab_size"}:
+                if unknown := part.keys() - SET:
                     raise KeyError(f"unknown key {min(unknown)}")
+                if shared := set(part["seeds"]).intersection(part.get("rate_seeds", [])):
+                    raise ValueError(f"the seed {min(shared)} is for tests, so that it may not choose a rate")
         return manifest
     except (*BROKEN, OSError) as e:
         raise UserError(f"{path} is no manifest ({brief(e)})") from None
@@ -147,10 +153,10 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
     listed = []
     for group in groups:
         for name, part in manifest[group]["sets"].items():
-            source = {**manifest[group], **part}
+            source, rate_seeds = {**manifest[group], **part}, part.get("rate_seeds", [])
             for row, settings in part["rows"].items():
                 for lr in settings.get("lrs", part.get("lrs", [None])):
-                    for seed in seeds or part["seeds"]:
+                    for seed in seeds or rate_seeds + part["seeds"]:
                         series = f"{name}/{row}" + (f"_lr{lr:g}" if lr else "")
                         if only and not f"{series}_s{seed}".startswith(tuple(only)):
                             continue
@@ -158,13 +164,14 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
                         given = {**part["base"], **settings, **rate, **dict(overrides), "seed": seed,
                                  "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}/{series}_s{seed}"}
                         given.pop("lrs", None)
-                        listed.append(make_run(group, f"{name}/{row}", series, given, source["vocab_size"]))
+                        listed.append(make_run(group, f"{name}/{row}", series, given, source["vocab_size"],
+                                               for_rate=seed in rate_seeds))
     if not listed:
         raise UserError(f"nothing in {', '.join(groups)} begins with {' or '.join(only)}")
     return listed
 
 
-def make_run(group, row, series, given, vocab_size):
+def make_run(group, row, series, given, vocab_size, for_rate):
     """Run of the settings that it is given. Raises UserError, with its name, where train_dba.py would refuse them."""
     name = f"{group}/{series}_s{given['seed']}"
     if unknown := given.keys() - DEFAULTS.keys():
@@ -173,7 +180,7 @@ def make_run(group, row, series, given, vocab_size):
         cfg = make_config(**given)
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
-    return Run(name, f"{group}/{series}", f"{group}/{row}", given, cfg, vocab_size)
+    return Run(name, f"{group}/{series}", f"{group}/{row}", given, cfg, vocab_size, for_rate)
 
 
 def product_rate(cfg, device, seconds=0.2):

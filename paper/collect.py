@@ -187,21 +187,24 @@ def is_swept(run: dict) -> bool:
 
 
 def choose_rates(runs: list, listed: list[Run]) -> None:
-    """Note in best_of_sweep, for runs at the learning rate with the least mean of best losses among those that the
-    manifest lists for their row, what the row is called. A row lacking a rate has no best one."""
-    rates, losses = {}, {}                                 # {row: its series}, {row: {series: best losses}}
+    """Note in best_of_sweep, for runs at the best learning rate of their row, what the row is called: the rate with the
+    least mean of best losses over the seeds by which the manifest chooses. Those runs are of no other series; a run
+    that helps to choose has none. A row that lacks one of its rates has no best one."""
+    rates, choosing = {}, set()                            # {row: its series}, names of runs
     for run in listed:
-        if run.row != run.series:
+        if run.for_rate:
             rates.setdefault(run.row, set()).add(run.series)
+            choosing.add(run.name)
+    losses = {}                                            # {row: {series: best losses}}
     for run in runs:
-        if is_swept(run):
+        if run["run"] in choosing:
             losses.setdefault(run["row"], {}).setdefault(run["series"], []).append(run["best_val_loss"])
     best = {}
     for row, of_series in losses.items():
-        if row in rates and of_series.keys() >= rates[row]:
+        if of_series.keys() >= rates[row]:
             best[min(sorted(of_series), key=lambda series: statistics.mean(of_series[series]))] = row
     for run in runs:
-        run["best_of_sweep"] = best.get(run["series"])
+        run["best_of_sweep"] = None if run["run"] in choosing else best.get(run["series"])
 
 
 # -----------------------------------------------------------------------------
@@ -248,9 +251,7 @@ def make_series(runs: list) -> tuple[list, list]:
     through formats of the cache; a line on each run that doesn't fit its series)."""
     grouped, series, problems = {}, [], []
     for run in runs:
-        for name in (run["series"], run["best_of_sweep"]):
-            if name:
-                grouped.setdefault(name, []).append(run)
+        grouped.setdefault(run["best_of_sweep"] or run["series"], []).append(run)
     for name, candidates in grouped.items():
         first, members = candidates[0], []
         for run in candidates:

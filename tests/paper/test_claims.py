@@ -52,10 +52,11 @@ def test_fair_rows(prefix, standard):
     assert all(len(s) >= 3 for s in seeds.values())
 
 
-def test_cpu_mini_rows_but_standard_cache_the_same():
+@pytest.mark.parametrize("prefix, elements", (("wikitext2/fair", 192), ("cpu_mini/modes", 144)))
+def test_rows_but_standard_cache_the_same(prefix, elements):
     sizes = {bytes_per_token(r.cfg, "fp16") // 2 // r.cfg.layers for r in RUNS
-             if r.name.startswith("cpu_mini/modes") and "standard" not in r.name}
-    assert sizes == {144}
+             if r.name.startswith(prefix) and "standard" not in r.name}
+    assert sizes == {elements}
 
 
 def test_flops_are_those_of_the_products():
@@ -242,16 +243,33 @@ def test_a_ratio_of_speeds_decides_on_its_own_device_only():
     assert decide(dict(claim, device="a cpu"), runs)[2] == "reproduced"
 
 
-def test_the_best_rate_of_a_sweep_is_its_row():
-    runs = [*fake("g/fair/x_lr0.1", {1: 2.0, 2: 2.2}, "g/fair/x"),
-            *fake("g/fair/x_lr0.2", {1: 1.9, 2: 2.1}, "g/fair/x"),
-            *fake("g/fair/y_lr0.1", {1: 0.0}, "g/fair/y")]
-    listed = [runner.Run(f"{series}_s1", series, series.rsplit("_lr", 1)[0], {}, None, 0)
-              for series in ("g/fair/x_lr0.1", "g/fair/x_lr0.2", "g/fair/y_lr0.1", "g/fair/y_lr0.2")]
-    choose_rates(runs, listed)
-    assert [run["best_of_sweep"] for run in runs] == [None, None, "g/fair/x", "g/fair/x", None]    # y lacks a rate
+def listed_sweep(*series, seeds=(1, 2, 7)):
+    """Runs that a manifest lists: seeds 1 and 2 choose the rate, 7 is the test's."""
+    return [runner.Run(f"{name}_s{seed}", name, name.rsplit("_lr", 1)[0], {}, None, 0, for_rate=seed < 7)
+            for name in series for seed in seeds]
+
+
+def test_the_best_rate_is_chosen_by_seeds_that_the_test_does_not_use():
+    """Where the test's own seed would choose the other rate."""
+    runs = [*fake("g/fair/x_lr0.1", {1: 2.0, 2: 2.2, 7: 0.5}, "g/fair/x"),
+            *fake("g/fair/x_lr0.2", {1: 1.9, 2: 2.1, 7: 1.7}, "g/fair/x"),
+            *fake("g/fair/y_lr0.1", {1: 0.0, 7: 0.0}, "g/fair/y")]
+    choose_rates(runs, listed_sweep("g/fair/x_lr0.1", "g/fair/x_lr0.2", "g/fair/y_lr0.1", "g/fair/y_lr0.2"))
+    assert [run["best_of_sweep"] for run in runs] == [None] * 5 + ["g/fair/x"] + [None] * 2        # y lacks a rate
     chosen = claims.runs_of(dict(runs=runs), "g/fair/x")
-    assert {seed: run["best_val_loss"] for seed, run in chosen.items()} == {1: 1.9, 2: 2.1}
+    assert {seed: run["best_val_loss"] for seed, run in chosen.items()} == {7: 1.7}
+
+
+def test_seeds_of_a_rate_and_of_a_test_are_disjoint(tmp_path):
+    part = dict(base=dict(TINY), rows={"a": {}}, seeds=[1, 2], rate_seeds=[2], lrs=[0.1])
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"g": {"data": "text.txt", "vocab_size": 257, "sets": {"s": part}}}))
+    with pytest.raises(UserError, match="seed 2 is for tests"):
+        runner.read_manifest(path)
+    for group in MANIFEST.values():
+        for part in group["sets"].values():
+            assert not set(part["seeds"]) & set(part.get("rate_seeds", []))
+    assert {run.for_rate for run in RUNS if run.name.startswith("wikitext2/fair")} == {True, False}
 
 
 # Three pairs of runs, a below b by these differences.
