@@ -270,7 +270,7 @@ def measured_steps(case, cfg, device, steps):
     forget(device)
     dtype, _ = pick_dtype("auto", device)
     row = dict(case=case, micro=cfg.batch_size, block=cfg.block, compiled=cfg.compile, dtype=str(dtype)[6:],
-               params=count_params(cfg, VOCAB)["total"])
+               params=count_params(cfg, VOCAB)["total"], steps=steps)
     started = time.perf_counter()
     try:
         step = stepper(case, cfg, device, dtype)

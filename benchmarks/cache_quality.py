@@ -6,8 +6,9 @@ What the format of the KV cache costs in quality, against a float32 cache, on va
 
 Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
 window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
-with and without rotation: the difference in nll (nats per token, with the standard error over windows), the mean
-Kullback-Leibler divergence of the next-token distribution, and how often the likeliest token is the same.
+and with q4_0 for one stream and float32 for the rest, with and without rotation: the difference in nll (nats per token,
+with the standard error over windows), the mean Kullback-Leibler divergence of the next-token distribution, and how
+often the likeliest token is the same.
 """
 
 import math
@@ -34,24 +35,33 @@ def window_nll(log_p, y):
     return -log_p.gather(-1, y[..., None])[..., 0].double().mean(1)
 
 
+def policies_of(cfg):
+    """{name: cache policy}: what the mode takes of the formats, then each stream alone in q4_0."""
+    policies = {name: name for name in (*FORMATS, "hetero") if bytes_per_token(cfg, name)}
+    for stream in cfg.attention.streams:
+        policies[f"{stream} q4_0"] = {**dict.fromkeys(cfg.attention.streams, "fp32"), stream: "q4_0"}
+    return policies
+
+
 def measure(models, batches):
     """One row of figures per policy and model. models: {rotate: GPT}; the float32 cache of models[False] is what all
     are compared with."""
     cfg, sums = models[False].cfg, {}
+    policies = policies_of(cfg)
     for x, y in tqdm(batches, desc=cfg.attn_mode):
         p = log_probabilities(models[False], x, "fp32")
-        for policy in (policy for policy in (*FORMATS, "hetero") if bytes_per_token(cfg, policy)):
+        for name, policy in policies.items():
             for rotate, model in models.items():
                 q = log_probabilities(model, x, policy)
-                losses, kl, same = sums.get((policy, rotate), ([], 0.0, 0))
-                sums[policy, rotate] = (losses + [torch.stack([window_nll(p, y), window_nll(q, y)])],
+                losses, kl, same = sums.get((name, rotate), ([], 0.0, 0))
+                sums[name, rotate] = (losses + [torch.stack([window_nll(p, y), window_nll(q, y)])],
                                         kl + (p.exp() * (p - q)).double().sum().item(),
                                         same + (p.argmax(-1) == q.argmax(-1)).sum().item())
     tokens = sum(y.numel() for _, y in batches)
-    for (policy, rotate), (losses, kl, same) in sums.items():
+    for (name, rotate), (losses, kl, same) in sums.items():
         losses = torch.cat(losses, 1)                                           # [2, windows]
         delta = losses[1] - losses[0]
-        yield dict(policy=policy, rotate=rotate, tokens=tokens, bytes_per_token=bytes_per_token(cfg, policy),
+        yield dict(policy=name, rotate=rotate, tokens=tokens, bytes_per_token=bytes_per_token(cfg, policies[name]),
                    nll_fp32=losses[0].mean().item(), delta_nll=delta.mean().item(),
                    standard_error=delta.std().item() / math.sqrt(len(delta)), kl=kl / tokens, top1=same / tokens)
 

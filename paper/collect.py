@@ -6,7 +6,7 @@ From run folders to one dict, which figures, tables and the ledger are made of.
 runs        every finished run: what it is, its losses, its curve, the losses of its checkpoint through quantised caches
 series      runs that differ in nothing but the seed: means and 95 % t-intervals
 evals       other measurements of eval_dba.py: {run: {file without eval_: {command, result, from}}}
-benchmarks  runs/bench/<name>.json
+benchmarks  runs/bench/<name>.json, and as `devices` runs/bench/<machine>/*.json
 manifest    {group/set: [finished, listed]}
 problems    files that were left out, a line each
 
@@ -25,8 +25,10 @@ from pathlib import Path
 
 from paper.shapes import (
     BENCHMARKS,
+    BLOCKS,
     CHECKS,
     COMMANDS,
+    DEVICE,
     ENV,
     EVAL,
     META,
@@ -137,7 +139,14 @@ def read_run(folder: Path, name: str) -> dict | None:
         tokens_per_second=statistics.median(column(train, "tok_s")) if train else None,
         hardware=hardware_name(env), peak_bytes=max(known(column(train, "mem_bytes")), default=None),
         dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"], caches={},
+        gradient_spike=gradient_spike(train, config["warmup_steps"] or 0),
         curve=list(map(list, zip(column(evals, "tokens"), column(evals, "val_loss")))), train_curve=thin(train))
+
+
+def gradient_spike(train: list, warmup: int) -> float | None:
+    """The largest gradient norm that was logged after the warm-up, as times their median; None where none was."""
+    norms = [line["grad_norm"] for line in train if line["step"] > warmup and line.get("grad_norm")]
+    return max(norms) / statistics.median(norms) if norms else None
 
 
 def thin(train: list, most: int = 25) -> list:
@@ -508,8 +517,10 @@ def take_caches(evals: dict, run: str) -> dict:
 
 
 def read_benchmarks(folder: Path) -> tuple[dict, list]:
-    """({name: result} of the benchmarks that were measured, a line on each damaged one)."""
-    benchmarks, problems = {}, []
+    """({name: result} of the benchmarks that were measured; under "devices" what bench_dba.py measured of other
+    machines; a line on each damaged one)."""
+    devices, problems = read_devices(folder)
+    benchmarks = dict(devices=devices) if devices else {}
     for name, shape in BENCHMARKS.items():
         path = folder / f"{name}.json"
         if path.exists():
@@ -518,6 +529,21 @@ def read_benchmarks(folder: Path) -> tuple[dict, list]:
             except UserError as e:
                 problems.append(f"{e}; left out")
     return benchmarks, problems
+
+
+def read_devices(folder: Path) -> tuple[list, list]:
+    """(blocks of bench_dba.py that were measured, rehearsals left out: name, block, env, rows; a line on each damaged
+    one)."""
+    devices, problems = [], []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            document = read_json(path, DEVICE)
+            if document["block"] in BLOCKS and not document["toy"]:
+                read_json(path, dict(rows=BLOCKS[document["block"]]))
+                devices.append(dict(keep(document, "block", "env", "rows"), name=f"{path.parent.name}/{path.stem}"))
+        except UserError as e:
+            problems.append(f"{e}; left out")
+    return devices, problems
 
 
 # -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import collections
 
 from paper.claims import (
+    CONTRADICTS,
     ERROR,
     FAILS,
     HOLDS,
@@ -13,9 +14,9 @@ from paper.claims import (
     UNDECIDED,
     UNSUPPORTED,
     VERDICTS,
-    pair_runs,
 )
 from paper.collect import CHANCE, caches, column, of_command, panels
+from paper.rules import of_block, pair_runs
 from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
 from paper.style import MARKERS, latex_table, markdown, number, pm
@@ -24,17 +25,23 @@ from train_dba import UserError
 PATHS = {"sem": "semantic", "geo": "geometric", "total": "all"}
 BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
 SECTIONS = {                                               # of the ledger: {title: rules}
-    "Losses": ("loss", "below", "not_worse", "overfits"),
-    "Speed and memory of training": ("speed_ratio", "memory_ratio", "percent_more"),
-    "Size of the KV cache": ("cache_gib", "cache_ratio", "cache_ratio_below_one", "cache_layer_bytes"),
+    "Losses": ("loss", "below", "not_worse", "early_below", "ahead_throughout", "data_efficiency", "steadier",
+               "overfits"),
+    "Speed and memory of training": ("speed_ratio", "step_ratio", "step_bound", "attention_ratio", "percent_more"),
+    "Speed of decoding": ("latency_ratio", "decode_ratio"),
+    "Size of the KV cache": ("cache_gib", "cache_ratio", "cache_ratio_below_one", "cache_layer_bytes",
+                             "cache_percent_less", "bytes_per_value", "quotients", "other_mixed_caches",
+                             "absorbed_work"),
     "Parameters, perplexities, percentages": ("parameters", "perplexity", "perplexity_gap", "share",
-                                              "mean_difference"),
+                                              "mean_difference", "disjoint_mse"),
+    "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
-    "Quantised caches and ranks": ("cache_quality", "effective_rank"),
+    "Quantised caches and ranks": ("cache_quality", "geometric_bits", "stream_sensitivity", "effective_rank"),
     "Announced without results": ("not_run",),
 }
 FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
             ("mla", False): "MLA", ("decoupled", False): "DBA", ("decoupled", True): "DBA with grouped keys"}
+LEVEL = 0.01                                               # nats, the margin of the pre-registered positive control
 KINDS = {"better": "below 0", "no_worse": "below {margin}", "equivalent": "within ± {margin}"}
 
 
@@ -113,12 +120,37 @@ def headline_table(results: dict) -> list[str]:
     return [*markdown(head, rows[:8]), "", note]
 
 
+def positive_control(results: dict) -> str | None:
+    """What has to stand beside every ranking: how far MLA, which the literature has level with standard attention, is
+    from it, wherever both have equal parameters here. None where they were not compared."""
+    parts = []
+    for title, members in panels(results["series"]):
+        for member in members:
+            if member["mode"] == "mla" and member["matched"]:
+                standard = next(other for other in members if other["mode"] == "standard")
+                mean, half, seeds = difference(results, member, standard)
+                if mean is not None:
+                    passes = "passes" if half is not None and mean + half < LEVEL else "does not pass"
+                    name = member["label"].removesuffix(" matched")
+                    parts.append(f"{signed(dict(mean=mean, half=half))} nats with {name} in {title} "
+                                 f"({member['params'] / 1e6:.2f}M parameters, {plural(seeds, 'seed')}), which {passes}")
+    if not parts:
+        return None
+    return ("Positive control: MLA should end level with standard attention, as it does in the literature (an interval "
+            f"below {LEVEL}). It ends at {'; '.join(parts)}. Where it fails, a ranking tells of this scale only.")
+
+
 # -----------------------------------------------------------------------------
-# What we found, in four sentences
+# What we found, a sentence each
 
 def headline_models(results: dict) -> dict:
     """{family: series} of the headline."""
     return {family(member): member for member in headline(results["series"])}
+
+
+def beside_ranking(results: dict) -> list[str]:
+    sentence = positive_control(results)
+    return [sentence, ""] if sentence else []
 
 
 def find_losses(results: dict) -> str | None:
@@ -143,15 +175,9 @@ def find_contrasts(results: dict) -> str | None:
     rows = results["contrasts"]
     if not rows:
         return None
-    chosen, counts = headline_models(results), verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
-    sentence = (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts} (the first: "
-                f"{rows[0]['name']})")
-    if ("mla", False) in chosen and ("standard", False) in chosen:
-        mean, half, _ = difference(results, chosen["mla", False], chosen["standard", False])
-        if mean is not None:
-            sentence += (f"; the positive control warns of the scale: MLA, which the literature has level with "
-                         f"standard attention, is {signed(dict(mean=mean, half=half))} from it here")
-    return sentence + "."
+    counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
+    return (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts} (the first: "
+            f"{rows[0]['name']}).")
 
 
 def find_arithmetic(results: dict) -> str | None:
@@ -178,7 +204,8 @@ def find_caches(results: dict) -> str | None:
 
 
 def findings(results: dict) -> list[str]:
-    sentences = [find_losses(results), find_contrasts(results), find_arithmetic(results), find_caches(results)]
+    sentences = [find_losses(results), positive_control(results), find_contrasts(results), find_arithmetic(results),
+                 find_caches(results)]
     return list(filter(None, sentences))
 
 
@@ -201,7 +228,7 @@ def ledger_counts(claims: list) -> str:
 
 
 def readme_block(results: dict) -> str:
-    """What the README shows of the results: four sentences, one table, the ledger's counts."""
+    """What the README shows of the results: a few sentences, one table, the ledger's counts."""
     lines = [*bullets(findings(results)), "", *headline_table(results), "",
              f"The ledger: {ledger_counts(results['claims'])} Every row, with the contrasts that were fixed before "
              "their runs: [assets/report.md](assets/report.md)."]
@@ -237,7 +264,8 @@ def run_lines(results: dict) -> list[str]:
         hardware.add(f"{run['hardware']}, {run['dtype']}" + (", compiled" if run["compiled"] else ""))
     head = ("runs", "model", "data, batch, steps", "parameters", "KV B/token fp16", "tokens", "seeds", "last val loss",
             "best", "commit")
-    return [*markdown(head, rows), "", f"Hardware: {'; '.join(sorted(hardware))}. ±: 95 % t-interval over seeds; a "
+    return [*markdown(head, rows), "", *beside_ranking(results),
+            f"Hardware: {'; '.join(sorted(hardware))}. ±: 95 % t-interval over seeds; a "
             "line of one seed carries none. A commit with + had uncommitted changes.", ""]
 
 
@@ -298,16 +326,17 @@ def detail(row: dict) -> str:
     return f"- `{row['id']}`: " + "; ".join(filter(None, parts))
 
 
-def contrast_lines(contrasts: list) -> list[str]:
+def contrast_lines(results: dict) -> list[str]:
     rows = []
-    for row in contrasts:
+    for row in results["contrasts"]:
         measured = "-" if row["mean"] is None else signed(row)
         p = "-" if row["p"] is None else f"{row['p']:.2g} / {row['p_holm']:.2g}"
         rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p, row["pairs"],
                      f"**{row['verdict']}**"))
     if not rows:
         return []
-    return ["Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
+    return [*beside_ranking(results),
+            "Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
             "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
             *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), ""]
 
@@ -330,6 +359,7 @@ def first_page(results: dict) -> list[str]:
     """What holds, what doesn't, and what nobody knows yet."""
     lines = [*bullets(findings(results)), ""]
     for title, verdicts in (("What holds", (REPRODUCED, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
+                            ("Where the papers contradict themselves", (CONTRADICTS,)),
                             ("What the papers' own counts cannot show", (UNSUPPORTED,)),
                             ("What was measured and does not hold", (REFUTED, FAILS)),
                             ("What is undecided", (UNDECIDED, ONE)), ("What was not run", (NOT_RUN,))):
@@ -337,7 +367,7 @@ def first_page(results: dict) -> list[str]:
         lines += [f"### {title} ({len(chosen)})", "", *(map(summary, chosen) if chosen else ["Nothing."]), ""]
         if UNDECIDED in verdicts:
             lines += ["### What we measured, and at which scale", "", *scale_lines(results), "",
-                      "Nothing here speaks of models of a billion parameters.", ""]
+                      "No loss here is of a model of a billion parameters.", *device_names(results["benchmarks"]), ""]
     return lines
 
 
@@ -374,6 +404,32 @@ def speed_lines(benchmarks: dict) -> list[str]:
         lines += [f"`prepare_fineweb.py` tokenises, from .jsonl to a finished file, at {tokens['ratio']:.2f} times the "
                   f"speed of tiktoken itself in memory, on {tokens['cores']} cores.", ""]
     return lines
+
+
+def device_names(benchmarks: dict) -> list[str]:
+    """On which machines the shapes of the papers' 1B models were timed."""
+    machines = sorted({document["env"]["device"] for document in benchmarks.get("devices", [])})
+    if not machines:
+        return []
+    return [f"Steps and decoding at the shapes of the 1B models were timed on one {', one '.join(machines)}; no A100, "
+            "which the papers used, was measured."]
+
+
+def device_lines(benchmarks: dict) -> list[str]:
+    """Training steps at the 1B shapes, as bench_dba.py timed them, a machine of one process's own."""
+    rows = []
+    for document in of_block(benchmarks, "train"):
+        for row in document["rows"]:
+            if row["tok_s"] is not None:
+                rows.append((document["env"]["device"], row["case"], f"{row['micro']} x {row['block']:,}",
+                             "compiled" if row["compiled"] else "eager", f"{row['params'] / 1e6:,.0f}M",
+                             f"{row['tok_s'] / 1000:.1f}k", f"{row['slowest'] / 1000:.1f}k to "
+                             f"{row['fastest'] / 1000:.1f}k", f"{row['gib']:.1f}"))
+    if not rows:
+        return []
+    return ["Training steps at the shapes of the papers' 1B models, one process a file, nothing else on the machine: "
+            "median tokens/s, the slowest and the fastest step, peak GiB.", "",
+            *markdown(("machine", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
 
 
 def quality_lines(quality: dict) -> list[str]:
@@ -675,8 +731,9 @@ def paper_report(results: dict) -> str:
     lines = ["# Report", "", "Written by plot_results.py from runs/, paper_manifest.json and paper/claims.json; no "
              f"verdict is typed by hand. {ledger_counts(results['claims'])}", "", *first_page(results),
              "## Contrasts", "", "![Differences of losses with their margins](fig_contrasts.png)", "",
-             *contrast_lines(results["contrasts"]), *section("Ledger", ledger_lines(results["claims"])),
-             *section("Runs", run_lines(results)), *section("Speed", speed_lines(results["benchmarks"])),
+             *contrast_lines(results), *section("Ledger", ledger_lines(results["claims"])),
+             *section("Runs", run_lines(results)), *section("Speed", [*device_lines(results["benchmarks"]),
+                                                            *speed_lines(results["benchmarks"])]),
              *section("KV cache", cache_lines(results["benchmarks"])), *section("Evaluations", eval_lines(results)),
              *section("The manifest", markdown(("set", "finished", "listed"), counts))]
     return "\n".join(lines).rstrip() + "\n"

@@ -69,7 +69,8 @@ CHECKS = ("exact", "content", "preferred", "loop")         # of a probe
 ENV = dict(cpu=str, device=str, threads=count, commit=maybe(str), dirty=maybe(bool))
 META = dict(config=dict, params=dict(total=count), kv_bytes_per_token=dict(fp16=number),
             data=both(dict(sha256=str), map_of(str | int | None)))
-TRAIN = dict(tokens=count, loss=number, tok_s=number, mem_bytes=maybe(number))
+TRAIN = {"step": count, "tokens": count, "loss": number, "tok_s": number, "mem_bytes": maybe(number),
+         "grad_norm?": number}
 EVAL = dict(tokens=count, val_loss=number, val_tokens=count, best_val_loss=number)
 
 RESULT = dict(settings=dict(command=str, dtype=str), env=ENV, model=dict(config=dict))
@@ -117,3 +118,12 @@ BENCHMARKS = {                                             # runs/bench/<name>.j
     "cache_quality": dict(env=ENV, rows=list_of(QUALITY_ROW)),
     "task_parity": dict(ckpt=str, lm_eval=str, rows=list_of(PARITY_ROW)),
 }
+
+STEPS_ROW = {"case": str, "micro": count, "block": count, "compiled": bool, "dtype": str, "params": count,
+             "tok_s": maybe(number), "slowest?": number, "fastest?": number, "gib?": number, "mfu?": maybe(number),
+             "steps?": count}
+SDPA_ROW = dict(case=str, width=count, backend=str, ms=maybe(number))
+DEVICE_ROW = {"case": str, "format": str, "batch": count, "tokens": count, "us": number, "cache_mib": number,
+              "times_faster_than_sdpa?": number}
+DEVICE = dict(block=str, toy=bool, env=ENV)                # runs/bench/<machine>/<any name>.json, by bench_dba.py
+BLOCKS = dict(train=list_of(STEPS_ROW), sdpa=list_of(SDPA_ROW), decode=list_of(DEVICE_ROW))      # that are reported

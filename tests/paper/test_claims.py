@@ -10,7 +10,7 @@ import pytest
 
 import run_paper_manifest as runner
 from helpers import environment
-from paper import claims
+from paper import claims, rules
 from paper.collect import choose_rates, read_run
 from train_dba import UserError, bytes_per_token, count_params, parse_args
 
@@ -162,7 +162,7 @@ def fake(series, losses, row=None, **more):
 
 def finding_of(claim, runs):
     """What a rule finds, corrected as the ledger corrects it."""
-    finding = claims.RULES[claim["rule"]](claim, dict(runs=runs, benchmarks={}, evals={}))
+    finding = rules.RULES[claim["rule"]](claim, dict(runs=runs, benchmarks={}, evals={}))
     claims.correct([finding])
     return finding
 
@@ -203,13 +203,13 @@ def test_holm_makes_a_lone_small_p_undecided():
     """Five differences with p just below 0.05: one alone would count, five don't."""
     differences = {1: 1.0, 2: 1.9, 3: 2.9}
     runs = fake("a", differences) + fake("b", {1: 2.0, 2: 2.9 + 0.06, 3: 3.9 + 0.1})
-    alone = claims.RULES["below"](dict(pairs=[["a", "b"]]), dict(runs=runs))
+    alone = rules.RULES["below"](dict(pairs=[["a", "b"]]), dict(runs=runs))
     assert alone.p < 0.05
     alone.p = 0.02
-    five = [claims.Finding(-1.0, 0.1, True, "", 3, p) for p in (0.02, 0.02, 0.02, 0.02, 0.02)]
+    five = [rules.Finding(-1.0, 0.1, True, "", 3, p) for p in (0.02, 0.02, 0.02, 0.02, 0.02)]
     claims.correct([alone])
     claims.correct(five)
-    assert alone.agrees is True and all(finding.agrees == claims.UNDECIDED for finding in five)
+    assert alone.agrees is True and all(finding.agrees == rules.UNDECIDED for finding in five)
 
 
 def test_a_pair_with_several_seeds_goes_before_one_with_one():
@@ -256,7 +256,7 @@ def test_the_best_rate_is_chosen_by_seeds_that_the_test_does_not_use():
             *fake("g/fair/y_lr0.1", {1: 0.0, 7: 0.0}, "g/fair/y")]
     choose_rates(runs, listed_sweep("g/fair/x_lr0.1", "g/fair/x_lr0.2", "g/fair/y_lr0.1", "g/fair/y_lr0.2"))
     assert [run["best_of_sweep"] for run in runs] == [None] * 5 + ["g/fair/x"] + [None] * 2        # y lacks a rate
-    chosen = claims.runs_of(dict(runs=runs), "g/fair/x")
+    chosen = rules.runs_of(dict(runs=runs), "g/fair/x")
     assert {seed: run["best_val_loss"] for seed, run in chosen.items()} == {7: 1.7}
 
 

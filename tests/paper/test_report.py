@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import plot_results
-from paper import claims, collect, report, style
+from paper import claims, collect, report, rules, style
 from paper.shapes import COMMANDS, RANKS
 from train_dba import Config, UserError, bytes_per_token, make_config
 
@@ -167,15 +167,15 @@ STANDARD = "wikitext2/compare/standard512_s1337"
 
 
 @pytest.mark.parametrize("run, channels, queries, agrees", (
-    (STANDARD, 512, (12.0, 31.0, 90.0), True), (STANDARD, 512, (12.0, 33.0, 33.0), claims.UNDECIDED),
-    (STANDARD, 512, (2.0, 10.0, 31.0), claims.UNDECIDED), (STANDARD, 256, (12.0, 31.0, 90.0), None),   # another width
+    (STANDARD, 512, (12.0, 31.0, 90.0), True), (STANDARD, 512, (12.0, 33.0, 33.0), rules.UNDECIDED),
+    (STANDARD, 512, (2.0, 10.0, 31.0), rules.UNDECIDED), (STANDARD, 256, (12.0, 31.0, 90.0), None),   # another width
     ("checkpoints/standard", 512, (12.0, 31.0, 90.0), None)))
 def test_claim_on_ranks(tmp_path, run, channels, queries, agrees):
     """Whatever is found: one checkpoint gives no verdict."""
     write_rank(tmp_path / run, queries, (20.0, 20.0, 20.0), "before", channels)
     results = empty(evals=collect.read_evals(tmp_path)[0])
     claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "effective-rank"]
-    assert claims.effective_rank(claim, results).agrees == agrees
+    assert rules.effective_rank(claim, results).agrees == agrees
     row, = [row for row in claims.ledger(results) if row["id"] == "effective-rank"]
     assert row["verdict"] == ("not yet run" if agrees is None else "undecided (n = 1)")
     if agrees is not None:
@@ -189,7 +189,7 @@ def test_claim_on_loops(tmp_path, split, agrees):
           compare=[dict(row, set="literal"), row])
     results = empty(evals=collect.read_evals(tmp_path)[0])
     claim, = [claim for claim in json.loads(LEDGER.read_text()) if claim["id"] == "loops-here"]
-    finding = claims.probe_difference(claim, results)
+    finding = rules.probe_difference(claim, results)
     assert finding.agrees == agrees and finding.value == split[0] - split[1]
     row, = [row for row in claims.ledger(results) if row["id"] == "loops-here"]
     assert row["verdict"] == "undecided (n = 1)"
@@ -275,6 +275,21 @@ def test_sweeps_are_listed_once(tmp_path):
         run["best_of_sweep"] = "g/fair/x" if run["lr"] == 0.2 else None
     series, _ = collect.make_series(runs)
     assert report.scale_table(series, small=True).count(r"standard 512 &") == 1
+
+
+@pytest.mark.parametrize("differences, word", (((0.03, 0.031), "which does not pass"),
+                                               ((-0.01, -0.011), "which passes"), ((-0.01,), "which does not pass")))
+def test_the_positive_control_stands_beside_every_ranking(tmp_path, differences, word):
+    for seed, difference in enumerate(differences):
+        write_run(tmp_path / f"g/s/standard_s{seed}", (3.0, 2.0 + seed), seed=seed)
+        write_run(tmp_path / f"g/s/mla_s{seed}", (3.0, 2.0 + seed + difference), seed=seed, attn_mode="mla")
+    contrast = dict(name="a", kind="better", margin=0.01, mean=None, p=None, pairs=0, verdict="not yet run")
+    results = {**empty(), **collect.collect(tmp_path, {}), "contrasts": [contrast], "claims": []}
+    sentence = report.positive_control(results)
+    assert word in sentence and f"{len(differences)} seed" in sentence and f"{differences[0]:+.2f}" in sentence
+    for lines in (report.findings(results), report.contrast_lines(results), report.run_lines(results)):
+        assert sentence in lines
+    assert report.positive_control(empty()) is None and report.beside_ranking(empty()) == []
 
 
 def test_the_block_of_the_readme():

@@ -1,0 +1,294 @@
+"""Each rule of the ledger on invented results: every verdict that it can come to appears."""
+
+import json
+
+import pytest
+
+from paper import claims, collect, report, rules
+from paper.shapes import STEPS_ROW
+
+EMPTY = dict(runs=[], evals={}, benchmarks={})
+
+
+def run(series, seed, curve=(), spike=None, caches=(), kv=100):
+    best = min((loss for _, loss in curve), default=2.0)
+    return dict(run=f"{series}_s{seed}", series=series, row=series, seed=seed, best_of_sweep=None, hardware="a CPU",
+                identity=dict(sha256="data"), best_val_loss=best, last_val_loss=best, curve=[list(p) for p in curve],
+                gradient_spike=spike, caches=dict(caches), kv_bytes_fp16=kv)
+
+
+def verdict_of(rule, results=EMPTY, source="January 2026", **claim):
+    claim = dict(claim, rule=rule, source=source)
+    finding = rules.RULES[rule](claim, {**EMPTY, **results})
+    claims.correct([finding])
+    return claims.verdict(claim, finding), finding
+
+
+def verdicts(rule, cases, source="January 2026", **claim):
+    """{name: verdict} of cases {name: runs}."""
+    return {name: verdict_of(rule, dict(runs=runs), source, **claim)[0] for name, runs in cases.items()}
+
+
+EVERY = dict(yes="reproduced", no="not reproduced", mixed="undecided", one="undecided (n = 1)", none="not yet run")
+
+
+def paired_cases(make):
+    """Cases of runs of a and b by make(value) of a seed, against make(1.0): below, above, both, one seed, none."""
+    cases = {}
+    for name, values in dict(yes=(0.5, 0.51, 0.52), no=(1.5, 1.51, 1.52), mixed=(0.5, 1.6, 1.1), one=(0.5,),
+                             none=()).items():
+        cases[name] = [make("a", seed, value) for seed, value in enumerate(values)]
+        cases[name] += [make("b", seed, 1.0) for seed in range(3)]
+    return cases
+
+
+# -----------------------------------------------------------------------------
+# Paired by seed
+
+def test_early_convergence_is_the_first_shared_evaluation():
+    """Later ones, and those of one run alone, say the opposite."""
+    cases = paired_cases(lambda name, seed, value: run(name, seed, [
+        *([(1, 9.0)] if name == "a" else []), (10, 3.0 + value), (20, 3.0 - value)]))
+    assert verdicts("early_below", cases, pairs=[["a", "b"]]) == EVERY
+
+
+def test_data_efficiency_is_tokens_to_the_loss_that_both_reach():
+    cases = paired_cases(lambda name, seed, value: run(name, seed, [
+        (0, 4.0), (100 * value, 3.0), (200, 3.0 if name == "b" else 2.5)]))
+    assert verdicts("data_efficiency", cases, pairs=[["a", "b"]]) == EVERY
+    assert rules.tokens_to([[0, 4.0], [100, 3.0]], 3.5) == 50 and rules.tokens_to([[0, 4.0], [100, 3.0]], 2.5) is None
+
+
+def test_steadier():
+    cases = paired_cases(lambda name, seed, value: run(name, seed, spike=3 * value))
+    assert verdicts("steadier", cases, pairs=[["a", "b"]]) == EVERY
+    unlogged = [run(name, seed) for name in "ab" for seed in range(3)]
+    assert verdicts("steadier", dict(none=unlogged), pairs=[["a", "b"]]) == dict(none="not yet run")
+
+
+def test_gradient_spikes_are_after_the_warm_up():
+    log = [dict(step=step, grad_norm=norm) for step, norm in ((1, 90.0), (2, 1.0), (3, 1.0), (4, 3.0))]
+    assert collect.gradient_spike(log, 1) == 3.0 and collect.gradient_spike(log, 0) == 45.0
+    assert collect.gradient_spike([dict(step=5)], 1) is None
+
+
+def test_ahead_throughout():
+    def runs(*losses, seeds=2):
+        curves = dict(a=[(i, loss) for i, loss in enumerate(losses)], b=[(0, 3.0), (1, 2.0)])
+        return [run(name, seed, curve) for name, curve in curves.items() for seed in range(seeds)]
+    cases = dict(yes=runs(2.9, 1.9), no=runs(2.9, 2.1), one=runs(2.9, 1.9, seeds=1), none=[])
+    expected = {name: EVERY[name] for name in cases}
+    assert verdicts("ahead_throughout", cases, pairs=[["a", "b"]]) == expected
+    assert verdict_of("ahead_throughout", dict(runs=cases["no"]), pairs=[["a", "b"]])[1].value == 50
+
+
+# -----------------------------------------------------------------------------
+# Quantised caches
+
+def quantised(deltas):
+    return [run("m", seed, caches={name: dict(loss=2.0 + delta) for name, delta in dict(fp16=0.0, **of_seed).items()})
+            for seed, of_seed in enumerate(deltas)]
+
+
+def test_quality_of_a_cache_goes_by_runs_with_several_seeds():
+    cases = dict(yes=(0.001, 0.0011, 0.0012), no=(0.02, 0.021, 0.022), mixed=(0.001, 0.03, 0.01))
+    row = dict(run="c", policy="q4_0", rotate=False, tokens=9, delta_nll=0.5, standard_error=0.1)
+    one = dict(cache_quality=dict(rows=[row], env=dict(cpu="a CPU")))
+    for name, deltas in cases.items():
+        results = dict(runs=quantised([dict(q4_0=delta) for delta in deltas]), benchmarks=one)
+        claim = dict(series=["nobody", "m"], policy="q4_0", run="c", tolerance=0.01)
+        assert verdict_of("cache_quality", results, **claim)[0] == EVERY[name]
+    assert verdict_of("cache_quality", dict(benchmarks=one), **claim)[0] == EVERY["one"]
+    assert verdict_of("cache_quality", **claim)[0] == EVERY["none"]
+
+
+def test_bits_of_geometric_keys():
+    """q4_0 less hetero against hetero less fp16."""
+    cases = dict(yes=((0.001, 0.05), (0.002, 0.053), (0.001, 0.056)), no=((0.02, 0.03), (0.02, 0.029), (0.02, 0.031)),
+                 mixed=((0.01, 0.05), (0.05, 0.06)), one=((0.001, 0.05),), none=())
+    for name, pairs in cases.items():
+        runs = quantised([dict(hetero=hetero, q4_0=q4) for hetero, q4 in pairs])
+        assert verdict_of("geometric_bits", dict(runs=runs), series=["m"])[0] == EVERY[name]
+
+
+@pytest.mark.parametrize("geo, agrees", ((0.03, True), (0.01, False)))
+def test_one_stream_at_a_time(geo, agrees):
+    rows = [dict(run="c", policy=policy, rotate=rotate, delta_nll=delta) for policy, rotate, delta in
+            (("k_geo q4_0", False, geo), ("k_sem q4_0", False, 0.02), ("k_geo q4_0", True, 9.0))]
+    results = dict(benchmarks=dict(cache_quality=dict(rows=rows, env=dict(cpu="a CPU"))))
+    claim = dict(run="c", streams=["k_geo", "k_sem"])
+    verdict, finding = verdict_of("stream_sensitivity", results, **claim)
+    assert verdict == EVERY["one"] and finding.agrees == agrees and finding.value == pytest.approx(geo - 0.02)
+    assert verdict_of("stream_sensitivity", results, **dict(claim, run="d"))[0] == EVERY["none"]
+
+
+@pytest.mark.parametrize("ms, agrees", ((2.0, True), (5.0, False)))
+def test_latency_against_bytes(ms, agrees):
+    """2 times fewer bytes have to make it 2 times as fast; one pair of checkpoints decides nothing."""
+    runs, evals = [], {}
+    for name, size, time in (("a", 50, ms), ("b", 100, 4.0)):
+        runs.append(dict(run(name, 1, caches=dict(fp16=dict(bytes_per_token=size))), run=name))
+        evals[name] = dict(latency=dict(result=[dict(prompt=9, cache="fp16", ms_per_token=time)]))
+    claim = dict(field="ms_per_token", prompt=9, fast=["a", "fp16"], slow=["b", "fp16"])
+    verdict, finding = verdict_of("latency_ratio", dict(runs=runs, evals=evals), **claim)
+    assert verdict == EVERY["one"] and finding.agrees == agrees and finding.value == 4.0 / ms
+    assert verdict_of("latency_ratio", dict(runs=runs, evals=evals), **dict(claim, prompt=8))[0] == EVERY["none"]
+
+
+# -----------------------------------------------------------------------------
+# Other machines
+
+def steps(case, rate, gib=10.0, spread=0.01, compiled=True, **more):
+    return dict(case=case, micro=8, block=2048, compiled=compiled, dtype="bfloat16", params=1, tok_s=rate, gib=gib,
+                slowest=rate * (1 - spread), fastest=rate * (1 + spread), **more)
+
+
+def devices(block, rows, device="NVIDIA H200"):
+    return dict(benchmarks=dict(devices=[dict(name="m/x", block=block, env=dict(device=device), rows=rows)]))
+
+
+@pytest.mark.parametrize("device, rate, more, verdict", (
+    ("NVIDIA A100", 130.0, {}, "reproduced"), ("NVIDIA A100", 105.0, {}, "not reproduced"),
+    ("NVIDIA H200", 130.0, {}, "undecided"), ("NVIDIA H200", 105.0, {}, "undecided"),
+    ("NVIDIA A100", 105.0, dict(unstated="batch"), "undecided"),
+    ("NVIDIA A100", 130.0, dict(unstated="batch"), "reproduced")))
+def test_a_ratio_of_steps_decides_on_its_own_card(device, rate, more, verdict):
+    results = devices("train", [steps("b", 100.0), steps("a", rate), steps("a", 999.0, compiled=False)], device)
+    claim = dict(case="a", against="b", field="tok_s", reported=1.32, tolerance=0.1, device="A100", **more)
+    found, finding = verdict_of("step_ratio", results, **claim)
+    assert found == verdict and finding.value == rate / 100 and "eager" not in finding.where
+    assert device in finding.where and "8 x 2048" in finding.where and "steps not recorded" in finding.where
+    assert verdict_of("step_ratio", **claim)[0] == "not yet run"
+
+
+@pytest.mark.parametrize("rates, verdict", (((140.0,), "holds"), ((110.0,), "does not hold"), ((131.0,), "undecided"),
+                                            ((140.0, 110.0), "undecided"), ((), "not yet run")))
+def test_a_bound_holds_by_the_extremes_of_the_steps(rates, verdict):
+    rows = []
+    for compiled, rate in zip((True, False), rates):
+        rows += [steps("b", 100.0, compiled=compiled, steps=6), steps("a", rate, compiled=compiled, steps=6)]
+    claim = dict(case="a", against="b", field="tok_s", bound=1.3, side="above")
+    found, finding = verdict_of("step_bound", devices("train", rows), "control", **claim)
+    assert found == verdict and (not rates or "6 steps" in finding.where)
+
+
+@pytest.mark.parametrize("gib, verdict", ((7.0, "holds"), (9.0, "does not hold")))
+def test_a_bound_on_memory(gib, verdict):
+    rows = [steps("b", 100.0), steps("a", 100.0, gib=gib)]
+    assert verdict_of("step_bound", devices("train", rows), "control", case="a", against="b", field="gib", bound=0.73,
+                      side="below")[0] == verdict
+
+
+def test_steps_that_ran_out_of_memory_are_no_pair():
+    rows = [steps("b", 100.0), dict(steps("a", 1.0), tok_s=None)]
+    assert verdict_of("step_ratio", devices("train", rows), case="a", against="b", field="tok_s")[0] == "not yet run"
+
+
+@pytest.mark.parametrize("ms, verdict", ((1.0, "reproduced"), (1.5, "not reproduced")))
+def test_attention_goes_by_the_back_end_that_gains_most(ms, verdict):
+    rows = [dict(case=case, width=1, backend=backend, ms=time) for case, backend, time in (
+        ("wide", "flash", 1.6), ("narrow", "flash", ms), ("wide", "other", 1.6), ("narrow", "other", 2.0),
+        ("wide", "none", None), ("narrow", "none", 0.1))]
+    claim = dict(case="narrow", against="wide", reported=1.6, tolerance=0.1)
+    found, finding = verdict_of("attention_ratio", devices("sdpa", rows), **claim)
+    assert found == verdict and finding.value == 1.6 / ms and "0.80 by other" in finding.where
+    assert verdict_of("attention_ratio", **claim)[0] == "not yet run"
+
+
+@pytest.mark.parametrize("gain, verdict", ((1.95, "reproduced"), (1.2, "undecided")))
+def test_a_slow_kernel_refutes_nothing(gain, verdict):
+    base = dict(batch=1, tokens=9, us=1.0)
+    rows = [dict(base, case="standard", format="fp16", cache_mib=64.0),
+            dict(base, case="dba", format="fp16", cache_mib=32.0, times_faster_than_sdpa=gain),
+            dict(base, case="dba", format="fp16", cache_mib=1.0, times_faster_than_sdpa=9.0, tokens=8)]
+    claim = dict(case="dba", format="fp16", batch=1, tokens=9)
+    found, finding = verdict_of("decode_ratio", devices("decode", rows), **claim)
+    assert found == verdict and finding.value == gain and "2.00 times fewer bytes" in finding.where
+    assert verdict_of("decode_ratio", **claim)[0] == "not yet run"
+
+
+def test_blocks_of_a_machine_are_read_and_rehearsals_left_out(tmp_path):
+    env = dict(device="NVIDIA H200", cpu="A CPU", threads=16, commit=None, dirty=None)
+    document = dict(block="train", toy=False, env=env, rows=[steps("b", 100.0)])
+    damaged = dict(document, rows=[dict(steps("b", 100.0), micro="8")])
+    for name, content in dict(good=document, toy=dict(document, toy=True), other=dict(document, block="loss"),
+                              bad=damaged).items():
+        path = tmp_path / f"bench/h200/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    benchmarks, problems = collect.read_benchmarks(tmp_path / "bench")
+    assert [document["name"] for document in benchmarks["devices"]] == ["h200/good"]
+    assert len(problems) == 1 and "bad.json" in problems[0] and "\n" not in problems[0]
+    assert {"case", "gib?"} <= STEPS_ROW.keys()
+    text = "\n".join(report.device_lines(benchmarks))
+    assert "| NVIDIA H200 | b | 8 x 2,048 | compiled |" in text
+
+
+# -----------------------------------------------------------------------------
+# What needs no run
+
+MLA = dict(attn_mode="mla", d_model=64, n_head=4, kv_lora_rank=16, rope_dim=8)
+
+
+@pytest.mark.parametrize("rule, claim, value, verdict", (
+    ("contradiction", dict(numbers=[23, 22]), 22, "contradicts itself"),
+    ("contradiction", dict(numbers=[23, 23]), 23, "reproduced"),
+    ("confounded", dict(settings=dict(lr=[1, 2], heads=[8, 8])), 1, "not supported by its own counts"),
+    ("confounded", dict(settings=dict(lr=[1, 1])), 0, "undecided"),
+    ("tokens_seen", dict(run=[8, 10, 5], against=[8, 10, 10]), 50, "not supported by its own counts"),
+    ("tokens_seen", dict(run=[4, 20, 10], against=[8, 10, 10]), 100, "undecided"),
+    ("work_ratio", dict(config=dict(lr=1e-3), against=dict(lr=1e-4), vocab_size=64, reported=0.75), 1,
+     "not supported by its own counts"),
+    ("work_ratio", dict(config=dict(lr=1e-3), against=dict(lr=1e-4), vocab_size=64, reported=1.0), 1, "reproduced"),
+    ("quotients", dict(rows=[[64.0, 16.0, 4], [64.0, 3.0, 21]]), 100 * (64 / 63 - 1), "reproduced"),
+    ("quotients", dict(rows=[[64.0, 16.0, 4], [64.0, 3.0, 19]]), 100 * (64 / 57 - 1), "arithmetic error"),
+    ("bytes_per_value", dict(format="q4_0", reported=0.5625), 18 / 32, "reproduced"),
+    ("bytes_per_value", dict(format="q8_0", reported=1.0), 34 / 32, "arithmetic error"),
+    ("cache_percent_less", dict(reported=75, config=dict(attn_mode="gqa", kv_head=8, cache="fp16"),
+                                against=dict(cache="fp16")), 75, "reproduced"),
+    ("cache_percent_less", dict(reported=50, config=dict(attn_mode="gqa", kv_head=8, cache="fp16"),
+                                against=dict(cache="fp16")), 75, "arithmetic error"),
+    ("cache_percent_less", dict(reported=50, config=dict(attn_mode="gqa", kv_head=8, cache="fp16"), unstated="model",
+                                against=dict(cache="fp16")), 75, "undecided"),
+    ("cache_ratio", dict(reported=4, config=dict(cache="fp16", bits=4), against=dict(cache="fp16")), 4, "reproduced"),
+    ("cache_ratio", dict(reported=4, config=dict(cache="q4_0"), against=dict(cache="fp16")), 32 / 9,
+     "arithmetic error"),
+    ("other_mixed_caches", dict(modes=dict(standard={}, mla={})), 2, "not reproduced"),
+    ("other_mixed_caches", dict(modes={}), 0, "reproduced"),
+    ("absorbed_work", dict(config=MLA), 4 * (2 * 16 + 8) / (16 * 4 * (16 + 16) + 4 * (24 + 16)), "not reproduced"),
+    ("perplexity", dict(loss=3.36, reported=28.9, rounding=0.005), 28.789, "reproduced"),
+    ("perplexity", dict(loss=3.36, reported=28.9), 28.789, "arithmetic error"),
+    ("disjoint_mse", dict(tokens=1024, bound=1e-4), 4 / 1024**2, "not reproduced"),
+    ("disjoint_mse", dict(tokens=100, bound=1e-4), 4e-4, "reproduced")))
+def test_logic_and_arithmetic(rule, claim, value, verdict):
+    found, finding = verdict_of(rule, **claim)
+    assert found == verdict and finding.value == pytest.approx(value, rel=1e-3)
+
+
+def test_two_attentions_that_share_no_token():
+    """As disjoint_mse has it by a formula."""
+    n = 16
+    a, b = [2 / n] * (n // 2) + [0] * (n // 2), [0] * (n // 2) + [2 / n] * (n // 2)
+    measured = sum((x - y) ** 2 for x, y in zip(a, b)) / n
+    assert rules.disjoint_mse(dict(tokens=n, bound=1), EMPTY).value == pytest.approx(measured)
+
+
+# -----------------------------------------------------------------------------
+# The ledger
+
+def test_every_rule_decides_a_claim_and_every_claim_is_shown_once():
+    ledger = claims.ledger(EMPTY)
+    titled = [rule for of_section in report.SECTIONS.values() for rule in of_section]
+    assert {row["rule"] for row in ledger} == rules.RULES.keys() and len({row["id"] for row in ledger}) == len(ledger)
+    assert sorted(titled) == sorted(rules.RULES)
+    text = "\n".join(report.ledger_lines(ledger))
+    for row in ledger:
+        assert text.count(f"- `{row['id']}`:") == 1, row["id"]
+
+
+def test_the_first_page_holds_every_claim_under_its_verdict():
+    ledger = claims.ledger(EMPTY)
+    results = dict(EMPTY, series=[], claims=ledger, contrasts=[])
+    lines = report.first_page(results)
+    assert sum(line.startswith("- ") for line in lines) == len(ledger) + 1      # and what follows from all of them
+    assert any(line.startswith("### Where the papers contradict themselves (") for line in lines)
