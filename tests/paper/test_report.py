@@ -281,8 +281,8 @@ def test_sweeps_are_listed_once(tmp_path):
                                                ((-0.01, -0.011), "which passes"), ((-0.01,), "which does not pass")))
 def test_the_positive_control_stands_beside_every_ranking(tmp_path, differences, word):
     for seed, difference in enumerate(differences):
-        write_run(tmp_path / f"g/s/standard_s{seed}", (3.0, 2.0 + seed), seed=seed)
-        write_run(tmp_path / f"g/s/mla_s{seed}", (3.0, 2.0 + seed + difference), seed=seed, attn_mode="mla")
+        write_run(tmp_path / f"g/s/standard_s{seed}", (9.0, 2.0 + seed), seed=seed)
+        write_run(tmp_path / f"g/s/mla_s{seed}", (9.0, 2.0 + seed + difference), seed=seed, attn_mode="mla")
     contrast = dict(name="a", kind="better", margin=0.01, mean=None, p=None, pairs=0, verdict="not yet run")
     results = {**empty(), **collect.collect(tmp_path, {}), "contrasts": [contrast], "claims": []}
     sentence = report.positive_control(results)

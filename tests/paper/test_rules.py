@@ -224,6 +224,16 @@ def test_blocks_of_a_machine_are_read_and_rehearsals_left_out(tmp_path):
     assert "| NVIDIA H200 | b | 8 x 2,048 | compiled |" in text
 
 
+def test_what_a_gpu_found_is_said_with_its_name():
+    rows = [steps("paper_baseline", 100.0), steps("paper_decoupled_sem8", 107.0, gib=9.0)]
+    results = {**EMPTY, **devices("train", rows)}
+    results["claims"] = claims.ledger(results)
+    sentence = report.find_steps(results)
+    for words in ("1.07 times", "0.90 of its memory", "one NVIDIA H200", "1.32 and 0.73", "A100, which was not"):
+        assert words in sentence
+    assert report.find_steps({**EMPTY, "claims": claims.ledger(EMPTY)}) is None
+
+
 # -----------------------------------------------------------------------------
 # What needs no run
 
