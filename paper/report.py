@@ -209,8 +209,8 @@ def find_steps(results: dict) -> str | None:
     if not machines or not claims or claims["throughput-32-here"]["ours"] is None:
         return None
     speed, memory = claims["throughput-32-here"]["ours"], claims["memory-27-here"]["ours"]
-    return (f"At the shapes of the papers' 1B models DBA 8+32 trains {speed:.2f} times as fast as standard attention, in "
-            f"{memory:.2f} of its memory, on {machines}; the January paper reports "
+    return (f"At the shapes of the papers' 1B models DBA 8+32 trains {speed:.2f} times as fast as standard attention, "
+            f"in {memory:.2f} of its memory, on {machines}; the January paper reports "
             f"{claims['a100-throughput']['reported']} and {claims['a100-memory']['reported']} for an A100, which was "
             "not measured here.")
 
