@@ -179,6 +179,15 @@ def test_a_bound_on_memory(gib, verdict):
                       side="below")[0] == verdict
 
 
+def test_compiled_steps_are_the_first():
+    rows = [steps(case, rate, compiled=compiled) for compiled in (False, True)
+            for case, rate in (("b", 100.0), ("a", 120.0 if compiled else 150.0))]
+    claim = dict(case="a", against="b", field="tok_s", reported=1.2, tolerance=0.01, device="H200")
+    verdict, finding = verdict_of("step_ratio", devices("train", rows), **claim)
+    assert verdict == "reproduced" and finding.value == 1.2
+    assert finding.where.index("1.200") < finding.where.index("1.500")
+
+
 def test_steps_that_ran_out_of_memory_are_no_pair():
     rows = [steps("b", 100.0), dict(steps("a", 1.0), tok_s=None)]
     assert verdict_of("step_ratio", devices("train", rows), case="a", against="b", field="tok_s")[0] == "not yet run"
