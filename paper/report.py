@@ -438,7 +438,7 @@ def device_lines(benchmarks: dict) -> list[str]:
                              f"{row['fastest'] / 1000:.1f}k", f"{row['gib']:.1f}"))
     if not rows:
         return []
-    return ["Training steps at the shapes of the papers' 1B models, one process a file, nothing else on the machine: "
+    return ["Training steps at the shapes of the papers' 1B models, one process a file: "
             "median tokens/s, the slowest and the fastest step, peak GiB.", "",
             *markdown(("machine", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
 
