@@ -1203,7 +1203,7 @@ def share_of(tensor, p):
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
               "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
-RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt", "step*.pt")
+RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
 CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
@@ -1249,7 +1249,7 @@ def own_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(remove_empty, made)
             stack.enter_context(exclusive(folder / "lock", folder))
-            for path in (path for name in RUN_FILES for path in folder.glob(f"{name}.*tmp")):
+            for path in (path for name in (*RUN_FILES, "step*.pt") for path in folder.glob(f"{name}.*tmp")):
                 path.unlink()
         yield
 

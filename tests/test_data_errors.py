@@ -227,7 +227,7 @@ def test_val_data_with_another_vocabulary_of_the_same_size(tmp_path):
     (b"a b c d e f g h i j k l m n o p q r s t u v\n", "--tokenizer word --val-frac 0.01", "validation"),
     (b"a b c " * 100, "--tokenizer byte --val-data train.npy", ".npy"),
     (b"a b c " * 100, "--tokenizer byte --val-data nowhere.txt", "nowhere.txt"),
-    (b"a b c " * 100, "--tokenizer byte --val-data .", "not a file"),
+    (b"a b c " * 100, "--tokenizer byte --val-data .", "is a folder"),
     (b"a b c " * 100, f"--tokenizer byte --val-data {'v' * 5000}", "not a file"),
     (b"a b c " * 100, "--tokenizer byte --val-data /dev/zero", "not a file"),
     ("a b c ".encode("utf-16") * 100, "--tokenizer byte", "UTF-8"),

@@ -28,7 +28,7 @@ TARGETS = ("bottleneck96", "decoupled", "standard", "gqa", "small128", "long1024
 
 def commands_of(text):
     """Commands of the fenced blocks of a page, each on one line without its comment."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.S | re.M)
+    blocks = [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) if kind != "python"]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line for line in lines if not re.match("#|export ", line)]         # of a script for Slurm
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
