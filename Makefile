@@ -38,7 +38,7 @@ BOTH = standard decoupled
 
 .DELETE_ON_ERROR:
 .PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures \
-	report memory heatmap bench cache_quality evaluations llama \
+	launch_1b report memory heatmap bench cache_quality evaluations llama \
 	$(foreach mode,$(BOTH),demo_$(mode) checkpoint_$(mode) evaluate_$(mode))
 
 help:  ## list the targets
@@ -149,11 +149,14 @@ SCALE ?= $(GPU)
 GROUPS_cpu = cpu_mini
 GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
-DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b 20b)
+DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b)
 JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
 
-dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
+dry_run: env  ## what replicate_paper would run, and what of it is finished: sizes and time
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --dry-run
+launch_1b: env $(if $(RUN),$(DATA)/fineweb_1b.json)  ## the 1B suite: ROW=decoupled8_32 FOR=h100, h200 or a100; RUN=1 starts it
+	$(MANIFEST) a100_1b --only modes/$(or $(ROW),baseline)_s $(if $(RUN),,--dry-run --for $(or $(FOR),h100)) -- \
+	--compile --micro-batch 8 $(FLAGS)
 replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), then figures and claims
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --post-ppl $(MANIFEST_FLAGS) || touch $(RUNS)/failed
 	$(MAKE) -j1 checkpoints memory report

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 import train_dba
-from train_dba import BROKEN, UserError, brief, count_params, read_json
+from train_dba import BROKEN, Config, UserError, brief, count_params, read_json
 
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -18,12 +18,12 @@ HALF, FULL = 2, 4                                          # bytes of a value un
 MEASURED = {"rows": list, "env": {"device": str}, "toy": bool}
 
 
-def peak_of(name):
+def peak_of(name: str) -> float | None:
     """FLOP/s of the device of that name, or None for one that PEAKS doesn't list."""
     return next((peak for part, peak in PEAKS.items() if all(word in name for word in part.split())), None)
 
 
-def model_flops(cfg, vocab_size, causal=True):
+def model_flops(cfg: Config, vocab_size: int, causal: bool = True) -> float:
     """FLOPs of a training step's token: 6 per parameter of a matrix product, and 6 L H (w + v) T / 2 for attention, of
     query-key width w and value width v; without causal, not halved."""
     params = count_params(cfg, vocab_size)
@@ -32,7 +32,7 @@ def model_flops(cfg, vocab_size, causal=True):
     return 6 * (params["total"] - params["norm"] - params["null"]) + attention / (2 if causal else 1)
 
 
-def kept_by_block(cfg, on_gpu):
+def kept_by_block(cfg: Config, on_gpu: bool) -> int:
     """Bytes that a block keeps of each token for its backward pass, under autocast and without dropout.
 
     A compiled block keeps what a matrix product or the attention reads, once, and works out the rest anew. An eager one
@@ -59,7 +59,7 @@ def kept_by_block(cfg, on_gpu):
     return stream + latent + mlp + attention + FULL * (3 if shape.latent else 2)                      # a scale a norm
 
 
-def training_memory(cfg, vocab_size, on_gpu=True):
+def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[str, int]:
     """{part: bytes} of an optimiser step on one device under autocast to half precision, at its fullest moment, and
     `peak`, their sum.
 
@@ -89,27 +89,28 @@ def training_memory(cfg, vocab_size, on_gpu=True):
     return {**fullest, "peak": sum(fullest.values())}
 
 
-def measured_rows(folder):
+def measured_rows(folder: Path) -> list[tuple]:
     """[(device, path, row)] of the training steps that bench_dba.py timed on devices that PEAKS lists. Raises UserError
     for a damaged file."""
-    found = []
-    for path in sorted(Path(folder).glob("*/train*.json")):
+    timed = []
+    for path in sorted(folder.glob("*/train*.json")):
         try:
             document = read_json(path, MEASURED)
             rows = [] if document["toy"] else document["rows"]
-            found += [(document["env"]["device"], path, row) for row in rows if row.get("mfu")]
+            timed += [(document["env"]["device"], path, row) for row in rows if row.get("mfu")]
         except (*BROKEN, OSError) as e:
             raise UserError(f"{path} is no result of bench_dba.py train ({brief(e)})") from None
-    return found
+    return timed
 
 
-def utilisation(cfg, folder):
+def utilisation(cfg: Config, folder: Path) -> tuple[float, str]:
     """(share of a GPU's peak that a run would reach, where that comes from): as measured of the same preset, compiled
     or not, else the median of the measured presets, else UTILISATION. Raises UserError for a damaged result."""
-    rows = [found for found in measured_rows(folder) if found[2]["compiled"] == cfg.compile]
-    if not rows:
-        return UTILISATION, "assumed; nothing was measured"
-    for device, path, row in rows:
+    timed = [entry for entry in measured_rows(folder) if entry[2]["compiled"] == cfg.compile]
+    if not timed:
+        return UTILISATION, "assumed: nothing was measured"
+    for device, path, row in timed:
         if row["case"] == cfg.exp:
-            return row["mfu"], f"measured on {device}, {path}"
-    return statistics.median(row["mfu"] for _, _, row in rows), "the median of what was measured of other presets"
+            return row["mfu"], f"measured on {device}: {path}"
+    shares = [row["mfu"] for _, _, row in timed]
+    return statistics.median(shares), f"the median of other presets, measured on {timed[0][0]}"

@@ -116,7 +116,7 @@ def test_the_formula_is_what_a_gpu_measured(row):
 
 def test_utilisation_is_measured_or_says_that_it_is_not(tmp_path):
     cfg = make_config(data="-", exp="paper_gqa", compile=True)
-    assert estimate.utilisation(cfg, tmp_path) == (estimate.UTILISATION, "assumed; nothing was measured")
+    assert estimate.utilisation(cfg, tmp_path) == (estimate.UTILISATION, "assumed: nothing was measured")
     (tmp_path / "h9").mkdir()
     path = tmp_path / "h9/train.json"
     rows = [dict(case=case, compiled=compiled, mfu=mfu) for case, compiled, mfu in (
@@ -126,7 +126,7 @@ def test_utilisation_is_measured_or_says_that_it_is_not(tmp_path):
     assert estimate.utilisation(cfg, tmp_path)[0] == 0.25
     rows.append(dict(case="paper_gqa", compiled=True, mfu=0.5))
     path.write_text(json.dumps(document))
-    assert estimate.utilisation(cfg, tmp_path) == (0.5, f"measured on NVIDIA H9, {path}")
+    assert estimate.utilisation(cfg, tmp_path) == (0.5, f"measured on NVIDIA H9: {path}")
     path.write_text("{}")
     with pytest.raises(UserError, match="train.json is no result"):
         estimate.utilisation(cfg, tmp_path)
