@@ -29,17 +29,15 @@ $(foreach name,PYTHON VENV DATA RUNS,$(if $(strip $(call unfit,$(name))),$(error
 
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
-TRAIN = $(PY) train_dba.py
 EVAL = $(PY) eval_dba.py
-DEMO = $(RUNS)/demo
 CKPTS = $(RUNS)/checkpoints
 ASSETS = $(if $(filter runs,$(RUNS)),assets,$(RUNS)/assets)
 BOTH = standard decoupled
 
 .DELETE_ON_ERROR:
 .PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures \
-	launch_1b report memory heatmap bench cache_quality evaluations llama \
-	$(foreach mode,$(BOTH),demo_$(mode) checkpoint_$(mode) evaluate_$(mode))
+	launch_1b report memory heatmap bench cache_quality evaluations llama bottleneck96 gqa small128 long1024 long2048 \
+	$(foreach mode,$(BOTH),$(mode) demo_$(mode) checkpoint_$(mode) evaluate_$(mode) fineweb_$(mode))
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z0-9_ ]+:.*##/ {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -54,7 +52,6 @@ $(VENV)/bin/python:                                        # lacking, or a link 
 	@test -e $(VENV)/pyvenv.cfg || test -z "$$(ls -A $(VENV) 2>/dev/null)" || \
 	{ echo "error: VENV=$(VENV) holds something else than an environment"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-
 $(VENV)/.ready: requirements.txt constraints.txt $(VENV)/bin/python
 	@if [ -e $(VENV)/.unfinished ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	echo "$(VENV) is half made: made anew"; $(PYTHON) -m venv --clear $(VENV); fi
@@ -62,7 +59,6 @@ $(VENV)/.ready: requirements.txt constraints.txt $(VENV)/bin/python
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements.txt
 	@mv $(VENV)/.unfinished $@
-
 $(VENV)/.ready-eval: requirements-eval.txt constraints.txt $(VENV)/.ready
 	$(PIP) -r requirements-eval.txt
 	@touch $@
@@ -79,82 +75,62 @@ lint: env  ## ruff
 kill_test: env  ## kill a run 20 times at drawn events; its losses must be those of a run never stopped
 	$(PY) tests/kill_run.py --kills 20
 
-# --- the demo: no network beyond the packages
-
-ATTENTION_standard = --attn-mode standard
-ATTENTION_decoupled = --attn-mode decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk
-SAMPLE = $(TRAIN) --mode sample --prompt "The following " --max-new-tokens 220 --temperature 0.7
-
-demo: demo_standard demo_decoupled  ## train standard and decoupled attention on a small corpus, sample, draw the curves
-	@for mode in $(BOTH); do \
-	printf '\n--- a sample from %s\n' $$mode; $(SAMPLE) --ckpt $(DEMO)/$$mode/best.pt || exit 1; done
-	$(PY) plot_results.py --runs $(DEMO) --out $(DEMO) --readme ""
-	@printf '\nThe curves are drawn in $(DEMO)/fig_convergence.png. What next:\n'
-	@echo '  $(TRAIN) --mode sample --ckpt $(DEMO)/decoupled/best.pt --prompt "The list " --kv-cache hetero'
-	@echo '  $(EVAL) ppl --ckpt $(DEMO)/decoupled --kv-cache fp16 hetero q4_0 --max-tokens 16385'
-	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
-$(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
-	$(TRAIN) --data $(DATA)/sample.npy --out-dir $(DEMO)/$* $(ATTENTION_$*) --d-model 192 --layers 4 --n-head 8 \
-	--d-ff 512 --block 256 --batch-size 16 --steps 350 --lr 2e-3 --min-lr 2e-4 --eval-every 50 --save-every 100 $(FLAGS)
-
 # --- data; a sidecar is written last: its token file is whole
 
 LOCAL = $(if $(WIKITEXT2),--input "$$WIKITEXT2")
-FROM_sample = --dataset sample
-FROM_wikitext2 = --dataset wikitext2 --tokenizer word $(LOCAL)
-FROM_wikitext2_byte = --dataset wikitext2 --tokenizer byte $(LOCAL)
-FROM_fineweb_100m = --dataset fineweb-edu --tokens 100M
-FROM_fineweb_100m_word = --dataset fineweb-edu --tokens 100M --tokenizer word
-FROM_fineweb_1b = --dataset fineweb-edu --tokens 1B
-FROM_fineweb_20b = --dataset fineweb-edu --tokens 20B
+FROM_sample = sample
+FROM_wikitext2 = wikitext2 --tokenizer word $(LOCAL)
+FROM_wikitext2_byte = wikitext2 --tokenizer byte $(LOCAL)
+FROM_fineweb_100m = fineweb-edu --tokens 100M
+FROM_fineweb_100m_word = fineweb-edu --tokens 100M --tokenizer word
+FROM_fineweb_1b = fineweb-edu --tokens 1B
+FROM_fineweb_20b = fineweb-edu --tokens 20B
 $(patsubst FROM_%,$(DATA)/%.json,$(filter FROM_%,$(.VARIABLES))): $(DATA)/%.json: | env
-	$(PY) prepare_fineweb.py $(FROM_$*) --output $(DATA)/$*.npy
-
+	$(PY) prepare_fineweb.py --dataset $(FROM_$*) --output $(DATA)/$*.npy
 setup: $(DATA)/wikitext2.json $(DATA)/wikitext2_byte.json  ## WikiText-2, word level and bytes
 fineweb: $(DATA)/fineweb_100m.json  ## 100M tokens of FineWeb-Edu from the Hugging Face hub (resumes)
 
-# --- experiments: a target is a group and a row of paper_manifest.json
+# --- runs: the demo, which needs no network, two checkpoints that a clone has the logs of, rows of paper_manifest.json
 
-ROW_bottleneck96 = wikitext2 paper/bottleneck96
-ROW_decoupled = wikitext2 paper/decoupled32_64
-ROW_standard = wikitext2 paper/standard512
-ROW_gqa = wikitext2 paper/gqa8_2
-ROW_small128 = wikitext2 paper/small128
-ROW_long1024 = wikitext2 paper/long1024
-ROW_long2048 = wikitext2 paper/long2048
-ROW_fineweb_standard = fineweb100m gpt2/standard512
-ROW_fineweb_decoupled = fineweb100m gpt2/decoupled32_64
+TRAIN = $(PY) train_dba.py --layers 4 --n-head 8 --lr 2e-3 --min-lr 2e-4 --attn-mode
+TRAIN_standard = $(TRAIN) standard
+TRAIN_decoupled = $(TRAIN) decoupled --sem-dim 32 --geo-dim 64 --null-attn --tie-qk
+SAMPLE = train_dba.py --mode sample --ckpt $(RUNS)/demo
+demo: demo_standard demo_decoupled  ## train standard and decoupled attention on a small corpus, sample, draw the curves
+	@for mode in $(BOTH); do printf '\n--- a sample from %s\n' $$mode; $(PY) $(SAMPLE)/$$mode/best.pt \
+	--prompt "The following " --max-new-tokens 220 --temperature 0.7 || exit 1; done
+	$(PY) plot_results.py --runs $(RUNS)/demo --out $(RUNS)/demo --readme ""
+	@printf '\nThe curves are drawn in $(RUNS)/demo/fig_convergence.png. What next:\n'
+	@echo '  $(PY) $(SAMPLE)/decoupled/best.pt --prompt "The list " --kv-cache hetero'
+	@echo '  $(EVAL) ppl --ckpt $(RUNS)/demo/decoupled --kv-cache fp16 hetero q4_0 --max-tokens 16385'
+	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
+$(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
+	$(TRAIN_$*) --data $(DATA)/sample.npy --out-dir $(RUNS)/demo/$* --d-model 192 --d-ff 512 --block 256 \
+	--batch-size 16 --steps 350 --eval-every 50 --save-every 100 $(FLAGS)
+checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
+$(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
+	$(TRAIN_$*) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* --d-model 256 --d-ff 768 --block 512 \
+	--batch-size 8 --steps 600 --eval-every 200 --eval-iters 20 --save-every 200 \
+	$(if $(wildcard $(CKPTS)/$*/last.pt),,--overwrite) $(FLAGS)
+
 MANIFEST = $(PY) run_paper_manifest.py --data-dir $(DATA) --runs $(RUNS) --group
-
-ROWS = $(patsubst ROW_%,%,$(filter ROW_%,$(.VARIABLES)))
-
 bottleneck96 decoupled standard gqa small128 long1024 long2048: $(DATA)/wikitext2.json  ## a run of the December paper
-fineweb_standard fineweb_decoupled: $(DATA)/fineweb_100m.json  ## a run of its table 2
-.PHONY: $(ROWS)
-$(ROWS): %:
-	$(MANIFEST) $(firstword $(ROW_$*)) --only $(lastword $(ROW_$*))_s --seeds 1337 -- $(FLAGS)
+	$(MANIFEST) wikitext2 --only paper/$@ --seeds 1337 -- $(FLAGS)
+fineweb_standard fineweb_decoupled: fineweb_%: $(DATA)/fineweb_100m.json  ## a run of its table 2
+	$(MANIFEST) fineweb100m --only gpt2/$* --seeds 1337 -- $(FLAGS)
 compare: $(DATA)/wikitext2.json  ## four attention modes on WikiText-2 for STEPS steps each (500): fits two cores
 	$(MANIFEST) wikitext2 --only compare/ -- --steps $(STEPS) $(FLAGS)
 
-checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
-$(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
-	$(TRAIN) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* $(ATTENTION_$*) --d-model 256 --layers 4 \
-	--n-head 8 --d-ff 768 --block 512 --batch-size 8 --steps 600 --lr 2e-3 --min-lr 2e-4 --eval-every 200 \
-	--eval-iters 20 --save-every 200 $(if $(wildcard $(CKPTS)/$*/last.pt),,--overwrite) $(FLAGS)
-
-# --- replicating the papers
-
-GPU = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 SCALE ?= $(GPU)
+JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
 GROUPS_cpu = cpu_mini
 GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
 DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b)
-JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
-
 dry_run: env  ## what replicate_paper would run, and what of it is finished: sizes and time
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --dry-run
-launch_1b: env $(if $(RUN),$(DATA)/fineweb_1b.json)  ## the 1B suite: ROW=decoupled8_32 FOR=h100, h200 or a100; RUN=1 starts it
+launch_1b: env $(if $(RUN),$(DATA)/fineweb_1b.json)  ## 1B suite: ROW=decoupled8_32 FOR=h100, h200, a100; RUN=1 starts
 	$(MANIFEST) a100_1b --only modes/$(or $(ROW),baseline)_s $(if $(RUN),,--dry-run --for $(or $(FOR),h100)) -- \
 	--compile --micro-batch 8 $(FLAGS)
 replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), then figures and claims
@@ -175,6 +151,7 @@ heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/demo/sta
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	for name in train_speed loss_memory tokenize_speed decode_speed prefill_speed long_context; do \
 	$(PY) benchmarks/$$name.py --out $(RUNS)/bench/$$name.json || exit 1; done
+	$(if $(filter gpu,$(GPU)),$(PY) bench_dba.py gpu --out $(RUNS)/bench/gpu && $(PY) plot_scale.py $(if $(filter runs,$(RUNS)),,--bench $(RUNS)/bench --out $(ASSETS) --page ""))
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
 	$(PY) benchmarks/cache_quality.py $(BOTH:%=$(CKPTS)/%) --out $(RUNS)/bench/cache_quality.json
 

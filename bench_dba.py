@@ -208,16 +208,16 @@ def loss(device, toy):
         calls[f"ours, {chunk // 10**6}M logits, compiled"] = chunk, partial(ours, compiled)
     calls["full logits"] = 0, plain
     calls["full logits, compiled"] = 0, torch.compile(plain)
-    kept = train_dba.LOGIT_CHUNK
+    kept = train_dba.LOGIT_CHUNK[device.type]
     for name, (chunk, call) in calls.items():
-        train_dba.LOGIT_CHUNK = chunk or kept
+        train_dba.LOGIT_CHUNK[device.type] = chunk or kept
         call()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = median_of(call, device, rounds=5)
         yield dict(case=name, ms=1000 * seconds, gib=peak_memory(device) / 2**30,
                    tflops=6e-12 * N * D * len(weight) / seconds)
-    train_dba.LOGIT_CHUNK = kept
+    train_dba.LOGIT_CHUNK[device.type] = kept
 
 
 def llama(cfg):
@@ -493,13 +493,14 @@ def main(argv=None):
             p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
             p.add_argument("--layers", type=int, help="so many in place of the preset's")
             p.add_argument("--steps", type=int, help="timed steps (6)")
-    args = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     try:
-        if args["command"] == "gpu":
-            args["out"] = args["out"] or Path("runs/bench/gpu")
-            return run_plan(argparse.Namespace(**args))
+        if args.command == "gpu":
+            args.out = args.out or Path("runs/bench/gpu")
+            return run_plan(args)
         keep_freed_memory()
-        run_block(args.pop("command"), pick_device(args.pop("device")), **args)
+        settings = vars(args)
+        run_block(settings.pop("command"), pick_device(settings.pop("device")), **settings)
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

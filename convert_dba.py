@@ -1,7 +1,8 @@
 """
-Pretrained Llamas as models of train_dba.py.
+Models in and out: pretrained Llamas as models of train_dba.py, trained models as folders for transformers.
 
-    python3 convert_dba.py SmolLM2.gguf         # what model it is, or why it can't be read
+    python3 convert_dba.py show SmolLM2.gguf                                # what model it is, or why it can't be read
+    python3 convert_dba.py export --ckpt runs/tiny --out-dir exported/tiny
 
 A Llama is our standard attention, or gqa where query heads share keys, or bottleneck where its heads aren't as wide as
 the model, with RMSNorm, SwiGLU, RoPE on halves and a tied embedding. load_llama() reads a .gguf file or a Hugging Face
@@ -31,6 +32,7 @@ from train_dba import (
     bytes_per_token,
     count_params,
     derived,
+    load_checkpoint,
     out_of_range,
     read_bytes,
     width_problems,
@@ -460,20 +462,43 @@ def load_llama(path, device="cpu"):
         raise UserError(f"{path} can't be read as a Llama ({type(e).__name__}: {why})") from None
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
-    parser.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
-    path = parser.parse_args(argv).path
-    try:
-        model, tokenizer = load_llama(path)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+def show(path: Path) -> None:
+    """Print what load_llama() makes of a pretrained model."""
+    model, tokenizer = load_llama(path)
     cfg, params = model.cfg, count_params(model.cfg, model.vocab_size)["total"]
     print(f"{path}: {cfg.attn_mode} attention, {cfg.layers} layers, d_model {cfg.d_model}, {cfg.n_head} heads, block "
           f"{cfg.block:,}, {len(tokenizer.bytes):,} tokens, {params:,} parameters, KV "
           f"{bytes_per_token(cfg, 'fp16'):,} B/token in fp16")
+
+
+def export_run(ckpt: Path, out: Path) -> None:
+    """Write a run's best.pt as a folder for transformers, and print how it is loaded."""
+    from surgery.export import export, no_llama
+    kind, reasons = export(ckpt, out), no_llama(load_checkpoint(ckpt)["config"])
+    if kind == "Llama":
+        print(f"{out}: a Llama, AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    else:
+        print(f"{out}: no Llama ({', '.join(reasons)}), but modeling_dba.py is in it, "
+              f"AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = commands.add_parser("show", help="what a pretrained Llama is as a model of train_dba.py")
+    p.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
+    p = commands.add_parser("export", help="write a trained model as a folder for transformers")
+    p.add_argument("--ckpt", type=Path, required=True, help="run folder or checkpoint")
+    p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
+    for each in (parser, *commands.choices.values()):
+        each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
+    args = parser.parse_args(argv)
+    try:
+        show(args.path) if args.command == "show" else export_run(args.ckpt, args.out_dir)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -8,8 +8,7 @@ beside what was measured in docs/scale.md.
 import statistics
 from pathlib import Path
 
-import train_dba
-from train_dba import BROKEN, Config, UserError, brief, count_params, read_json
+from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, count_params, read_json
 
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -65,22 +64,29 @@ def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[s
 
     That moment is when backward begins (everything is kept, no gradient but the embedding's exists) or, of a small
     micro-batch, when it ends (every gradient exists, the embedding's twice). A step of several micro-batches holds the
-    gradients of the first ones all along. A compiled and an eager step use about the same beyond what they keep.
+    gradients of the first ones all along. A compiled and an eager step use about the same beyond what they keep. With
+    activation checkpointing only the inputs of blocks are kept, and one block at a time is computed again.
     """
-    params, D, E = count_params(cfg, vocab_size), cfg.d_model, cfg.embed_dim
+    params, D, E, L = count_params(cfg, vocab_size), cfg.d_model, cfg.embed_dim, cfg.layers
     micro = cfg.micro_batch or cfg.batch_size
     tokens, several = micro * cfg.block, micro < cfg.batch_size or cfg.grad_accum > 1
     rows = -(-vocab_size // 64) * 64
-    logits = min(tokens * rows, train_dba.LOGIT_CHUNK)
+    logits = min(tokens * rows, LOGIT_CHUNK["cuda" if on_gpu else "cpu"])
     state = {"parameters": FULL * params["total"], "AdamW": 2 * FULL * params["total"]}
     norm = FULL * D * (1 if on_gpu else 2)                 # what the last one keeps, gone when blocks run backward
-    in_loss = tokens * (norm + 3 * HALF * E) + HALF * rows * E + 14 * logits    # h, its gradient, the weights, a chunk
+    in_loss = tokens * (norm + 3 * HALF * E) + HALF * rows * E                  # and h, its gradient, the weights
+    in_loss += logits * (6 if cfg.compile else 14)         # a chunk of them, exponentials and gradients
     in_block = tokens * (3 * HALF * cfg.d_ff + 2 * FULL * D)                    # gradients while they flow through one
+    kept, weights = L * kept_by_block(cfg, on_gpu), HALF * (params["attention"] + params["mlp"])
+    if cfg.activation_checkpointing:
+        in_loss += 0 if cfg.compile else weights           # autocast's copies, until it ends
+        in_block += tokens * kept // L
+        kept, weights = L * FULL * D, weights // L
     turn = {
         **state,
         "gradients": several * FULL * params["total"],
-        "activations": tokens * cfg.layers * kept_by_block(cfg, on_gpu),
-        "half-precision weights": HALF * (params["attention"] + params["mlp"]),
+        "activations": tokens * kept,
+        "half-precision weights": weights,
         "loss": FULL * rows * E,                           # the embedding's gradient
         "working": max(in_loss, in_block),
     }

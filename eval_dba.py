@@ -20,17 +20,11 @@ import sys
 from tqdm import tqdm
 
 from evals import policy, ppl, probes, rank, tasks, timing
-from evals.subject import load_subject as load_named_subject
-from evals.tasks import TASKS, lm_eval_model, load_tasks, task_result  # noqa: F401  for benchmarks/, for now
-from evals.timing import COMPARED, WARM_UP, forget_peak, peak_since  # noqa: F401  for plot_memory.py, for now
+from evals.tasks import TASKS
+from evals.timing import COMPARED, WARM_UP
 from train_dba import FORMATS, UserError
 
 CACHES = (*FORMATS, "hetero")
-
-
-def load_subject(args):
-    """For benchmarks/task_parity.py, for now."""
-    return load_named_subject(args.ckpt, args.device, args.dtype)
 
 
 # -----------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from eval_dba import forget_peak, peak_since
+from evals.subject import load_subject
+from evals.timing import forget_peak, peak_since
 from paper.style import COLORS, MARKERS, NORMAL, REPORTED, clean, latex_table, save, write_json, write_text
 from train_dba import (
     CACHE_BLOCK,
@@ -43,9 +44,6 @@ from train_dba import (
     cache_bytes,
     cache_formats,
     cache_slots,
-    checkpoint_file,
-    load_checkpoint,
-    load_model,
     make_config,
     pick_device,
     pick_dtype,
@@ -124,14 +122,14 @@ def factors(cfg, controls, tokens):
     def size(other, formats):
         return cache_bytes(other, 1, tokens, formats)
 
-    own, standard, found = size(cfg, "fp16"), controls["standard"], {}
+    own, standard, of_policy = size(cfg, "fp16"), controls["standard"], {}
     for policy in policies(cfg):
         quantised, full = size(cfg, policy), size(standard, "fp16")
-        found[policy] = dict(
+        of_policy[policy] = dict(
             architecture=full / own, quantisation=full / size(standard, same_formats(standard, policy)),
             quantisation_of_own=own / quantised, end_to_end=full / quantised,
             control={name: size(other, same_formats(other, policy)) / quantised for name, other in controls.items()})
-    return found
+    return of_policy
 
 
 def describe(name, cfg, controls, tokens, reported):
@@ -303,10 +301,13 @@ def draw(result: dict, path: Path) -> None:
 
 def deviation(result):
     """Largest relative difference between taken and estimated bytes over all caches, or None if nothing was taken."""
-    pairs = [(m["peak"]["scaled_taken_bytes"], row["estimate_bytes"][policy])
-             for scale, panel in result["scales"].items() for row in panel["rows"]
-             for policy, m in result["measured"]["scales"][scale][row["name"]].items()]
-    return max((abs(taken / bytes_ - 1) for taken, bytes_ in pairs if taken is not None), default=None)
+    deviations = []
+    for scale, panel in result["scales"].items():
+        for row in panel["rows"]:
+            for policy, m in result["measured"]["scales"][scale][row["name"]].items():
+                if (taken := m["peak"]["scaled_taken_bytes"]) is not None:
+                    deviations.append(abs(taken / row["estimate_bytes"][policy] - 1))
+    return max(deviations, default=None)
 
 
 def latex_row(row: dict) -> list[str]:
@@ -385,11 +386,11 @@ def decomposition(cfg, controls, measured, tokens, limit, device):
         for policy in policies(cfg):
             formats = same_formats(other, policy)
             bytes_[f"{name} {policy}"] = cache_bytes(other, 1, tokens, formats)
-            found = measure_fill(other, formats, tokens, limit, device)
-            taken[f"{name} {policy}"] = found["peak"]["scaled_taken_bytes"]
-    for policy, found in measured.items():
+            filled = measure_fill(other, formats, tokens, limit, device)
+            taken[f"{name} {policy}"] = filled["peak"]["scaled_taken_bytes"]
+    for policy, of_policy in measured.items():
         bytes_[f"own {policy}"] = cache_bytes(cfg, 1, tokens, policy)
-        taken[f"own {policy}"] = found["peak"]["scaled_taken_bytes"]
+        taken[f"own {policy}"] = of_policy["peak"]["scaled_taken_bytes"]
     return dict(estimate_bytes=bytes_, measured=taken, factors=factors(cfg, controls, tokens))
 
 
@@ -398,31 +399,32 @@ def report(policy, m, factor):
     def number(n):
         return "unknown" if n is None else f"{n:,}"
 
-    part = f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g} for all"
+    part = ""
+    if m["scale_factor"] != 1:
+        part = f"; measured {m['tokens']:,} tokens of {m['layers']} layers, x {m['scale_factor']:.4g} for all"
     print(f"{policy}: {m['owned_bytes']:,} bytes owned, {number(m['peak']['taken_bytes'])} taken, a decode step "
           f"{number(m['peak']['decode_extra_bytes'])} more ({m['kernel']}); {factor:.3g} times smaller than standard "
-          "fp16" + part * (m["scale_factor"] != 1), flush=True)
+          f"fp16{part}", flush=True)
 
 
 @torch.inference_mode()
 def write_checkpoint(args, device):
     """Measure --ckpt and write mem<length>.json beside it, or in --out."""
-    path = checkpoint_file(args.ckpt)
-    ckpt = load_checkpoint(path, device)
-    model, limit = load_model(ckpt), round((args.memory or 1) * GIB)
-    cfg, blocks = model.cfg, model.blocks
     dtype, why = pick_dtype("auto", device)
+    subject = load_subject(args.ckpt, args.device, str(dtype).removeprefix("torch."))
+    model, limit = subject.model, round((args.memory or 1) * GIB)
+    cfg, blocks = model.cfg, model.blocks
     warm_up(device)
     with autocast(device, dtype):
         model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
     controls, measured = control_configs(cfg), {}
-    for policy, found in factors(cfg, controls, args.tokens).items():
+    for policy, of_policy in factors(cfg, controls, args.tokens).items():
         with autocast(device, dtype):
             measured[policy] = measure_decode(model, blocks, policy, args.tokens, limit, device)
-        report(policy, measured[policy], found["end_to_end"])
+        report(policy, measured[policy], of_policy["end_to_end"])
     parts = decomposition(cfg, controls, measured, args.tokens, limit, device)
-    out = make_folder(Path(args.out or path.parent)) / f"mem{length_name(args.tokens)}.json"
-    write_json(out, dict(tokens=args.tokens, batch=1, ckpt=relative(str(path)), step=ckpt["step"],
+    out = make_folder(Path(args.out or subject.folder)) / f"mem{length_name(args.tokens)}.json"
+    write_json(out, dict(tokens=args.tokens, batch=1, ckpt=relative(str(subject.path)), step=subject.step,
                          config=dataclasses.asdict(cfg), dtype=f"{dtype} ({why})", limit_bytes=limit,
                          estimate_bytes=estimate(cfg, args.tokens), measured=measured, decomposition=parts,
                          env=provenance(device)))
@@ -436,7 +438,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
-    parser.add_argument("--ckpt", help="run folder (its best.pt) or checkpoint to measure")
+    parser.add_argument("--ckpt", help="run folder, checkpoint, .gguf or Hugging Face folder to measure")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the context (131072)")
     parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB (1/16; with --ckpt 1)")
     parser.add_argument("--device", default="auto")

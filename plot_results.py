@@ -13,11 +13,16 @@ ledger is there only where runs of the manifest are. Bands, bars and ± are 95 %
 """
 
 import argparse
+import collections
+import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from paper.claims import contrasts, ledger
@@ -28,6 +33,7 @@ from paper.report import (
     headline,
     last_stage,
     of_manifest,
+    plural,
     readme_block,
     replace_block,
     report,
@@ -74,8 +80,12 @@ def forest_rows(results: dict) -> list:
             others.append(dict(name=row["statement"].split(" (")[0], mean=row["ours"], half=row["interval"],
                                threshold=row["margin"], reported=row["reported"], verdict=row["verdict"],
                                p=row["p_holm"]))
-    titled = [("Contrasts fixed before their runs", registered), ("The ledger's other differences", others)]
-    return [(title, rows) for title, rows in titled if rows]
+    groups = []
+    if registered:
+        groups.append(("Contrasts fixed before their runs", registered))
+    if others:
+        groups.append(("The ledger's other differences", others))
+    return groups
 
 
 def draw_contrasts(results: dict, path: Path) -> None:
@@ -85,34 +95,39 @@ def draw_contrasts(results: dict, path: Path) -> None:
     counts = [len(rows) for _, rows in groups]
     fig, axes = plt.subplots(len(groups), 1, figsize=(8, 0.9 + 0.46 * sum(counts) + 0.35 * len(groups)), squeeze=False,
                              layout="constrained", gridspec_kw=dict(height_ratios=counts))
-    for (ax,), (title, rows) in zip(axes, groups):
-        ends = [row["reported"] or 0.0 for row in rows] + [row["threshold"] for row in rows]
-        for row in rows:
-            ends += [row["mean"] - (row["half"] or 0), row["mean"] + (row["half"] or 0)]
-        pad = 0.06 * (max(ends) - min(ends))
-        left, right = min(ends) - pad, max(ends) + pad
-        for y, row in enumerate(rows):
-            color = verdict_color(row["verdict"])
-            ax.fill_between([left, row["threshold"]], y - 0.36, y + 0.36, color="#000000", alpha=0.07, linewidth=0)
-            ax.plot([row["threshold"]] * 2, [y - 0.36, y + 0.36], color="#555555", linewidth=1)
-            ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
-            if row["reported"] is not None:
-                ax.plot(row["reported"], y, **REPORTED)
-            p = "" if row["p"] is None else f"\np {row['p']:.2g}"
-            ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
-        ax.axvline(0, **SHARED_AXIS)
-        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5),
-               xlabel="difference of validation loss (nats per token)")
-        ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
-        ax.tick_params(axis="y", length=0)
-        ax.set_title(title, loc="left")
     handles = [plt.Line2D([], [], color="#777777", marker="o", markersize=5,
                           label="difference, 95 % interval; p by Holm"),
                plt.Rectangle((0, 0), 1, 1, color="#000000", alpha=0.12, label="the claim, up to its margin")]
-    if any(row["reported"] is not None for _, rows in groups for row in rows):
-        handles.append(plt.Line2D([], [], **REPORTED, label="as the papers report"))
+    for (ax,), (title, rows) in zip(axes, groups):
+        forest_panel(ax, rows)
+        ax.set_title(title, loc="left")
+        if len(handles) == 2 and any(row["reported"] is not None for row in rows):
+            handles.append(plt.Line2D([], [], **REPORTED, label="as the papers report"))
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     save(fig, path)
+
+
+def forest_panel(ax, rows: list) -> None:
+    """Draw the rows of one group, the first at the top."""
+    ends = []
+    for row in rows:
+        half = row["half"] or 0
+        ends += [row["reported"] or 0.0, row["threshold"], row["mean"] - half, row["mean"] + half]
+    pad = 0.06 * (max(ends) - min(ends))
+    left, right = min(ends) - pad, max(ends) + pad
+    for y, row in enumerate(rows):
+        color = verdict_color(row["verdict"])
+        ax.fill_between([left, row["threshold"]], y - 0.36, y + 0.36, color="#000000", alpha=0.07, linewidth=0)
+        ax.plot([row["threshold"]] * 2, [y - 0.36, y + 0.36], color="#555555", linewidth=1)
+        ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
+        if row["reported"] is not None:
+            ax.plot(row["reported"], y, **REPORTED)
+        p = "" if row["p"] is None else f"\np {row['p']:.2g}"
+        ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
+    ax.axvline(0, **SHARED_AXIS)
+    ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="difference of validation loss (nats per token)")
+    ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
+    ax.tick_params(axis="y", length=0)
 
 
 def verdict_color(verdict: str) -> str:
@@ -126,25 +141,33 @@ def wrap(text: str, width: int = 46) -> str:
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + word
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
     return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
 # Loss against bytes of cache
 
-def cache_points(series: dict) -> list:
-    """[(format, bytes per token, mean, half-width)], widest format first: what was measured through a cache, else the
-    last validation loss in fp16."""
+class CachePoint(NamedTuple):
+    """A format of a cache: its bytes per token, and the mean loss through it with the half-width of its interval."""
+    format: str
+    bytes: float
+    mean: float
+    half: float | None
+
+
+def cache_points(series: dict) -> list[CachePoint]:
+    """Widest format first: what was measured through a cache, else the last validation loss in fp16."""
     points = []
     for name, cache in series["caches"].items():
         if name in MARKERS:
-            points.append((name, cache["bytes_per_token"], cache["mean"], cache["half"]))
+            points.append(CachePoint(name, cache["bytes_per_token"], cache["mean"], cache["half"]))
     if not points:
         loss = series["last_val_loss"]
-        points.append(("fp16", series["kv_bytes_fp16"], loss["mean"], loss["half"]))
-    return sorted(points, key=lambda point: (-point[1], point[2]))
+        points.append(CachePoint("fp16", series["kv_bytes_fp16"], loss["mean"], loss["half"]))
+    return sorted(points, key=lambda point: (-point.bytes, point.mean))
 
 
 def most_telling(members: list) -> list:
@@ -153,37 +176,42 @@ def most_telling(members: list) -> list:
     measured = [member for member in members if member["caches"]] or members
     matched = [member for member in measured if member["matched"] or member["mode"] == "standard"]
     chosen = matched if len(matched) > 1 else measured
-    return sorted(chosen, key=lambda member: cache_points(member)[0][2])[:MOST_LABELS]
+    return sorted(chosen, key=lambda member: cache_points(member)[0].mean)[:MOST_LABELS]
+
+
+def seeds_of(members: list) -> int:
+    """Seeds that every series has."""
+    return min(len(member["seeds"]) for member in members)
 
 
 def pareto_panel(ax, title: str, members: list) -> set:
     """Draw one panel; returns the formats that it shows."""
     members, points, formats = most_telling(members), [], set()
     for i, member in enumerate(members):
-        of_member = cache_points(member)
+        color, of_member = COLORS[member["mode"]], cache_points(member)
         dodge = 1 + 0.018 * (i - (len(members) - 1) / 2)   # intervals at equal bytes stand beside each other
-        ax.plot([size * dodge for _, size, _, _ in of_member], [mean for _, _, mean, _ in of_member],
-                color=COLORS[member["mode"]], linewidth=0.8, alpha=0.6)
-        for name, size, mean, half in of_member:
-            formats.add(name)
-            points.append((size, mean))
-            ax.errorbar(size * dodge, mean, yerr=half, fmt=MARKERS[name], color=COLORS[member["mode"]], markersize=5,
-                        capsize=2, linewidth=1, markeredgecolor="white", markeredgewidth=0.5)
-    edge = frontier(points)
-    ax.step(*zip(*edge), where="post", color="#555555", linewidth=1.2, linestyle=":", zorder=0)
+        _, sizes, means, _ = zip(*of_member)
+        ax.plot(np.array(sizes) * dodge, means, color=color, linewidth=0.8, alpha=0.6)
+        for point in of_member:
+            formats.add(point.format)
+            points.append((point.bytes, point.mean))
+            ax.errorbar(point.bytes * dodge, point.mean, yerr=point.half, fmt=MARKERS[point.format], color=color,
+                        markersize=5, capsize=2, linewidth=1, markeredgecolor="white", markeredgewidth=0.5)
+    ax.step(*zip(*frontier(points)), where="post", color="#555555", linewidth=1.2, linestyle=":", zorder=0)
     log2_x(ax)
     low, high = ax.get_ylim()
-    ends = [cache_points(member)[0] for member in members]
-    largest = max(size for size, _ in points)
-    places = spread([mean for _, _, mean, _ in ends], (high - low) / 19)
-    for member, (_, size, mean, _), y in zip(members, ends, places):
-        ax.annotate(member["label"].removesuffix(" matched"), (size * 1.05, mean), (largest * 1.22, y), va="center",
-                    color=COLORS[member["mode"]], fontsize=SMALL, annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", color=COLORS[member["mode"]], linewidth=0.5, alpha=0.5))
+    widest = [cache_points(member)[0] for member in members]
+    largest = max(points)[0]
+    places = spread([point.mean for point in widest], (high - low) / 19)
+    for member, point, y in zip(members, widest, places):
+        color = COLORS[member["mode"]]
+        ax.annotate(member["label"].removesuffix(" matched"), (point.bytes * 1.05, point.mean), (largest * 1.22, y),
+                    va="center", color=color, fontsize=SMALL, annotation_clip=False,
+                    arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, alpha=0.5))
     measured = any(member["caches"] for member in members)
     ax.set(xlabel="KV cache (bytes per token, all layers)", xlim=(None, largest * 1.15),
            ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
-    seeds = min(len(member["seeds"]) for member in members)
+    seeds = seeds_of(members)
     alike = f"{members[0]['params'] / 1e6:.2f}M parameters each, " if members[-1]["matched"] else ""
     ax.set_title(f"{title}\n{alike}{seeds} seed" + ("s" if seeds > 1 else ", no intervals"), loc="left")
     ax.grid(alpha=0.3)
@@ -196,8 +224,10 @@ def draw_pareto(drawn: list, path: Path) -> None:
     formats = set()
     for ax, (title, members) in zip(axes, drawn):
         formats |= pareto_panel(ax, title, members)
-    handles = [plt.Line2D([], [], marker=marker, linestyle="", color="#777777", label=name)
-               for name, marker in MARKERS.items() if name in formats]
+    handles = []
+    for name, marker in MARKERS.items():
+        if name in formats:
+            handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="#777777", label=name))
     handles.append(plt.Line2D([], [], color="#555555", linestyle=":", linewidth=1.2, label="best loss for its bytes"))
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     save(fig, path)
@@ -223,11 +253,12 @@ def curve_panels(series: list) -> list:
     """[(title, at most MOST_LINES series)]: series with the parameters of standard have panels of their own."""
     drawn = []
     for title, members in panels(series):
-        standard = [member for member in members if member["mode"] == "standard"]
-        matched = [member for member in members if member["matched"]]
-        plain = [member for member in members if not member["matched"]]
-        if len(plain) > len(standard) or not matched:
-            drawn.append((title, best_per_family(plain)))
+        standard, others, matched = [], [], []
+        for member in members:
+            group = matched if member["matched"] else standard if member["mode"] == "standard" else others
+            group.append(member)
+        if others or not matched:
+            drawn.append((title, best_per_family(standard + others)))
         if matched:
             drawn.append((f"{title}\nat the parameters of standard", best_per_family(standard + matched)))
     return drawn
@@ -238,19 +269,18 @@ def draw_convergence(series: list, path: Path) -> None:
     drawn = curve_panels(series)
     fig, axes = subplots(len(drawn), height=3.0, width=8, most=1)
     for ax, (title, members) in zip(axes, drawn):
-        styles = {}
-        for member in members:
-            color = COLORS[member["mode"]]
-            style = STYLES[styles.setdefault(member["mode"], 0) % len(STYLES)]
-            styles[member["mode"]] += 1
-            x = [tokens / 1e6 for tokens, _, _ in member["curve"]]
-            y = [mean for _, mean, _ in member["curve"]]
-            ax.plot(x, y, linestyle=style, color=color, linewidth=1.6, marker="o", markersize=3)
+        of_mode = collections.Counter()                    # lines so far
+        for place, member in enumerate(members):
+            color, style = COLORS[member["mode"]], STYLES[of_mode[member["mode"]] % len(STYLES)]
+            of_mode[member["mode"]] += 1
+            tokens, means, halves = zip(*member["curve"])
+            millions = in_millions(tokens)
+            ax.plot(millions, means, linestyle=style, color=color, linewidth=1.6, marker="o", markersize=3)
             if len(member["seeds"]) > 1:
-                draw_intervals(ax, x, y, [half for _, _, half in member["curve"]], color, members.index(member))
+                draw_intervals(ax, millions, means, halves, color, place)
             if member["train_curve"]:
-                ax.plot([tokens / 1e6 for tokens, _ in member["train_curve"]],
-                        [loss for _, loss in member["train_curve"]], color=color, linewidth=0.6, alpha=0.55)
+                tokens, losses = zip(*member["train_curve"])
+                ax.plot(in_millions(tokens), losses, color=color, linewidth=0.6, alpha=0.55)
         zoom(ax, members)
         low, high = ax.get_ylim()
         ends = [member["last_val_loss"]["mean"] for member in members]
@@ -259,8 +289,7 @@ def draw_convergence(series: list, path: Path) -> None:
                         xycoords=ax.get_yaxis_transform(), textcoords=ax.get_yaxis_transform(), annotation_clip=False,
                         color=COLORS[member["mode"]], arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5))
         ax.set(xlabel="training tokens (millions)", ylabel="loss (nats/token)")
-        seeds = min(len(member["seeds"]) for member in members)
-        ax.set_title(f"{title}, {seeds} seed" + ("s" if seeds > 1 else ""), loc="left")
+        ax.set_title(f"{title}, {plural(seeds_of(members), 'seed')}", loc="left")
         ax.grid(alpha=0.3)
     handles = [plt.Line2D([], [], color="#555555", linewidth=1.6, marker="o", markersize=3,
                           label="validation, last value"),
@@ -271,28 +300,36 @@ def draw_convergence(series: list, path: Path) -> None:
     save(fig, path)
 
 
-def draw_intervals(ax, x: list, means: list, halves: list, color: str, place: int) -> None:
+def in_millions(tokens: Sequence[int]) -> list[float]:
+    return [count / 1e6 for count in tokens]
+
+
+def draw_intervals(ax, x: list, means: Sequence, halves: Sequence, color: str, place: int) -> None:
     """Intervals of a curve: bars beside each other where there are few evaluations, a band where there are many."""
+    x, means, halves = np.array(x), np.array(means), np.array(halves)
     if len(x) <= FEW:
-        shift = 0.003 * (place - 2) * x[-1]
-        ax.errorbar([value + shift for value in x], means, yerr=halves, fmt="none", color=color, capsize=2, linewidth=1)
+        ax.errorbar(x + 0.003 * (place - 2) * x[-1], means, yerr=halves, fmt="none", color=color, capsize=2,
+                    linewidth=1)
     else:
-        ax.fill_between(x, [mean - half for mean, half in zip(means, halves)],
-                        [mean + half for mean, half in zip(means, halves)], color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(x, means - halves, means + halves, color=color, alpha=0.15, linewidth=0)
 
 
 def zoom(ax, members: list) -> None:
     """Limits that leave out the first fall of the loss, so that the ends can be told apart."""
-    first_x = min(member["curve"][0][0] for member in members)
-    last_x = max(member["curve"][-1][0] for member in members)
-    low, high = [], []
+    first = min(member["curve"][0][0] for member in members)
+    last = max(member["curve"][-1][0] for member in members)
+    low, high = math.inf, -math.inf
     for member in members:
-        high.append(member["curve"][0][1] + (member["curve"][0][2] or 0))
-        low += [mean - (half or 0) for _, mean, half in member["curve"]]
-        low += [loss for tokens, loss in member["train_curve"] if tokens >= first_x]
-    pad = 0.05 * (max(high) - min(low))
-    margin = 0.02 * (last_x - first_x) / 1e6
-    ax.set(ylim=(min(low) - pad, max(high) + pad), xlim=(first_x / 1e6 - margin, last_x / 1e6 + margin))
+        _, start, half = member["curve"][0]
+        high = max(high, start + (half or 0))
+        for _, mean, half in member["curve"]:
+            low = min(low, mean - (half or 0))
+        for tokens, loss in member["train_curve"]:
+            if tokens >= first:
+                low = min(low, loss)
+    pad = 0.05 * (high - low)
+    margin = 0.02 * (last - first) / 1e6
+    ax.set(ylim=(low - pad, high + pad), xlim=(first / 1e6 - margin, last / 1e6 + margin))
 
 
 def draw_learning_rate(series: list, path: Path) -> None:
@@ -304,17 +341,20 @@ def draw_learning_rate(series: list, path: Path) -> None:
             rows.setdefault(member["row"], []).append(member)
     fig, axes = subplots(len(drawn), height=2.6, width=2.75, most=3)
     for ax, ((title, mode), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
+        ticks = set()
         for i, (_, members) in enumerate(sorted(rows.items())):
-            members = sorted(members, key=lambda member: member["lr"])
-            rates, losses = [m["lr"] for m in members], [m["last_val_loss"]["mean"] for m in members]
-            halves = [m["last_val_loss"]["half"] or 0 for m in members]
+            points = []
+            for member in members:
+                loss = member["last_val_loss"]
+                points.append((member["lr"], loss["mean"], loss["half"] or 0))
+            rates, losses, halves = zip(*sorted(points))
+            ticks.update(rates)
             ax.errorbar(rates, losses, yerr=halves, linestyle=STYLES[i % len(STYLES)], color=COLORS[mode], marker="o",
                         markersize=4, markerfacecolor="white", linewidth=1.2, label=members[0]["label"])
             best = losses.index(min(losses))
             ax.plot(rates[best], losses[best], "o", color=COLORS[mode], markersize=5, zorder=5)
         ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss")
-        ticks = sorted({member["lr"] for members in rows.values() for member in members})
-        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        ax.set_xticks(sorted(ticks), [f"{rate:g}" for rate in sorted(ticks)])
         ax.minorticks_off()
         name, batch, steps = title.rsplit(", ", 2)
         ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
@@ -328,18 +368,25 @@ def draw_learning_rate(series: list, path: Path) -> None:
 # -----------------------------------------------------------------------------
 # Evaluations
 
+def color_of_run(results: dict, name: str, other: str) -> str:
+    """The colour of a run's mode; another for what is no run of ours."""
+    for run in results["runs"]:
+        if run["run"] == name:
+            return COLORS[run["mode"]]
+    return other
+
+
 def draw_decode(results: dict, path: Path) -> None:
     """Time of a decode step as times that with an fp16 cache, over the tokens in the cache, a panel per run."""
-    modes = {run["run"]: run["mode"] for run in results["runs"]}
     runs = list(of_command(results["evals"], "latency"))
     fig, axes = subplots(len(runs), width=4.0, height=3.0, sharey=True)
     for ax, (run, _, rows) in zip(axes, runs):
-        color = COLORS.get(modes.get(run), OTHERS[2])
-        for i, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
-            of_cache = [row for row in rows if row["cache"] == cache]
-            ax.plot([row["prompt"] for row in of_cache], [row["ratio_to_fp16"] for row in of_cache], label=cache,
-                    marker=MARKERS.get(cache, "x"), markersize=5, color=color, linestyle=STYLES[i % len(STYLES)],
-                    linewidth=1.2)
+        color, points = color_of_run(results, run, OTHERS[2]), {}
+        for row in rows:
+            points.setdefault(row["cache"], []).append((row["prompt"], row["ratio_to_fp16"]))
+        for i, (cache, of_cache) in enumerate(points.items()):
+            ax.plot(*zip(*of_cache), label=cache, marker=MARKERS.get(cache, "x"), markersize=5, color=color,
+                    linestyle=STYLES[i % len(STYLES)], linewidth=1.2)
         log2_x(ax)
         ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, times fp16" if ax is axes[0] else None)
         ax.set_title(run, loc="left")
@@ -350,26 +397,27 @@ def draw_decode(results: dict, path: Path) -> None:
 
 def draw_tasks(results: dict, path: Path) -> None:
     """Accuracy per task and run, with 95 % intervals, and a line where guessing would be."""
-    modes = {run["run"]: run["mode"] for run in results["runs"]}
     runs = list(of_command(results["evals"], "tasks"))
-    names = list(dict.fromkeys(name for _, _, tasks in runs for name in tasks))
+    places, items = {}, {}                                 # of the tasks: x, and the most items that a run answered
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for i, (run, _, tasks) in enumerate(runs):
-        offset = 0.22 * (i - (len(runs) - 1) / 2)
-        shown = [name for name in names if name in tasks]
-        ax.errorbar([names.index(name) + offset for name in shown], [tasks[name]["acc"] for name in shown],
-                    yerr=[1.96 * tasks[name]["acc_stderr"] for name in shown], fmt="osD^v"[i % 5], markersize=6,
-                    color=COLORS.get(modes.get(run), OTHERS[i % 3]), capsize=3, linewidth=1.3, label=run)
-    guessed = [name for name in names if name in CHANCE]
-    for name in guessed:
-        x = names.index(name)
-        ax.plot([x - 0.42, x + 0.42], [CHANCE[name]] * 2, color="#999999", linestyle="--", linewidth=1.2,
-                label="guessing" if name == guessed[0] else None)
-    labels = []
-    for name in names:
-        items = max(tasks[name]["n"] for _, _, tasks in runs if name in tasks)
-        labels.append(f"{name}\n{items} items")
-    ax.set_xticks(range(len(names)), labels)
+        if not tasks:
+            continue
+        points = []
+        for name, task in tasks.items():
+            x = places.setdefault(name, len(places)) + 0.22 * (i - (len(runs) - 1) / 2)
+            items[name] = max(items.get(name, 0), task["n"])
+            points.append((x, task["acc"], 1.96 * task["acc_stderr"]))
+        x, accuracies, halves = zip(*sorted(points))
+        ax.errorbar(x, accuracies, yerr=halves, fmt="osD^v"[i % 5], markersize=6, capsize=3, linewidth=1.3, label=run,
+                    color=color_of_run(results, run, OTHERS[i % 3]))
+    label = "guessing"
+    for name, x in places.items():
+        if name in CHANCE:
+            ax.plot([x - 0.42, x + 0.42], [CHANCE[name]] * 2, color="#999999", linestyle="--", linewidth=1.2,
+                    label=label)
+            label = None                                   # one line of the legend for all
+    ax.set_xticks(range(len(places)), [f"{name}\n{items[name]} items" for name in places])
     ax.set(ylabel="accuracy, 95 % interval")
     ax.grid(axis="y", alpha=0.3)
     fig.legend(loc="outside lower center", ncols=len(runs) + 1)
@@ -381,17 +429,15 @@ def draw_rank(results: dict, path: Path) -> None:
     values, a line per layer, the median over heads; dashed: the model at initialisation, median over layers."""
     drawn = []
     for run, _, result in of_command(results["evals"], "rank"):
-        drawn += [(run, row) for row in last_stage(result["rows"], "QK head").values()]
+        for row in last_stage(result["rows"], "QK head").values():
+            drawn.append((run, row))
     fig, axes = subplots(len(drawn), width=2.75, height=2.7, most=3, sharey=True)
     for ax, (run, row) in zip(axes, drawn):
         layers = row["trained"]["left_out"]
         for i, beyond in enumerate(layers):
             ax.plot(range(1, len(beyond) + 1), beyond, color=plt.cm.viridis(i / max(1, len(layers) - 1)), linewidth=1)
-        shortest = min(len(beyond) for beyond in row["initial"]["left_out"])
-        initial = []
-        for r in range(shortest):
-            initial.append(statistics.median(beyond[r] for beyond in row["initial"]["left_out"]))
-        ax.plot(range(1, shortest + 1), initial, color="#000000", linestyle="--", linewidth=1.2,
+        initial = list(map(statistics.median, zip(*row["initial"]["left_out"])))       # as far as all layers go
+        ax.plot(range(1, len(initial) + 1), initial, color="#000000", linestyle="--", linewidth=1.2,
                 label="at initialisation")
         ax.set(yscale="log", ylim=(1e-5, 1.2), xlabel="width r of a head's score")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -433,8 +479,9 @@ def draw(results: dict, out: Path) -> list[str]:
 
 def headline_panel(series: list, best: list) -> tuple:
     """The (title, series) of the panel that the headline's table is from, with the table's series only."""
-    title = next(title for title, members in panels(series) if best[0] in members)
-    return title, best
+    for title, members in panels(series):
+        if best[0] in members:
+            return title, best
 
 
 def write_results(results: dict, out: Path) -> None:
@@ -448,7 +495,9 @@ def write_results(results: dict, out: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     manifest = read_manifest(HERE / "paper_manifest.json")
-    listed = {group: list_runs(manifest, [group], "data", "runs") for group in manifest}
+    listed = {}
+    for group in manifest:
+        listed[group] = list_runs(manifest, [group], "data", "runs")
     results = collect(args.runs, listed)
     for problem in results["problems"]:
         print(problem, file=sys.stderr)

@@ -93,6 +93,21 @@ def percent(share: float | None, digits: int) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def formula_lines() -> list[str]:
+    """Memory of the suite's presets by formula: what fits a GPU."""
+    steps = [dict(batch_size=2), dict(batch_size=8), dict(batch_size=16),
+             dict(batch_size=8, activation_checkpointing=True)]
+    cells = []
+    for exp in EXPS:
+        peaks = []
+        for settings in steps:
+            cfg = make_config(data="-", exp=exp, compile=True, **settings)
+            peaks.append(f"{training_memory(cfg, VOCAB)['peak'] / 2**30:.1f}")
+        cells.append((exp.removeprefix("paper_"), *peaks))
+    return ["GiB of a compiled step of one micro-batch, **by formula**, context 2048:", "",
+            *markdown(("preset", "2", "8", "16", "8, activation checkpointing"), cells), ""]
+
+
 def train_lines(rows: list) -> list[str]:
     cells = []
     for row in rows:
@@ -165,7 +180,7 @@ LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, 
 
 def block_of(devices: dict) -> str:
     """The page's block of {folder's name: (blocks, env)}."""
-    lines = []
+    lines = formula_lines()
     for name, (blocks, env) in devices.items():
         dirty = ", with changes" if env["dirty"] else ""
         lines += [f"### {env['device']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, commit "

@@ -317,8 +317,13 @@ def list_inputs(paths):
 
 
 def open_text(args, _revision):
-    """--dataset text: every .txt, .jsonl and .parquet that --input names, or that lies below a folder it names."""
-    files = list_inputs(args.input)
+    """--dataset text."""
+    return open_inputs(args.input)
+
+
+def open_inputs(inputs):
+    """Every .txt, .jsonl and .parquet that --input names, or that lies below a folder it names."""
+    files = list_inputs(inputs)
     sizes = {path: path.stat().st_size for path in files}
     size = sum(n * 3 if path.suffix.lower() == ".parquet" else n for path, n in sizes.items())     # it is compressed
     return content(files), size, functools.partial(read_files, files, lambda path: READERS[path.suffix.lower()])

@@ -20,10 +20,9 @@ Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value gr
 and per head r semantic width, p geometric width, v value width.
 
     python3 train_dba.py --data data/wikitext2.npy --attn-mode decoupled --tie-qk --null-attn
-    python3 train_dba.py --data data/sample.npy --size tiny --steps 200 --out-dir runs/tiny
     python3 train_dba.py --data data/fineweb_20b.npy --exp paper_decoupled --compile
     torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile
-    python3 train_dba.py --mode sample --ckpt runs/tiny/best.pt --prompt "The list" --temperature 0.8
+    python3 train_dba.py --mode sample --ckpt runs/tiny --prompt "The list" --temperature 0.8
 
 The same command started again resumes its run folder.
 """
@@ -70,6 +69,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -100,7 +100,6 @@ EXPS = {
     "paper_mla":            lambda H: dict(attn_mode="mla", kv_lora_rank=512, rope_dim=64),
 }
 EXP_DEFAULTS = dict(size="1b", steps=10_000)
-
 
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
@@ -149,6 +148,7 @@ class Config:
     """All settings of a run. Build it by make_config(), which fills in presets and derived defaults and validates."""
 
     mode: str = flag("run", "train", "what to do", choices=("train", "sample"))
+    config: str | None = flag("run", None, "resolved_config.json of another run: its settings, where no flag says else")
     seed: int = flag("run", 1337, "seed of initialisation, data order, dropout and sampling", low=0, below=2**63)
     device: str = flag("run", "auto", "cpu, cuda, mps or auto")
     dtype: str = flag("run", "auto", "of matrix products; weights stay float32; auto: bfloat16 where it is fast",
@@ -156,8 +156,7 @@ class Config:
 
     data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
     val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
-    val_frac: float | None = flag("data", None, "validation part, cut from the end if it has no file (0.1)", above=0,
-                                  below=1)
+    val_frac: float | None = flag("data", None, "validation part, cut from the end (0.1)", above=0, below=1)
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
@@ -175,50 +174,55 @@ class Config:
     block: int = flag("model", 256, "context length in tokens", low=1)
     attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
                                 "decoupled sem + geo, bottleneck none", low=1)
-    sem_dim: int | None = flag("model", None, "total semantic width (32)", low=1, modes=("decoupled",))
-    geo_dim: int | None = flag("model", None, "total geometric width (64)", low=1, modes=("decoupled",))
-    kv_head: int | None = flag("model", None, "key/value groups (gqa: none, decoupled: n_head)", low=1,
-                               modes=("gqa", "decoupled"))
+    sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
+    kv_head: int | None = flag("model", None, "key/value groups (n_head)", low=1, modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
     tie_qk: bool = flag("model", False, "one projection for queries and keys (decoupled: of the semantic path only)",
                         modes=("standard", "bottleneck", "gqa", "decoupled"))
     learned_temp: bool = flag("model", False, "a learned temperature per head")
-    one_temperature: bool = flag("model", False, "scale both paths by 1/sqrt(r + p): the partial-RoPE control",
-                                 modes=("decoupled",))
+    one_temperature: bool = flag("model", False, "one scale for both paths: partial RoPE", modes=("decoupled",))
     rope: bool = flag("model", True, "rotate the geometric path")
     rope_base: float = flag("model", 10000.0, "base of the RoPE wavelengths", low=1)
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
-    dropout: float = flag("training", 0.0, "on the embedding and what each attention and MLP adds to the stream", low=0,
-                          below=1)
+    dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
-    min_lr: float | None = flag("training", None, "end of the cosine decay; default lr: constant", low=0)
-    warmup_steps: int | None = flag("training", None, "linear warm-up (min(100, steps / 10); --exp: min(2000, "
-                                    "steps / 5))", low=0)
+    schedule: str | None = flag("training", None, "of the rate after warm-up; wsd: constant, then linear in the last "
+                                "fifth (constant; with --min-lr cosine)", choices=("constant", "cosine", "wsd"))
+    min_lr: float | None = flag("training", None, "where the schedule ends (lr / 10)", low=0)
+    warmup_steps: int | None = flag("training", None, "linear (a tenth up to 100; --exp: a fifth up to 2000)", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
     grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
     eval_every: int = flag("training", 500, "steps between evaluations", low=1)
-    eval_iters: int | None = flag("training", None, "evaluate so many batches, spread over the validation part (all)",
-                                  low=1)
+    eval_iters: int | None = flag("training", None, "evaluate so many batches, spread evenly (all)", low=1)
     log_every: int = flag("training", 10, "steps between log lines", low=1)
     save_every: int = flag("training", 500, "steps between checkpoints", low=1)
+    keep_every: int | None = flag("training", None, "steps between weights that are kept, as step<N>.pt (none)", low=1)
+    tensorboard: bool = flag("training", False, "write the log's numbers for TensorBoard, too")
     compile: bool = flag("training", False, "torch.compile the blocks and the loss")
+    shard: bool = flag("training", False, "split weights, gradients and optimiser over the ranks that torchrun started")
+    activation_checkpointing: bool = flag("training", False, "blocks are computed again in the backward pass")
 
     ckpt: str | None = flag("sampling", None, "checkpoint to sample from")
-    prompt: str | None = flag("sampling", None, "text to continue")
+    prompt: str | None = flag("sampling", None, "text to continue; -: standard input")
+    prompt_file: str | None = flag("sampling", None, "file whose text to continue")
     prompt_tokens: str | None = flag("sampling", None, "token ids to continue, separated by commas or spaces")
+    interactive: bool = flag("sampling", False, "continue each line of standard input, on its own")
+    num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
+    stop: str | None = flag("sampling", None, "end before this text")
+    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (of words, of a line: no end)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
-    top_p: float | None = flag("sampling", None, "sample among the likeliest tokens of this joint probability", above=0,
-                               top=1)
+    top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
     kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0; auto: "
                          "as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
@@ -229,8 +233,7 @@ class Config:
     kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
-    kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest that this device has",
-                       choices=KERNELS)
+    kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest here", choices=KERNELS)
 
     @property
     def attention(self):
@@ -286,7 +289,8 @@ def attend(q, k, v, null_v=None):
     """
     u, w = v.size(-1), q.size(-1)
     width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    narrow = q.device.type == "cpu" and width <= 16        # float32's backward is faster: 14 % of a step without AMX
+    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
+    narrow = q.device.type == "cpu" and width <= 16
     dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
     q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
     if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
@@ -304,7 +308,8 @@ def linear(n_in, n_out):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))    # in float32 where autocast made x bfloat16
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
 
 
 def split_heads(x, n):
@@ -410,7 +415,8 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
-LOGIT_CHUNK = 20_000_000                                   # most logits that exist at once
+# Most logits that exist at once. On CUDA a guess until one is measured.
+LOGIT_CHUNK = {"cpu": 20_000_000, "mps": 20_000_000, "cuda": 100_000_000}
 
 
 def nll_and_grad(h, w, targets, mask, dw=None):
@@ -440,7 +446,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
         mask[vocab_size:] = -torch.inf
         dw = torch.zeros_like(weight) if with_grad else None
-        rows = -(-len(h) // -(-len(h) * len(w) // LOGIT_CHUNK))                 # of h, in chunks of even size
+        chunks = -(-len(h) * len(w) // LOGIT_CHUNK[h.device.type])
+        rows = -(-len(h) // chunks)                        # of h, in chunks of even size
         nll, dh = zip(*(chunk_loss(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
         ctx.save_for_backward(torch.cat(dh) if with_grad else None, dw)
         return sum(nll)
@@ -489,7 +496,10 @@ class GPT(nn.Module):
         span = None if cache is None else cache.begin(idx.size(1))
         x = F.dropout(self.embed_up(self.embed(idx)), self.cfg.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache, i, span)
+            if cache is not None:
+                x = block(x, cache, i, span)
+            else:
+                x = checkpoint(block, x, use_reentrant=False) if self.cfg.activation_checkpointing else block(x)
         if cache is not None:
             cache.advance(span)
         return self.embed_down(self.norm(x))
@@ -900,6 +910,9 @@ def load_data(cfg):
     """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; make a token file of its texts: prepare_fineweb.py --dataset text "
+                            f"--input {path} --tokenizer bpe:4096 --output data/mine.npy")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
@@ -1013,16 +1026,26 @@ class Ranks:
                             "command, code and data, and a run folder that they share")
 
 
+def mesh_sizes():
+    """Nodes, and ranks of each, as torchrun started them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
+
+
 def start_ranks(device):
     """Join the other processes that torchrun started, if it did, and share the cores with them."""
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes, local_ranks = mesh_sizes()
     torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(minutes=30))                      # rank 0 may be saving for minutes
+    # torchrun keeps its store over restarts, where ranks would find the addresses of those that died. Nodes may count
+    # restarts differently: docs/scale.md has the variable that helps there.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if nodes == 1 else "", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, store=store, rank=rank,
+                            world_size=world, timeout=timedelta(minutes=30))    # rank 0 may be saving for minutes
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -1113,18 +1136,28 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+DECAY = 0.2                                                # of the steps: the end of a warm-up, stable, decay schedule
+
+
 def lr_at(step, cfg):
-    """Learning rate of a step (from 1): linear warm-up, then a cosine from lr to min_lr, flat where they are equal."""
+    """Learning rate of a step (from 1): linear warm-up, then as --schedule says, to min_lr at the last step."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if cfg.schedule == "constant":
+        return cfg.lr
+    begin = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        begin = max(begin, cfg.steps - round(DECAY * cfg.steps))
+    progress = max(0, step - begin) / max(1, cfg.steps - begin)
+    left = 1 - progress if cfg.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
-def compile_model(model):
-    """The same model with its blocks and its loss compiled. Raises UserError where nothing could compile them."""
+def compile_model(model, device=None):
+    """The same model with its blocks and its loss compiled. device: where it will run, if not where it is. Raises
+    UserError where nothing could compile them."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if model.embed.weight.device.type == "cpu" and shutil.which(compiler) is None:
+    if (device or model.embed.weight.device).type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"--compile needs a C++ compiler, but {compiler} is missing; install it, or set CXX")
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -1132,12 +1165,45 @@ def compile_model(model):
     return model
 
 
+def shard_model(model, device, dtype):
+    """The same model with its parameters split over the ranks of a node, each node with a copy (FSDP2, HSDP). A block's
+    are put together in dtype while it runs, the embedding's in float32; gradients are added up in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+
+    nodes, ranks = mesh_sizes()
+    sizes = (nodes, ranks) if nodes > 1 and ranks > 1 else (nodes * ranks,)
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("nodes", "ranks")[-len(sizes):])
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(state, keep):
+    """A state with its sharded tensors put together on the CPU, one at a time, if this rank is to keep them. All ranks
+    must call it."""
+    if isinstance(state, dict):
+        return {key: whole(value, keep) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if keep else None
+
+
+def share_of(tensor, p):
+    """A copy of a whole tensor as the parameter p is: on its device, and sharded if that is."""
+    if not hasattr(p, "full_tensor"):
+        return tensor.to(p.device, copy=True)
+    return dist.tensor.distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).clone()
+
+
 # -----------------------------------------------------------------------------
 # Run folder: command.txt, resolved_config.json, env.json, train.jsonl, last.pt, best.pt
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
-MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "overwrite"}
-RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
+MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
+              "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
+RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt", "step*.pt")
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
 CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
@@ -1198,17 +1264,19 @@ def write_text(path, text):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_checkpoint(path, cfg, tokenizer, model, **state):
-    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng."""
+def save_checkpoint(path, cfg, tokenizer, model, keep=True, **state):
+    """state: step, tokens, best_val_loss, data, and in last.pt optimizer and rng. Every rank of a sharded model must
+    call it; the one that is to keep it writes."""
     words = getattr(tokenizer, "words", None)
     content = dict(format=1, config=dataclasses.asdict(cfg), tokenizer=dict(name=tokenizer.name, words=words),
-                   model=model.state_dict(), **state)
+                   model=whole(model.state_dict(), keep), **whole(state, keep))
 
     def write(temporary):
         with open(temporary, "wb") as f:                   # by its path, PyTorch would hide why it can't be written
             torch.save(content, f)
 
-    write_whole(path, write)
+    if keep:
+        write_whole(path, write)
 
 
 def verify_records(f):
@@ -1226,7 +1294,8 @@ def config_of(logged: dict) -> Config:
     """The Config in a log, checkpoint or result; a flag that is younger has today's default. Raises ValueError or
     TypeError where it isn't one."""
     check(logged, CONFIG, "config")
-    return Config(**logged)
+    cfg = Config(**logged)
+    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr == cfg.lr else "cosine"))
 
 
 def checkpoint_file(path):
@@ -1241,14 +1310,16 @@ def checkpoint_file(path):
     return path
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", mmap=False):
     """Checkpoint as a dict, with config as a Config and tokenizer as a tokenizer. Only tensors and plain values are
-    unpickled, so a hostile file can't run code. Raises UserError for a file that isn't a checkpoint of this script."""
+    unpickled, so a hostile file can't run code. mmap: leave the tensors on disk until they are read, which ranks that
+    share a machine do once. Raises UserError for a file that isn't a checkpoint of this script."""
     path = checkpoint_file(path)
     try:
         with open(path, "rb") as f:
             verify_records(f)
-            ckpt = torch.load(f, map_location=device, weights_only=True)
+            source = f"/dev/fd/{f.fileno()}" if mmap else f                     # PyTorch maps by a name, in UTF-8
+            ckpt = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
     except (*BROKEN, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged, or holds more than weights and settings ({brief(e)}); nothing in it was "
                         "run") from None
@@ -1311,6 +1382,15 @@ def append_line(path, **line):
         raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
+def summary_writer(folder, step):
+    """TensorBoard's writer of a run folder, going on after `step`. Raises UserError where it isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
 def read_log(path):
     """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
     if not path.exists():
@@ -1337,7 +1417,8 @@ def find_run(cfg, given):
     a run with other settings, or can't be gone on with."""
     folder = Path(cfg.out_dir)
     log = [] if cfg.overwrite else read_log(folder / "train.jsonl")
-    ckpt = None if cfg.overwrite or not (folder / "last.pt").exists() else load_checkpoint(folder / "last.pt")
+    afresh = cfg.overwrite or not (folder / "last.pt").exists()
+    ckpt = None if afresh else load_checkpoint(folder / "last.pt", mmap=True)
     if not log and not ckpt:
         return cfg, None, False
     lacking = {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys() if ckpt else None
@@ -1387,15 +1468,18 @@ def start_folder(cfg, ckpt, env, meta, argv):
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
-    launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if dist.is_initialized() else ["python3"]
-    command = [*launcher, "train_dba.py", *("=".join(map(relative, arg.split("=", 1))) for arg in argv)]
-    texts = {"command.txt": " ".join(map(shell_quote, command)) + "\n",
+    nodes, ranks = mesh_sizes()
+    launcher = f"torchrun --nproc-per-node {ranks}" if dist.is_initialized() else "python3"
+    if nodes > 1:                                          # HEAD: name and port of one of the nodes
+        launcher += f' --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint "$HEAD"'
+    args = ("=".join(map(relative, arg.split("=", 1))) for arg in argv)
+    texts = {"command.txt": " ".join([launcher, "train_dba.py", *map(shell_quote, args)]) + "\n",
              "resolved_config.json": json.dumps(dataclasses.asdict(cfg), indent=1) + "\n",
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
-        for name in ("last.pt", "best.pt"):
-            (folder / name).unlink(missing_ok=True)
+        for path in [folder / "last.pt", folder / "best.pt", *folder.glob("step*.pt")]:
+            path.unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
 
@@ -1477,11 +1561,13 @@ def step_gradients(model, batch, cfg, step, micro, mine, ranks, dtype):
     for m in mine:
         if cfg.dropout:
             torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, m]).generate_state(1)[0]))
-        rows = slice(m * micro, (m + 1) * micro)
-        with model.no_sync() if ranks.world > 1 and m != mine[-1] else contextlib.nullcontext():
+        rows, last = slice(m * micro, (m + 1) * micro), m == mine[-1]           # whose backward pass adds up ranks
+        if cfg.shard:
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with autocast(ranks.device, dtype):
                 nll = model(x[rows], y[rows])
-            (nll * (ranks.world / y.numel())).backward()                        # DDP averages over ranks
+            (nll * (ranks.world / y.numel())).backward()                        # DDP and FSDP average over ranks
         total += nll.detach()
     return total.item()
 
@@ -1502,6 +1588,9 @@ def catch_signals(waits_for):
     return caught
 
 
+NARROW = 4                                                 # channels a head: fewer get a warning
+
+
 def describe(cfg, data, ranks, dtype, why):
     """Print what was decided, and return the `meta` line of the log."""
     params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
@@ -1514,14 +1603,24 @@ def describe(cfg, data, ranks, dtype, why):
         print("data:", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), f"({data.tokenizer.name})")
         print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
               flush=True)
+        if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
+            print(f"warning: channels per head: {', '.join(narrow)}; fewer than {NARROW} hold little. Give larger "
+                  "--sem-dim and --geo-dim, or fewer heads", file=sys.stderr)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
                 data=data.identity)
 
 
 def build(cfg, vocab_size, device):
-    """Model, optimiser and the generator that decides the order of the data, all from the seed."""
+    """Model, compiled and sharded if it is to be, optimiser and the generator that decides the order of the data, all
+    from the seed."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, vocab_size).init_weights().to(device)
+    model = GPT(cfg, vocab_size).init_weights()
+    if not cfg.shard:                                      # sharding brings it there block by block
+        model.to(device)
+    if cfg.compile:
+        compile_model(model, device)
+    if cfg.shard:
+        shard_model(model, device, getattr(torch, cfg.dtype))
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
 
 
@@ -1530,8 +1629,10 @@ def restore(ckpt, model, optimizer, rng):
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        check(ckpt["model"], model.state_dict(), "model")
-        model.load_state_dict(ckpt["model"])
+        own, state = model.state_dict(), {}
+        check(ckpt["model"], own, "model")
+        for name, tensor in ckpt["model"].items():
+            own[name].copy_(share_of(tensor, own[name]))
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("another model's parameters")
         steps = torch.tensor(float(min(ckpt["step"], 2**24)))                   # of which float32 counts no more
@@ -1539,7 +1640,9 @@ def restore(ckpt, model, optimizer, rng):
             check(saved["state"][i], dict(step=steps, exp_avg=p, exp_avg_sq=p), f"optimizer {i}")
             if saved["state"][i]["step"] != steps:
                 raise ValueError(f"the optimizer's step {saved['state'][i]['step']} at step {ckpt['step']}")
-        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+            state[i] = dict(step=steps.clone(), **{name: share_of(saved["state"][i][name], p) for name in (
+                "exp_avg", "exp_avg_sq")})
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
         raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
@@ -1551,12 +1654,15 @@ def train(cfg, given, argv):
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
+    if cfg.shard and not dist.is_initialized():
+        raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
     micro, mine = share_out(cfg, ranks)
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
     settings = {flag_name(name): value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
-    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings)
+    ranks.agree(step=ckpt["step"] if ckpt else 0, finished=finished, commit=env["commit"], **settings,
+                shard=cfg.shard and "of {} x {}".format(*mesh_sizes()))
     if finished:
         if main_rank:
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
@@ -1578,19 +1684,26 @@ def train(cfg, given, argv):
         check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
         restore(ckpt, model, optimizer, rng)
         step, best = ckpt["step"], ckpt["best_val_loss"]
-    runner = compile_model(model) if cfg.compile else model
-    if ranks.world > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None,
+    runner = model
+    if ranks.world > 1 and not cfg.shard:
+        runner = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    board = summary_writer(folder, step) if cfg.tensorboard and main_rank else None
 
     def log(kind, **fields):
         if main_rank:
             append_line(folder / "train.jsonl", type=kind, step=step, tokens=step * cfg.tokens_per_step, **fields)
+        if board:
+            for name, value in fields.items():
+                if value is not None:
+                    board.add_scalar(f"{kind}/{name}", value, step)
+            board.flush()
 
     def save(name, **state):
-        if main_rank:
-            save_checkpoint(folder / name, cfg, data.tokenizer, model, step=step, tokens=step * cfg.tokens_per_step,
-                            best_val_loss=best, data=meta["data"], **state)
+        save_checkpoint(folder / name, cfg, data.tokenizer, model, main_rank, step=step,
+                        tokens=step * cfg.tokens_per_step, best_val_loss=best, data=meta["data"], **state)
+        ranks.sum(0)                                       # all wait, in the group that lets them wait for long
 
     def save_last():
         save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
@@ -1621,7 +1734,10 @@ def train(cfg, given, argv):
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
         loss = ranks.sum(nll)[0] / cfg.tokens_per_step
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
+        grad_norm = grad_norm.full_tensor() if cfg.shard else grad_norm
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip or math.inf, grad_norm)
+        grad_norm = grad_norm.item()
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
                             f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
@@ -1652,6 +1768,8 @@ def train(cfg, given, argv):
                 bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
             if improved:
                 save("best.pt")
+        if cfg.keep_every and step % cfg.keep_every == 0:
+            save(f"step{step:07}.pt")
         interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
         stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
         if step % cfg.save_every == 0 or last or stop_with:
@@ -2080,17 +2198,61 @@ def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, 
             h = model.hidden(token.to(prompt.device), cache)
 
 
-def prompt_ids(cfg, tokenizer):
-    """Token ids of --prompt or --prompt-tokens; without either, the end-of-text token, which starts a document."""
+def prompts(cfg, tokenizer):
+    """Yield the token ids of every prompt; without one, the end-of-text token, which starts a document. Raises
+    UserError for what can't be read, or has no ids."""
     try:
-        if cfg.prompt_tokens is None:
-            return tokenizer.encode(cfg.prompt or "").tolist() or [tokenizer.eot]
-        ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
+        if cfg.prompt_tokens is not None:
+            ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
+            if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
+                raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
+            yield ids
+            return
+        if cfg.prompt_file:
+            texts = [read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()]
+        elif cfg.interactive:
+            texts = (line.removesuffix("\n") for line in sys.stdin)
+        else:
+            texts = [sys.stdin.read(LONGEST_PROMPT) if cfg.prompt == "-" else cfg.prompt or ""]
+        for text in texts:
+            yield tokenizer.encode(text).tolist() or [tokenizer.eot]
+    except OSError as e:
+        raise UserError(f"--prompt-file {cfg.prompt_file} can't be read ({brief(e)})") from None
     except ValueError:                                     # of which UnicodeEncodeError is one
-        raise UserError("--prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
-    if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
-        raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
-    return ids
+        raise UserError("a prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
+
+
+LONGEST_PROMPT = 2**24                                     # bytes
+
+
+class Printer:
+    """Prints tokens as text as soon as they make whole characters, up to a text `stop`, which isn't shown."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.held = tokenizer, stop or "", ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")         # a character may span tokens
+
+    def prompt(self, ids):
+        print(self.decoder.decode(self.tokenizer.decode(ids)), end="", flush=True)
+
+    def add(self, ids):
+        """Print more tokens. Returns whether `stop` has come."""
+        self.held += self.decoder.decode(self.tokenizer.decode(ids))
+        stopped = bool(self.stop) and self.stop in self.held
+        ready = self.held.index(self.stop) if stopped else len(self.held) - self.beginning()
+        print(self.held[:ready], end="", flush=True)
+        self.held = "" if stopped else self.held[ready:]
+        return stopped
+
+    def beginning(self):
+        """How many characters at the end of what is held may be the beginning of `stop`."""
+        for n in range(min(len(self.stop), len(self.held)), 0, -1):
+            if self.held.endswith(self.stop[:n]):
+                return n
+        return 0
+
+    def end(self):
+        print(self.held + self.decoder.decode(b"", final=True), flush=True)
 
 
 def stream_formats(cfg, model_cfg):
@@ -2210,7 +2372,7 @@ def resolve_kernel(name, device):
 
 
 def sample(cfg):
-    """Stream a continuation of the prompt to standard output. Nothing is written to the run folder."""
+    """Stream continuations of the prompts to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
     cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
     ckpt = load_checkpoint(cfg.ckpt, device)
@@ -2219,31 +2381,46 @@ def sample(cfg):
     rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
     dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
-    ids, formats = prompt_ids(cfg, tokenizer), stream_formats(cfg, model.cfg)
-    tokens = len(ids) + cfg.max_new_tokens - 1
+    formats = stream_formats(cfg, model.cfg)
     kernel, why_kernel = resolve_kernel(cfg.kernel, device)
     if cfg.kv_rotate:
         rotate_cache(model)
-    try:
-        cache = KVCache(model.cfg, 1, tokens, formats, cfg.kv_residual, device, kernel)
-    except RuntimeError as e:
-        raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
-                        "--max-new-tokens") from None
-    print(f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel {kernel.name} "
-          f"({why_kernel})\nKV cache ({', '.join(f'{name} {fmt}' for name, fmt in formats.items())}): "
-          f"{compare_bytes(model.cfg, formats)}; {cache.nbytes():,} bytes allocated for {cache.capacity:,} tokens",
-          file=sys.stderr)
-    if tokens > model.cfg.block:
-        print(f"warning: {tokens:,} tokens go past the {model.cfg.block:,} of the training context: positions that the "
-              "model hasn't seen", file=sys.stderr)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span tokens
-    print(decoder.decode(tokenizer.decode(ids)), end="", flush=True)
+    header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "
+              f"{kernel.name} ({why_kernel})\nKV cache ({', '.join(map(' '.join, formats.items()))}): "
+              f"{compare_bytes(model.cfg, formats)}")
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
-        for token in generate(model, torch.tensor([ids], device=device), cfg.max_new_tokens, cache, cfg.temperature,
-                              cfg.top_k, cfg.top_p, cfg.seed):
-            print(decoder.decode(tokenizer.decode([token.item()])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        for ids in prompts(cfg, tokenizer):
+            tokens = len(ids) + cfg.max_new_tokens - 1
+            try:
+                cache = KVCache(model.cfg, 1, tokens, formats, cfg.kv_residual, device, kernel)
+            except RuntimeError as e:
+                raise UserError(f"no memory for a KV cache of {tokens:,} tokens ({str(e).splitlines()[0]}); lower "
+                                "--max-new-tokens") from None
+            if header:
+                print(f"{header}; {cache.nbytes():,} bytes allocated for {cache.capacity:,} tokens", file=sys.stderr)
+                header = ""
+            if tokens > model.cfg.block:
+                print(f"warning: {tokens:,} tokens go past the {model.cfg.block:,} of the training context: positions "
+                      "that the model hasn't seen", file=sys.stderr)
+            for n in range(cfg.num_samples):
+                cache.truncate(0)
+                continue_text(model, tokenizer, ids, cache, cfg, cfg.seed + n)
     return 0
+
+
+def continue_text(model, tokenizer, ids, cache, cfg, seed):
+    """Print a prompt and what the model makes of it, then on standard error how long that took."""
+    printer, ends = Printer(tokenizer, cfg.stop), cfg.stop_at_eot and tokenizer.name != "word"
+    printer.prompt(ids)
+    count, first, started = 0, None, time.perf_counter()
+    prompt = torch.tensor([ids], device=cache.device)
+    for token in generate(model, prompt, cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k, cfg.top_p, seed):
+        count, first = count + 1, first or time.perf_counter()
+        if ends and token.item() == tokenizer.eot or printer.add([token.item()]):
+            break
+    printer.end()
+    rate = f", then {(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else ""
+    print(f"{count} tokens: the first after {1000 * (first - started):.0f} ms{rate}", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -2251,11 +2428,13 @@ def sample(cfg):
 
 def derived(c):
     """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    fallback = dict(embed_dim=c["d_model"], min_lr=c["lr"],
+    schedule = c["schedule"] or ("constant" if c["min_lr"] in (None, c["lr"]) else "cosine")
+    fallback = dict(embed_dim=c["d_model"], schedule=schedule, min_lr=c["lr"] / (1 if schedule == "constant" else 10),
                     out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
                     warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
     if c["attn_mode"] == "decoupled":
-        fallback.update(sem_dim=32, geo_dim=64, attn_dim=(c["sem_dim"] or 32) + (c["geo_dim"] or 64))
+        sem, geo = (4 * c["n_head"], 8 * c["n_head"]) if c["size"] else (32, 64)
+        fallback.update(sem_dim=sem, geo_dim=geo, attn_dim=(c["sem_dim"] or sem) + (c["geo_dim"] or geo))
     elif c["attn_mode"] != "bottleneck":
         fallback.update(attn_dim=c["d_model"])
     if c["attn_mode"] == "mla":
@@ -2323,10 +2502,11 @@ def problems(c, given):
     overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
         "kv_rotate", "kv_residual")]
     if c.mode == "sample":
+        asked = [flag_name(name) for name in ("prompt", "prompt_file", "prompt_tokens", "interactive")
+                 if getattr(c, name) not in (None, False)]
         return wrong + [message for bad, message in checks + [
             (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
-            (c.prompt is not None and c.prompt_tokens is not None,
-             "--prompt and --prompt-tokens exclude each other; give one"),
+            (len(asked) > 1, f"{' and '.join(asked)} exclude each other; give one"),
             (c.temperature == 0 and (c.top_k or c.top_p),
              "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
             (c.kv_cache == "auto" and overrides,
@@ -2337,6 +2517,8 @@ def problems(c, given):
         (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
         (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
         (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+        (c.schedule == "constant" and c.min_lr != c.lr,
+         f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
         (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
         (c.micro_batch and c.batch_size % c.micro_batch,
          f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
@@ -2358,6 +2540,24 @@ def make_config(**given):
     if wrong:
         raise UserError("; ".join(wrong))
     return cfg
+
+
+def settings_of(path):
+    """What a resolved_config.json says, as flags would: not where a run lay and on what device, nor what would follow
+    from the rest. {} without a path. Raises UserError for a file that is none."""
+    if path is None:
+        return {}
+    try:
+        settings = vars(config_of(read_json(Path(path), CONFIG)))
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
+    sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
+    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"} | sampling
+    given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
+    for name in reversed(given):
+        if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
+            given = {other: value for other, value in given.items() if other != name}
+    return given
 
 
 class Parser(argparse.ArgumentParser):
@@ -2396,6 +2596,7 @@ def main(argv=None):
         if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
             sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
+        given = {**settings_of(given.get("config")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

@@ -26,14 +26,14 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import torch
 
+from evals.subject import load_subject
 from paper.style import OTHERS, STYLES, save, write_json
-from train_dba import UserError, checkpoint_file, load_checkpoint, load_model, pick_device, relative, split_heads
+from train_dba import UserError, relative, split_heads
 
 MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
 MOST_LABELS = 16                                           # of an axis of a small panel
 PATHS = {"sem": "semantic score", "geo": "geometric score"}
-REGIONS = {region: (color, style, marker) for region, color, style, marker in zip(
-    ("exemplar", "target", "null"), OTHERS, STYLES, "os^")}
+REGIONS = dict(zip(("exemplar", "target", "null"), zip(OTHERS, STYLES, "os^")))        # {region: colour, style, marker}
 
 
 # -----------------------------------------------------------------------------
@@ -93,9 +93,10 @@ def attention_maps(attn, x):
 @torch.no_grad()
 def read_maps(model, ids):
     """Maps of every layer for token ids [1, T]."""
-    maps = []
-    hooks = [block.attn.register_forward_pre_hook(lambda attn, args: maps.append(attention_maps(attn, args[0])))
-             for block in model.blocks]
+    maps, hooks = [], []
+    for block in model.blocks:
+        hooks.append(block.attn.register_forward_pre_hook(
+            lambda attn, inputs: maps.append(attention_maps(attn, inputs[0]))))
     try:
         model.hidden(ids)
     finally:
@@ -109,8 +110,10 @@ def read_maps(model, ids):
 
 def readable(piece):
     """The bytes of a token as a label: blanks and what can't be printed escaped."""
-    text = piece.decode("utf-8", "backslashreplace").replace(" ", "␣")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    label = ""
+    for character in piece.decode("utf-8", "backslashreplace").replace(" ", "␣"):
+        label += character if character.isprintable() else character.encode("unicode_escape").decode()
+    return label
 
 
 def merge_labels(pieces, most=MOST_LABELS, longest=14):
@@ -121,9 +124,11 @@ def merge_labels(pieces, most=MOST_LABELS, longest=14):
         length, inside = i - starts[-1], piece[:1] and 0x80 <= piece[0] < 0xC0
         if length >= size and not inside and (size == 1 or piece[:1].isspace() or length >= max(2 * size, 8)):
             starts.append(i)
-    spans = zip(starts, [*starts[1:], len(pieces)])
-    labels = [(a, b, readable(b"".join(pieces[a:b]))) for a, b in spans]
-    return [(a, b, text if len(text) <= longest else text[:longest - 1] + "…") for a, b, text in labels]
+    labels = []
+    for start, end in zip(starts, [*starts[1:], len(pieces)]):
+        text = readable(b"".join(pieces[start:end]))
+        labels.append((start, end, text if len(text) <= longest else text[:longest - 1] + "…"))
+    return labels
 
 
 def find_anchor(pieces, anchor):
@@ -157,80 +162,113 @@ class View:
     def title(self):
         return f"{self.name} ({self.cfg.attn_mode})"
 
+    def stacked(self, measure):
+        """What measure(maps) gives of every layer, in one tensor [L, ...]."""
+        return torch.stack(list(map(measure, self.maps))).cpu()
 
-def load_view(path, prompt, anchor, query, device):
-    """View of a run folder (its best.pt) or checkpoint. Raises UserError where the prompt doesn't fit."""
-    path = checkpoint_file(path)
-    ckpt = load_checkpoint(path, device)
-    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    def of_query(self):
+        """What the query attends to [L, N + tokens up to it], mean over heads."""
+        return self.stacked(lambda m: m.probs[:, self.query, :m.null + self.query + 1].mean(0))
+
+    def masses(self):
+        """{region: [L, H]} of the query's attention."""
+        masses = {}
+        for region in self.maps[0].masses(self.query, self.anchor):
+            masses[region] = self.stacked(lambda m, region=region: m.masses(self.query, self.anchor)[region])
+        return masses
+
+
+def load_view(ckpt, prompt, anchor, query, device):
+    """View of a --ckpt's model. Raises UserError where the prompt doesn't fit."""
+    subject = load_subject(ckpt, device)
     try:
-        ids = tokenizer.encode(prompt).tolist()
+        ids = subject.tokenizer.encode(prompt).tolist()
     except UnicodeEncodeError:
         raise UserError("--prompt must be UTF-8 text") from None
     if not 1 <= len(ids) <= MOST_TOKENS:
         raise UserError(f"the prompt has {len(ids):,} tokens; a map can show 1 to {MOST_TOKENS:,}")
     if not -len(ids) <= query < len(ids):
         raise UserError(f"--query {query} is not one of the prompt's {len(ids)} tokens")
-    if len(ids) > model.cfg.block:
-        print(f"warning: {len(ids)} tokens go past the {model.cfg.block} of the training context of {path}",
+    if len(ids) > subject.cfg.block:
+        print(f"warning: {len(ids)} tokens go past the {subject.cfg.block} of the training context of {subject.path}",
               file=sys.stderr)
-    pieces, query = [tokenizer.decode([i]) for i in ids], query % len(ids)
+    pieces, query = [subject.tokenizer.decode([i]) for i in ids], query % len(ids)
     at = None if anchor is None else find_anchor(pieces, anchor)
     if at is not None and at > query:
         raise UserError(f"--query {query} is before the anchor, token {at}; nothing of the target is visible to it")
-    maps = read_maps(model, torch.tensor([ids], device=device))
-    if not all(m.probs.isfinite().all() for m in maps):
-        raise UserError(f"{path} gives attention that isn't finite: a broken checkpoint?")
-    return View(path.resolve().parent.name, model.cfg, ckpt["step"], ids, pieces, maps, query, at)
+    maps = read_maps(subject.model, torch.tensor([ids], device=subject.device))
+    for layer in maps:
+        if not layer.probs.isfinite().all():
+            raise UserError(f"{subject.path} gives attention that isn't finite: a broken checkpoint?")
+    return View(subject.path.resolve().parent.name, subject.cfg, subject.step, ids, pieces, maps, query, at)
 
 
-def rounded(tensor):
-    return [round(x, 6) for x in tensor.tolist()] if tensor.dim() == 1 else [rounded(row) for row in tensor]
+def rounded(values):
+    """Values of a tensor in as many nested lists, with 6 decimals."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    return round(values, 6) if isinstance(values, float) else list(map(rounded, values))
 
 
-def numbers(view, path):
+def numbers(view, ckpt):
     """What heatmap.json says of one checkpoint. score_std: standard deviation of a path's visible scores, per head."""
     layers, seen = [], torch.ones(len(view.ids), len(view.ids)).tril().bool()
     for m in view.maps:
-        layer = dict(entropy=rounded(m.entropy()), mean_entropy=rounded(m.entropy().mean(1)))
-        layer["score_std"] = {name: rounded(x.cpu()[:, seen].std(1, correction=0)) for name, x in m.scores.items()}
+        layer = dict(entropy=rounded(m.entropy()), mean_entropy=rounded(m.entropy().mean(1)), score_std={})
+        for path, x in m.scores.items():
+            layer["score_std"][path] = rounded(x.cpu()[:, seen].std(1, correction=0))
         layer["null_mass"] = rounded(m.null_mass()) if m.null else None
         layer["mean_null_mass"] = rounded(m.null_mass().mean(1)) if m.null else None
         if view.anchor is not None:
-            masses = m.masses(view.query, view.anchor)
-            layer["mass"] = {region: rounded(mass) for region, mass in masses.items()}
-            layer["mean_mass"] = {region: round(mass.mean().item(), 6) for region, mass in masses.items()}
+            layer.update(mass={}, mean_mass={})
+            for region, mass in m.masses(view.query, view.anchor).items():
+                layer["mass"][region], layer["mean_mass"][region] = rounded(mass), rounded(mass.mean())
         layers.append(layer)
-    return dict(ckpt=relative(str(path)), attn_mode=view.cfg.attn_mode, step=view.step, token_ids=view.ids,
-                labels=[readable(piece) for piece in view.pieces], query=view.query, anchor_token=view.anchor,
-                layers=layers)
+    return dict(ckpt=relative(str(ckpt)), attn_mode=view.cfg.attn_mode, step=view.step, token_ids=view.ids,
+                labels=list(map(readable, view.pieces)), query=view.query, anchor_token=view.anchor, layers=layers)
 
 
 def token_ticks(axis, labels, null=0, rotation=0, size=6):
     """Label an axis with merged tokens, the null token at -1."""
-    ticks = [(-1.0, "null")] * null + [((a + b - 1) / 2, text) for a, b, text in labels]
-    places, texts = zip(*ticks)
+    places, texts = [-1.0] * null, ["null"] * null
+    for start, end, text in labels:
+        places.append((start + end - 1) / 2)
+        texts.append(text)
     axis.set_ticks(places, texts, fontsize=size, rotation=rotation, fontfamily="monospace", parse_math=False)
     axis.set_tick_params(length=2)
 
 
+@dataclass
+class Column:
+    """A map of one layer of a view to draw: values [H, T, keys], NaN for future keys, scores or attention."""
+    view: View
+    title: str
+    values: torch.Tensor
+    is_score: bool
+
+
 def columns(view, layer):
-    """[(title, [H, T, keys], is it a score)] of one layer of a view; future keys are NaN."""
+    """The columns of one layer of a view: each path's scores where there are several, their sum, attention."""
     m, T = view.maps[layer], len(view.ids)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    scores = {PATHS[name]: x for name, x in m.scores.items()} if len(m.scores) > 1 else {}
+    scores = {}
+    if len(m.scores) > 1:
+        for path, x in m.scores.items():
+            scores[PATHS[path]] = x
     scores["total score" if scores else "score"] = sum(m.scores.values())
-    shown = [(title, x.cpu().masked_fill(future, torch.nan), True) for title, x in scores.items()]
+    drawn = []
+    for title, x in scores.items():
+        drawn.append(Column(view, title, x.cpu().masked_fill(future, torch.nan), True))
     mask = torch.cat([torch.zeros(T, m.null, dtype=torch.bool), future], 1)
-    return [*shown, ("attention", m.probs.cpu().masked_fill(mask, torch.nan), False)]
+    return [*drawn, Column(view, "attention", m.probs.cpu().masked_fill(mask, torch.nan), False)]
 
 
-def colors(x, is_score):
-    """imshow's settings for values x: up to what half a per cent of all magnitudes exceed, so that outliers don't
+def colors(column):
+    """imshow's settings for a column: up to what half a per cent of all magnitudes exceed, so that outliers don't
     bleach the rest."""
-    x = x[x.isfinite()].abs().sort().values
-    top = x[int(0.995 * (len(x) - 1))].item() or 1.0
-    if is_score:
+    magnitudes = column.values[column.values.isfinite()].abs().sort().values
+    top = magnitudes[int(0.995 * (len(magnitudes) - 1))].item() or 1.0
+    if column.is_score:
         return dict(cmap="PuOr_r", vmin=-top, vmax=top)
     return dict(cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, top))
 
@@ -238,33 +276,44 @@ def colors(x, is_score):
 def draw_layer(views, layer, heads, path):
     """A row per head; per view a column for each path's scores, their sum, and attention. Every column has its own
     scale, below it: next to geometric scores, semantic ones can be too small to see."""
-    shown = [(s, *column) for s in views if layer < len(s.maps) for column in columns(s, layer)]
-    rows = heads or range(max(s.cfg.n_head for s in views))
-    size = (2.2 * len(shown) + 0.9, 2.2 * len(rows) + 1.6)
-    fig, axes = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False, layout="constrained")
-    for row, (head, line) in enumerate(zip(rows, axes)):
-        for i, (ax, (view, title, x, is_score)) in enumerate(zip(line, shown)):
-            if head >= view.cfg.n_head:
+    drawn = []
+    for view in views:
+        if layer < len(view.maps):
+            drawn += columns(view, layer)
+    size = (2.2 * len(drawn) + 0.9, 2.2 * len(heads) + 1.6)
+    fig, axes = plt.subplots(len(heads), len(drawn), figsize=size, squeeze=False, layout="constrained")
+    for i, column in enumerate(drawn):
+        first = i == 0 or drawn[i - 1].view is not column.view
+        lowest = [head for head in heads if head < column.view.cfg.n_head][-1:]
+        for ax, head in zip(axes[:, i], heads):
+            if head < column.view.cfg.n_head:
+                draw_head(fig, ax, column, head, labelled=first, lowest=[head] == lowest)
+            else:
                 ax.axis("off")
-                continue
-            T, null = len(view.ids), x.size(2) - len(view.ids)
-            image = ax.imshow(x[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
-                              interpolation="nearest", **colors(x, is_score))
-            ax.set_facecolor("#dddddd")
-            labels, first = merge_labels(view.pieces), i == 0 or shown[i - 1][0] is not view
-            last = head == [h for h in rows if h < view.cfg.n_head][-1]
-            token_ticks(ax.yaxis, labels) if first else ax.set_yticks([])
-            token_ticks(ax.xaxis, labels, null, 90) if last else ax.set_xticks([])
-            ax.set_title(f"{title}, head {head}", fontsize=8)
-            if last:
-                bar = fig.colorbar(image, ax=ax, location="bottom", aspect=15, extend="both" if is_score else "max")
-                bar.set_label("scaled logit" if is_score else "attention (square root)", fontsize=7)
-                bar.ax.tick_params(labelsize=6)
-                bar.locator = matplotlib.ticker.MaxNLocator(4)
-            if row == 0 and first:
-                ax.annotate(view.title, (0, 1.16), xycoords="axes fraction", fontsize=10, fontweight="bold")
+        if first and heads[0] < column.view.cfg.n_head:
+            axes[0, i].annotate(column.view.title, (0, 1.16), xycoords="axes fraction", fontsize=10,
+                                fontweight="bold")
     fig.suptitle(f"layer {layer}: rows are queries, columns keys", fontsize=10)
     save(fig, path, dpi=150)
+
+
+def draw_head(fig, ax, column, head, labelled, lowest):
+    """One head's map; tokens at its left side where it is `labelled`, and below it with its scale where `lowest`."""
+    T, null = len(column.view.ids), column.values.size(2) - len(column.view.ids)
+    labels = merge_labels(column.view.pieces)
+    image = ax.imshow(column.values[head].numpy(), extent=(-0.5 - null, T - 0.5, T - 0.5, -0.5), aspect="auto",
+                      interpolation="nearest", **colors(column))
+    ax.set_facecolor("#dddddd")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(f"{column.title}, head {head}", fontsize=8)
+    if labelled:
+        token_ticks(ax.yaxis, labels)
+    if lowest:
+        token_ticks(ax.xaxis, labels, null, 90)
+        bar = fig.colorbar(image, ax=ax, location="bottom", aspect=15, extend="both" if column.is_score else "max")
+        bar.set_label("scaled logit" if column.is_score else "attention (square root)", fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+        bar.locator = matplotlib.ticker.MaxNLocator(4)
 
 
 def annotated(fig, ax, values, title, top=None):
@@ -282,20 +331,20 @@ def annotated(fig, ax, values, title, top=None):
 
 def draw_summary(views, path):
     """Entropy per layer and head, null mass per layer and head, null mass per query and layer (mean over heads)."""
-    width = 3 if any(s.maps[0].null for s in views) else 1
-    height = max(2.6, 0.3 * max(len(s.maps) for s in views) + 1.4)
+    width = 3 if any(view.maps[0].null for view in views) else 1
+    height = max(2.6, 0.3 * max(len(view.maps) for view in views) + 1.4)
     fig, axes = plt.subplots(len(views), width, figsize=(4.6 * width, height * len(views)), squeeze=False,
                              layout="constrained")
-    entropies = [torch.stack([m.entropy().mean(1) for m in s.maps]).cpu() for s in views]      # [L, H] each
+    entropies = [view.stacked(lambda m: m.entropy().mean(1)) for view in views]                # [L, H] each
+    largest = max(entropy.max().item() for entropy in entropies)
     for line, view, entropy in zip(axes, views, entropies):
-        annotated(fig, line[0], entropy, f"{view.title}\nentropy of attention (nats), mean over queries",
-                  max(x.max().item() for x in entropies))
+        annotated(fig, line[0], entropy, f"{view.title}\nentropy of attention (nats), mean over queries", largest)
         if not view.maps[0].null:
             for ax in line[1:]:
                 ax.axis("off")
                 ax.text(0.5, 0.5, "no null token", ha="center", fontsize=9, transform=ax.transAxes)
             continue
-        null = torch.stack([m.null_mass() for m in view.maps]).cpu()                           # [L, H, T]
+        null = view.stacked(Maps.null_mass)                                                    # [L, H, T]
         annotated(fig, line[1], null.mean(2), f"{view.title}\nnull mass, mean over queries")
         for layer, mass in enumerate(null.mean(1)):
             color = plt.cm.viridis(layer / len(view.maps))
@@ -311,20 +360,21 @@ def draw_summary(views, path):
 
 def draw_query(views, path):
     """What the query attends to, a row per layer, mean over heads; a line at the anchor."""
-    heights = [max(1.2, 0.28 * len(s.maps)) for s in views]
+    heights = [max(1.2, 0.28 * len(view.maps)) for view in views]
     fig, axes = plt.subplots(len(views), 1, figsize=(9, sum(heights) + 1.3 * len(views)), squeeze=False,
                              layout="constrained", gridspec_kw=dict(height_ratios=heights))
-    for (ax,), s in zip(axes, views):
-        null, seen = s.maps[0].null, s.query + 1
-        rows = torch.stack([m.probs[:, s.query, :null + seen].mean(0) for m in s.maps]).cpu()     # [L, N + seen]
-        image = ax.imshow(rows.numpy(), cmap="viridis", aspect="auto", norm=matplotlib.colors.PowerNorm(0.5, 0),
-                          interpolation="nearest", extent=(-0.5 - null, seen - 0.5, len(s.maps) - 0.5, -0.5))
-        if s.anchor is not None:
-            ax.axvline(s.anchor - 0.5, color="white", linewidth=1.5)
-        ax.set(ylabel="layer", yticks=range(len(s.maps)))
-        ax.set_title(f"{s.title}: attention of token {s.query} “{readable(s.pieces[s.query])}”, mean over heads",
-                     fontsize=9, parse_math=False)
-        token_ticks(ax.xaxis, merge_labels(s.pieces[:seen], 60, 20), null, 90, 7)
+    for (ax,), view in zip(axes, views):
+        null, seen, layers = view.maps[0].null, view.query + 1, len(view.maps)
+        image = ax.imshow(view.of_query().numpy(), cmap="viridis", aspect="auto", interpolation="nearest",
+                          norm=matplotlib.colors.PowerNorm(0.5, 0),
+                          extent=(-0.5 - null, seen - 0.5, layers - 0.5, -0.5))
+        if view.anchor is not None:
+            ax.axvline(view.anchor - 0.5, color="white", linewidth=1.5)
+        ax.set(ylabel="layer", yticks=range(layers))
+        token = readable(view.pieces[view.query])
+        ax.set_title(f"{view.title}: attention of token {view.query} “{token}”, mean over heads", fontsize=9,
+                     parse_math=False)
+        token_ticks(ax.xaxis, merge_labels(view.pieces[:seen], 60, 20), null, 90, 7)
         fig.colorbar(image, ax=ax, pad=0.01)
     save(fig, path, dpi=150)
 
@@ -333,20 +383,20 @@ def draw_depth(views, anchor, path):
     """Mass of the query's attention per region and layer: mean over heads, smallest to largest head shaded."""
     fig, axes = plt.subplots(1, len(views), figsize=(4.4 * len(views), 3.4), squeeze=False, sharey=True,
                              layout="constrained")
-    for ax, s in zip(axes[0], views):
-        masses, x = [m.masses(s.query, s.anchor) for m in s.maps], range(len(s.maps))
-        share = dict(exemplar=s.anchor / (s.query + 1), target=1 - s.anchor / (s.query + 1))
-        for region in masses[0]:
+    target = readable(anchor.encode())
+    names = dict(exemplar=f"exemplar (before “{target}”)", target=f"target (from “{target}”)", null="null token")
+    for ax, view in zip(axes[0], views):
+        layers, before = range(len(view.maps)), view.anchor / (view.query + 1)
+        share = dict(exemplar=before, target=1 - before)
+        for region, heads in view.masses().items():
             color, style, marker = REGIONS[region]
-            heads = torch.stack([mass[region] for mass in masses]).cpu()                          # [L, H]
-            ax.plot(x, heads.mean(1), color=color, linestyle=style, marker=marker, markersize=4,
-                    label=region + (f" ({'before' if region == 'exemplar' else 'from'} “{readable(anchor.encode())}”)"
-                                    if region in share else " token"))
-            ax.fill_between(x, heads.amin(1), heads.amax(1), color=color, alpha=0.13, linewidth=0)
+            ax.plot(layers, heads.mean(1), color=color, linestyle=style, marker=marker, markersize=4,
+                    label=names[region])
+            ax.fill_between(layers, heads.amin(1), heads.amax(1), color=color, alpha=0.13, linewidth=0)
             if region in share:
                 ax.axhline(share[region], color=color, linestyle=(0, (1, 3)), linewidth=1)
-        ax.set(xlabel="layer", ylim=(0, 1), xticks=x)
-        ax.set_title(f"{s.title}\nattention mass of token {s.query}", fontsize=9)
+        ax.set(xlabel="layer", ylim=(0, 1), xticks=layers)
+        ax.set_title(f"{view.title}\nattention mass of token {view.query}", fontsize=9)
         ax.grid(alpha=0.3)
         for text in ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3,
                               frameon=False).get_texts():
@@ -371,19 +421,21 @@ def read_prompt(args):
 
 def chosen(name, wanted, count):
     """--layers or --heads as a list, all if none was given."""
-    if wrong := [i for i in wanted or () if not 0 <= i < count]:
-        raise UserError(f"--{name} {wrong[0]} is not one of 0 to {count - 1}")
+    for number in wanted or ():
+        if not 0 <= number < count:
+            raise UserError(f"--{name} {number} is not one of 0 to {count - 1}")
     return wanted or list(range(count))
 
 
 def draw(args):
     """Everything for one command line."""
-    prompt, device = read_prompt(args), pick_device(args.device)
-    paths = [args.ckpt, args.compare] if args.compare else [args.ckpt]
-    views = [load_view(path, prompt, args.anchor, args.query, device) for path in paths]
-    layers = chosen("layers", args.layers, max(len(s.maps) for s in views))
-    heads = chosen("heads", args.heads, max(s.cfg.n_head for s in views))
-    out = Path(args.out or "assets/heatmap_" + "_".join(s.name for s in views))
+    prompt, views = read_prompt(args), []
+    ckpts = [args.ckpt, args.compare] if args.compare else [args.ckpt]
+    for ckpt in ckpts:
+        views.append(load_view(ckpt, prompt, args.anchor, args.query, args.device))
+    layers = chosen("layers", args.layers, max(len(view.maps) for view in views))
+    heads = chosen("heads", args.heads, max(view.cfg.n_head for view in views))
+    out = Path(args.out or "assets/heatmap_" + "_".join(view.name for view in views))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -394,7 +446,7 @@ def draw(args):
     draw_query(views, out / "query.png")
     if args.anchor is not None:
         draw_depth(views, args.anchor, out / "depth.png")
-    content = dict(prompt=prompt, anchor=args.anchor, models=[numbers(s, path) for s, path in zip(views, paths)])
+    content = dict(prompt=prompt, anchor=args.anchor, models=list(map(numbers, views, ckpts)))
     write_json(out / "heatmap.json", content)
     print(f"written to {out}: {len(layers)} layers, summary.png, query.png, "
           f"{'depth.png, ' if args.anchor is not None else ''}heatmap.json")
@@ -404,7 +456,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
-    parser.add_argument("--ckpt", required=True, help="run folder (its best.pt) or checkpoint")
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     parser.add_argument("--compare", help="another one, drawn beside it")
     parser.add_argument("--prompt", help="text to attend to")
     parser.add_argument("--prompt-file", help="file that holds it")

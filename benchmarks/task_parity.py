@@ -7,27 +7,33 @@ Both read the same weights in float32 and the same items. Per task: both scores,
 largest difference of a continuation's log-probability in nats.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import common
-import eval_dba
 from convert_dba import read_llama
+from evals.subject import load_subject
+from evals.tasks import TASKS, lm_eval_model, load_tasks, task_result
 
 
 def log_probabilities(samples):
     """{item: log-probability of each continuation} of lm-eval's samples of a task."""
-    return {sample["doc_id"]: [answer[0] for answer in sample["filtered_resps"]] for sample in samples}
+    of_item = {}
+    for sample in samples:
+        of_item[sample["doc_id"]] = [answer[0] for answer in sample["filtered_resps"]]
+    return of_item
 
 
 def compare(name, ours, theirs):
     """One row per metric of a task, from both results of lm-eval."""
-    mine, its = (eval_dba.task_result(results, name) for results in (ours, theirs))
-    a, b = (log_probabilities(results["samples"][name]) for results in (ours, theirs))
-    largest = max(abs(x - y) for item in a for x, y in zip(a[item], b[item], strict=True))
+    mine, its = task_result(ours, name), task_result(theirs, name)
+    a, b = log_probabilities(ours["samples"][name]), log_probabilities(theirs["samples"][name])
+    largest = 0.0
+    for item in a:
+        for x, y in zip(a[item], b[item], strict=True):
+            largest = max(largest, abs(x - y))
     for metric in mine["correct"]:
         differ = sum(x != y for x, y in zip(mine["correct"][metric], its["correct"][metric], strict=True))
         yield dict(task=name, metric=metric, items=mine["n"], ours=mine[metric], theirs=its[metric],
@@ -38,8 +44,7 @@ def compare(name, ours, theirs):
 def main():
     parser = common.parser_of(__doc__)
     parser.add_argument("ckpt", type=Path, help=".gguf file or Hugging Face folder")
-    parser.add_argument("--tasks", nargs="+", choices=eval_dba.TASKS,
-                        default=["arc_easy", "piqa", "winogrande", "boolq"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["arc_easy", "piqa", "winogrande", "boolq"])
     parser.add_argument("--tasks-dir", help="local data (the Hugging Face hub)")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -49,13 +54,13 @@ def main():
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as e:
         return f"error: this needs {e.name}: pip install -r requirements-eval.txt"
-    subject = eval_dba.load_subject(argparse.Namespace(ckpt=args.ckpt, device="cpu", dtype="float32", out=None))
+    subject = load_subject(args.ckpt, "cpu")
     llama, tokenizer = read_llama(args.ckpt)
-    models = {"ours": eval_dba.lm_eval_model(subject, args.batch_size),
+    models = {"ours": lm_eval_model(subject, args.batch_size),
               "theirs": HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=args.batch_size)}
     results, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        loaded, missing = eval_dba.load_tasks(args.tasks, args.tasks_dir, Path(folder))
+        loaded, missing = load_tasks(args.tasks, args.tasks_dir, Path(folder))
         for task in loaded.values():
             task.set_config("num_fewshot", 0)
         for name, model in models.items():

@@ -8,7 +8,6 @@ same documents in a .jsonl file, from reading the line to the sidecar's sha256: 
 syncs. Start-up of Python and of the tokenizer is left out of both. The two take turns; medians of the repeats.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,7 +26,7 @@ import prepare_fineweb as prep
 def load_documents(inputs, megabytes):
     """Texts of at least so many MB, repeated where the source has less (numbered, so that no two are equal)."""
     if inputs:
-        documents = prep.open_text(argparse.Namespace(input=inputs), None)[2]
+        documents = prep.open_inputs(inputs)[2]
     else:
         documents = prep.read_sample
     texts = [text for text, _ in documents(None)]

@@ -109,12 +109,13 @@ def measure(subject: Subject, held: HeldOut, caches: dict[str, dict], *, block: 
 def table(results: dict[str, dict]) -> list[tuple]:
     """(head, *rows) of what measure() returned."""
     rows = [("cache", "B/token", "tokens", "loss", "ΔNLL to fp16", "perplexity", "bits/byte")]
-    for name, found in results.items():
-        delta, half = found["delta_nll"], found["delta_nll_half"]
+    for name, measured in results.items():
+        delta, half = measured["delta_nll"], measured["delta_nll_half"]
         change = "-" if delta is None else f"{delta:+.5f}" if half is None else f"{delta:+.5f} ± {half:.5f}"
-        ppl = "-" if found["ppl"] is None else f"{found['ppl']:.4f}"
-        bpb = "-" if found["bpb"] is None else f"{found['bpb']:.4f}"
-        rows.append((name, found["bytes_per_token"], found["tokens"], f"{found['loss']:.5f}", change, ppl, bpb))
+        ppl = "-" if measured["ppl"] is None else f"{measured['ppl']:.4f}"
+        bpb = "-" if measured["bpb"] is None else f"{measured['bpb']:.4f}"
+        rows.append((name, measured["bytes_per_token"], measured["tokens"], f"{measured['loss']:.5f}", change, ppl,
+                     bpb))
     return rows
 
 
@@ -135,9 +136,11 @@ def main(args) -> None:
     with Progress("tok", "loss") as report:
         results = measure(subject, held, caches, block=block, stride=stride, residual=args.kv_residual,
                           batch_size=args.batch_size, report=report)
-    named = {cache_name(name, args.kv_rotate, args.kv_residual): found for name, found in results.items()}
+    named = {}
+    for name, measured in results.items():
+        named[cache_name(name, args.kv_rotate, args.kv_residual)] = measured
     print(text_table(table(named)))
-    for name, found in named.items():
+    for name, measured in named.items():
         path = result_path(args.out, subject, f"eval_ppl_{name}")
-        write_result(path, subject, vars(args), found)
+        write_result(path, subject, vars(args), measured)
         print(f"written to {path}")

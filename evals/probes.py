@@ -2,6 +2,7 @@
 
 import collections
 import math
+import operator
 import os
 import random
 import re
@@ -59,8 +60,9 @@ COMPARABLE = dict(cases=list_of({**CASE, **dict.fromkeys(CHECKS, bool)}))       
 def copy_template(form: Callable[[list[str]], str]) -> Callable:
     """Lists to copy, in the form that form(items) gives them: two of words, then one of codes."""
     def make(rng):
-        first, second = rng.sample(WORDS, 3), rng.sample(WORDS, 3)
-        codes = [rng.choice("BCDFGHJKLMNPQRSTVWXZ") + str(rng.randrange(100, 1000)) for _ in range(3)]
+        first, second, codes = rng.sample(WORDS, 3), rng.sample(WORDS, 3), []
+        for _ in range(3):
+            codes.append(rng.choice("BCDFGHJKLMNPQRSTVWXZ") + str(rng.randrange(100, 1000)))
         a, b, c = form(first), form(second), form(codes)
         return f"seen: {a}\ntold: {a}\nseen: {b}\ntold: {b}\nseen: {c}\ntold:", c, (a, b)[rng.randrange(2)]
     return make
@@ -81,19 +83,25 @@ def spelling_template(rng):
 
 def near(rng, number):
     """A number beside `number` that has as many digits."""
-    return rng.choice([n for n in (number - 1, number + 1) if n >= 0 and len(str(n)) == len(str(number))])
+    neighbours = []
+    for n in (number - 1, number + 1):
+        if n >= 0 and len(str(n)) == len(str(number)):
+            neighbours.append(n)
+    return rng.choice(neighbours)
 
 
 def arithmetic_template(rng):
-    pairs = [(rng.randrange(2, 50), rng.randrange(2, 50)) for _ in range(3)]
-    a, b = pairs[2]
-    shown = "".join(f"{x} + {y} = {x + y}\n" for x, y in pairs[:2])
+    shown = ""
+    for _ in range(2):
+        a, b = rng.randrange(2, 50), rng.randrange(2, 50)
+        shown += f"{a} + {b} = {a + b}\n"
+    a, b = rng.randrange(2, 50), rng.randrange(2, 50)
     return f"{shown}{a} + {b} =", a + b, near(rng, a + b)
 
 
 def counting_template(rng):
     (a, b), word = rng.sample(range(2, 10), 2), rng.choice(WORDS)
-    other = rng.choice([n for n in range(2, 10) if n not in (a, b)])
+    other = rng.choice(sorted({*range(2, 10)} - {a, b}))
 
     def times(n):
         return " ".join([word] * n)
@@ -102,26 +110,28 @@ def counting_template(rng):
 
 
 def passkey_template(rng):
-    key, other = (str(n) for n in rng.sample(range(10_000, 100_000), 2))
+    key, other = map(str, rng.sample(range(10_000, 100_000), 2))
     text = " ".join(rng.sample(FILLER, rng.randrange(2, 6)))
     lines = rng.sample([f"Door code: {key}\n", f"Safe code: {other}\n"], 2)
     return f"{''.join(lines)}{text}\nDoor code:", key, other
 
 
 def pattern_template(rng):
-    rows = [(rng.randrange(1, 10), step) for step in rng.sample(range(2, 10), 3)]
     lines = []
-    for start, step in rows:
-        shown = ", ".join(str(start + i * step) for i in range(4))
+    for step in rng.sample(range(2, 10), 3):
+        start = rng.randrange(1, 10)
         answer = start + 4 * step
+        shown = ", ".join(map(str, range(start, answer, step)))
         lines.append(f"{shown}, next {answer}\n")
     return f"{lines[0]}{lines[1]}{shown}, next", answer, near(rng, answer)
 
 
 def identity_template(rng):
-    words = rng.sample(WORDS, 4)
-    lines = [f"same({word}) = {word}\n" for word in words[:3]]
-    return f"{''.join(lines)}same({words[3]}) =", words[3], words[rng.randrange(3)]
+    *words, last = rng.sample(WORDS, 4)
+    lines = ""
+    for word in words:
+        lines += f"same({word}) = {word}\n"
+    return f"{lines}same({last}) =", last, words[rng.randrange(3)]
 
 
 TEMPLATES = {
@@ -172,8 +182,13 @@ def exact_match(output: str, target: str) -> bool:
 
 
 def content_match(output: str, target: str) -> bool:
-    said, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (output, target))
+    said, wanted = words_of(output), words_of(target)
     return any(said[i:i + len(wanted)] == wanted for i in range(3))
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def in_loop(output: str) -> bool:
@@ -245,13 +260,13 @@ def run_cases(subject: Subject, formats: dict, cases: list[dict], *, max_new_tok
     for case in cases:
         texts = (case["prompt"], case["prompt"] + case["target"], case["prompt"] + case["distractor"])
         triples.append([subject.tokenizer.encode(text).tolist() for text in texts])
-    prompts = [triple[0] for triple in triples]
+    prompts = [prompt for prompt, _, _ in triples]
     outputs = greedy_outputs(subject, formats, prompts, most=max_new_tokens, residual=residual, batch_size=batch_size,
                              report=lambda done, total: report(done, 2 * total))
-    found = margins(subject, formats, triples, residual=residual, batch_size=batch_size,
-                    report=lambda done, total: report((done + total) // 2, total))
+    gaps = margins(subject, formats, triples, residual=residual, batch_size=batch_size,
+                   report=lambda done, total: report((done + total) // 2, total))
     results = []
-    for case, triple, output, margin in zip(cases, triples, outputs, found):
+    for case, triple, output, margin in zip(cases, triples, outputs, gaps):
         if not math.isfinite(margin):
             raise UserError(f"{case['name']}: the margin is {margin}: a broken checkpoint, or a cache format that "
                             "can't hold its values")
@@ -278,8 +293,10 @@ def count_hits(results: list[dict]) -> list[dict]:
     """[{set, kind, n, and per check (hits, low, high); margin: the mean}] per kind, and over all of a set."""
     counts = []
     for name, cases in by_set(results).items():
-        for kind in (*dict.fromkeys(case["kind"] for case in cases), "all"):
-            of_kind = [case for case in cases if kind in (case["kind"], "all")]
+        kinds = {}
+        for case in cases:
+            kinds.setdefault(case["kind"], []).append(case)
+        for kind, of_kind in (*kinds.items(), ("all", cases)):
             count = dict(set=name, kind=kind, n=len(of_kind), margin=statistics.mean(c["margin"] for c in of_kind))
             for check in CHECKS:
                 hits = sum(case[check] for case in of_kind)
@@ -288,18 +305,17 @@ def count_hits(results: list[dict]) -> list[dict]:
     return counts
 
 
-def case_key(case: dict) -> tuple:
-    return tuple(case[name] for name in CASE)
+case_key = operator.itemgetter(*CASE)                      # case -> tuple
 
 
 def read_checks(path: str, cases: list[dict]) -> list[dict]:
     """The checks of another result of this command for each of these cases. Raises UserError."""
-    others = {}
+    others, keys = {}, list(map(case_key, cases))
     for case in read_json(Path(path), COMPARABLE)["cases"]:
         others[case_key(case)] = case
-    if others.keys() != {case_key(case) for case in cases}:
+    if others.keys() != set(keys):
         raise UserError(f"--compare {path} has other cases: give both commands the same --instances and --seed")
-    return [others[case_key(case)] for case in cases]
+    return [others[key] for key in keys]
 
 
 def compare_cases(results: list[dict], others: list[dict]) -> list[dict]:
@@ -310,9 +326,9 @@ def compare_cases(results: list[dict], others: list[dict]) -> list[dict]:
         difference = dict(set=name, n=len(cases))
         for check in CHECKS:
             here_only = there_only = 0
-            for here, there in zip(cases, of_others[name]):
-                here_only += here[check] > there[check]
-                there_only += here[check] < there[check]
+            for case, other in zip(cases, of_others[name]):
+                here_only += case[check] > other[check]
+                there_only += case[check] < other[check]
             difference[check] = (here_only, there_only, mcnemar(here_only, there_only))
         differences.append(difference)
     return differences
@@ -335,20 +351,23 @@ def latex(text: str) -> str:
     """Text in LaTeX, ASCII; no package is needed, no two characters join into another."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
                ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "-": "-{}", "'": "'{}", "`": "`{}",
-               "[": "{[}", "]": "{]}", "?": "?{}", "!": "!{}", **{c: "\\" + c for c in "{}$&#_%"}}
-    return "".join(special.get(c, c) for c in text)
+               "[": "{[}", "]": "{]}", "?": "?{}", "!": "!{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
+               "#": r"\#", "_": r"\_", "%": r"\%"}
+    return text.translate(str.maketrans(special))
 
 
 def markdown_table(head: tuple, *rows: tuple) -> str:
     lines = []
-    for row in (head, ("---",) * len(head), *rows):
-        cells = [cell if row is not head and cell == "---" else markdown(str(cell)) for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
+    for row in (head, *rows):
+        lines.append(f"| {' | '.join(map(markdown, map(str, row)))} |")
+    lines.insert(1, f"| {' | '.join(['---'] * len(head))} |")
     return "\n".join(lines) + "\n"
 
 
 def latex_table(head: tuple, *rows: tuple) -> str:
-    lines = [" & ".join(latex(str(cell)) for cell in row) + r" \\" for row in (head, *rows)]
+    lines = []
+    for row in (head, *rows):
+        lines.append(rf"{' & '.join(map(latex, map(str, row)))} \\")
     return "\n".join([rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline",
                       r"\end{tabular}"]) + "\n"
 
@@ -393,15 +412,14 @@ def main(args) -> None:
                             batch_size=args.batch_size, report=report)
     counts = count_hits(results)
     differences = compare_cases(results, others) if others else []
-    tables = count_table(counts, differences), case_table(results)
+    hits, literal = count_table(counts, differences), case_table(results)
     for suffix, form in ((".md", markdown_table), (".tex", latex_table)):
-        text = "\n".join(form(*rows) for rows in tables)
-        train_dba.write_text(path.with_suffix(suffix), text)
-    for key, what in (("unknown_words", "hold words that the tokenizer doesn't know"),
-                      ("past_context", "are longer than the training context")):
+        train_dba.write_text(path.with_suffix(suffix), f"{form(*hits)}\n{form(*literal)}")
+    for key, warning in (("unknown_words", "hold words that the tokenizer doesn't know"),
+                         ("past_context", "are longer than the training context")):
         if n := sum(bool(result[key]) for result in results):
-            print(f"{n} of {len(results)} cases {what}")
-    print(text_table(tables[0]))
+            print(f"{n} of {len(results)} cases {warning}")
+    print(text_table(hits))
     write_result(path, subject, vars(args), dict(rules=RULES, formats=formats, counts=counts, compare=differences,
                                                  cases=results))
     print(f"written to {path}")

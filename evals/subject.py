@@ -34,11 +34,11 @@ from train_dba import (
 
 @dataclass
 class Subject:
-    """What is measured: a model in eval mode, its tokenizer, where its results go, the device and type of it, and what
-    its checkpoint says of the data that it was trained on, where it does."""
+    """What is measured: a model in eval mode, its tokenizer, the file or folder that both are from, the device and type
+    of it, and what its checkpoint says of the data that it was trained on, where it does."""
     model: GPT
     tokenizer: object
-    folder: Path
+    path: Path
     step: int | None
     sha256: str
     device: torch.device
@@ -48,6 +48,11 @@ class Subject:
     @property
     def cfg(self) -> Config:
         return self.model.cfg
+
+    @property
+    def folder(self) -> Path:
+        """Where its results go."""
+        return self.path.parent
 
 
 def file_hash(*paths: Path) -> str:
@@ -68,8 +73,8 @@ def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32")
         return load_pretrained(path, device, dtype)
     path = checkpoint_file(path)
     content = load_checkpoint(path, device)
-    return Subject(load_model(content), content["tokenizer"], path.parent, content["step"], file_hash(path), device,
-                   dtype, content.get("data"))
+    return Subject(load_model(content), content["tokenizer"], path, content["step"], file_hash(path), device, dtype,
+                   content.get("data"))
 
 
 def load_pretrained(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -79,7 +84,7 @@ def load_pretrained(path: Path, device: torch.device, dtype: torch.dtype) -> Sub
         raise UserError(f"{path} is not a file")
     model, tokenizer = load_llama(path, device)
     weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return Subject(model, tokenizer, path.parent, None, file_hash(*weights), device, dtype)
+    return Subject(model, tokenizer, path, None, file_hash(*weights), device, dtype)
 
 
 # -----------------------------------------------------------------------------

@@ -187,8 +187,8 @@ def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capa
     """Settle TOKENS of the tokens x [N, C], of strides x_row and x_channel, of one block of 32 channels: quantize() of
     train_dba.py, bit by bit. rows, pos [N]; codes [B, rows, capacity]; scales [B, blocks, capacity]."""
     n, block, i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1), tl.arange(0, 32)[None]
-    there, channel = n < N, block * 32 + i
-    x = tl.load(x + n.to(tl.int64)[:, None] * x_row + channel * x_channel, there[:, None] & (channel < C), 0.0)
+    inside, channel = n < N, block * 32 + i
+    x = tl.load(x + n.to(tl.int64)[:, None] * x_row + channel * x_channel, inside[:, None] & (channel < C), 0.0)
     x = x.to(tl.float32)                                   # [TOKENS, 32]
     finite = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1, keep_dims=True) == 1
     x = tl.where(finite, x, 0.0)
@@ -216,14 +216,14 @@ def quantize_tile(x, rows, pos, codes, scales, levels, N, x_row, x_channel, capa
             code += (x > (tl.load(levels + level) + tl.load(levels + level + 1)) * 0.5).to(tl.uint8)
     else:
         code = tl.minimum(tl.maximum(tl.floor(x + 8.5), 0.0), 15.0).to(tl.uint8)
-    b, slot = tl.load(rows + n, there, 0)[:, None], tl.load(pos + n, there, 0)[:, None]           # int64 [TOKENS, 1]
+    b, slot = tl.load(rows + n, inside, 0)[:, None], tl.load(pos + n, inside, 0)[:, None]         # int64 [TOKENS, 1]
     scale = tl.where(finite, scale, float("nan")).to(tl.float16)
-    tl.store(scales + (b * ((C + 31) // 32) + block) * capacity + slot, scale, there[:, None])
+    tl.store(scales + (b * ((C + 31) // 32) + block) * capacity + slot, scale, inside[:, None])
     row, held = channel, C
     if FMT != "q8_0":                                      # the even channel in the low half of a byte
         low, high = tl.split(tl.reshape(tl.where(channel < C, code, 0), (TOKENS, 16, 2)))
         code, row, held = low | high << 4, block * 16 + tl.arange(0, 16)[None], (C + 1) // 2
-    tl.store(codes + (b * held + row) * capacity + slot, code, there[:, None] & (row < held))
+    tl.store(codes + (b * held + row) * capacity + slot, code, inside[:, None] & (row < held))
 
 
 def append(stream, rows, pos, x):

@@ -17,7 +17,10 @@ for a user's own. What data a run saw is told by the hashes in its log, never by
 neither a series, a panel nor a contrast.
 """
 
+import itertools
+import operator
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from paper.shapes import (
@@ -79,17 +82,32 @@ def read_config(logged: dict) -> dict:
     """Settings of a log as this version has them: a flag that is younger than the log has its default. Raises
     ValueError for values that no flag allows."""
     config = {name: logged.get(name, default) for name, default in DEFAULTS.items()}
-    if wrong := list(out_of_range(vars(Config(**config)))):
-        raise ValueError(wrong[0])
+    for problem in out_of_range(vars(Config(**config))):
+        raise ValueError(problem)
     return config
 
 
 def lines_of(lines: list, kind: str, shape: dict) -> list:
     """The log's lines of a type. Raises ValueError where one lacks what is read of it."""
-    chosen = [line for line in lines if line["type"] == kind]
-    for line in chosen:
-        check(line, shape, kind)
+    chosen = []
+    for line in lines:
+        if line["type"] == kind:
+            check(line, shape, kind)
+            chosen.append(line)
     return chosen
+
+
+def column(rows: Iterable, *path) -> list:
+    """What every row holds at row[path[0]][path[1]]..."""
+    values = list(rows)
+    for key in path:
+        values = [value[key] for value in values]
+    return values
+
+
+def known(values: list) -> list:
+    """Those that are not None."""
+    return [value for value in values if value is not None]
 
 
 def read_run(folder: Path, name: str) -> dict | None:
@@ -107,7 +125,6 @@ def read_run(folder: Path, name: str) -> dict | None:
     train, evals = lines_of(lines, "train", TRAIN), lines_of(lines, "eval", EVAL)
     check(lines[-1], dict(tokens=whole_number), "done")
     series = name.removesuffix(f"_s{config['seed']}")
-    memory = [line["mem_bytes"] for line in train if line["mem_bytes"] is not None]
     return dict(
         run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
         mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, identity=meta["data"],
@@ -117,10 +134,10 @@ def read_run(folder: Path, name: str) -> dict | None:
         kv_bytes_fp16=meta["kv_bytes_per_token"]["fp16"], val_tokens=evals[-1]["val_tokens"],
         last_val_loss=evals[-1]["val_loss"], best_val_loss=evals[-1]["best_val_loss"],
         last_train_loss=train[-1]["loss"] if train else None,
-        tokens_per_second=statistics.median(line["tok_s"] for line in train) if train else None,
-        hardware=hardware_name(env), peak_bytes=max(memory, default=None), dtype=config["dtype"],
-        compiled=config["compile"], commit=env["commit"], dirty=env["dirty"], caches={},
-        curve=[[line["tokens"], line["val_loss"]] for line in evals], train_curve=thin(train))
+        tokens_per_second=statistics.median(column(train, "tok_s")) if train else None,
+        hardware=hardware_name(env), peak_bytes=max(known(column(train, "mem_bytes")), default=None),
+        dtype=config["dtype"], compiled=config["compile"], commit=env["commit"], dirty=env["dirty"], caches={},
+        curve=list(map(list, zip(column(evals, "tokens"), column(evals, "val_loss")))), train_curve=thin(train))
 
 
 def thin(train: list, most: int = 25) -> list:
@@ -129,8 +146,13 @@ def thin(train: list, most: int = 25) -> list:
     points = []
     for start in range(0, len(train), size):
         part = train[start:start + size]
-        points.append([part[-1]["tokens"], float(f"{statistics.mean(line['loss'] for line in part):.5g}")])
+        points.append([part[-1]["tokens"], rounded_mean(column(part, "loss"))])
     return points
+
+
+def rounded_mean(values: Iterable[float]) -> float:
+    """The mean in 5 digits."""
+    return float(f"{statistics.mean(values):.5g}")
 
 
 def read_runs(root: Path) -> tuple[list, list]:
@@ -153,8 +175,10 @@ def read_runs(root: Path) -> tuple[list, list]:
 
 def same_data(a: dict, b: dict) -> bool:
     """Whether two runs saw the same data: whatever both logs say of it, hashes and numbers of tokens, is equal."""
-    shared = a["identity"].keys() & b["identity"].keys()
-    return all(a["identity"][key] == b["identity"][key] for key in shared)
+    for key, value in a["identity"].items():
+        if b["identity"].get(key, value) != value:
+            return False
+    return True
 
 
 def is_swept(run: dict) -> bool:
@@ -183,28 +207,39 @@ def choose_rates(runs: list, listed: list[Run]) -> None:
 # -----------------------------------------------------------------------------
 # Series
 
-def interval(values) -> dict:
-    mean, half = mean_interval(list(values))
+def interval(values: list) -> dict:
+    mean, half = mean_interval(values)
     return dict(mean=mean, half=half)
 
 
 def alike(run: dict, first: dict) -> bool:
     """Whether two runs have the data, schedule and points of evaluation in common that one mean of them needs."""
-    if any(run[key] != first[key] for key in ("steps", "batch", "context")) or not same_data(run, first):
+    if not same_settings(run, first):
         return False
-    return [point[0] for point in run["curve"]] == [point[0] for point in first["curve"]]
+    return column(run["curve"], 0) == column(first["curve"], 0)
+
+
+def same_settings(a: dict, b: dict) -> bool:
+    """Whether two runs or series have data, batch, context and steps in common."""
+    return keep(a, "steps", "batch", "context") == keep(b, "steps", "batch", "context") and same_data(a, b)
+
+
+def keep(record: dict, *names: str) -> dict:
+    return {name: record[name] for name in names}
 
 
 def series_caches(members: list) -> dict:
     """{format of the cache: loss, its difference from fp16, bytes} of the formats that all members were measured in."""
-    caches = {}
-    for name in members[0]["caches"]:
-        if not all(name in run["caches"] and "fp16" in run["caches"] for run in members):
-            continue
-        losses = [run["caches"][name]["loss"] for run in members]
-        plain = [run["caches"]["fp16"]["loss"] for run in members]
-        caches[name] = dict(interval(losses), delta=interval([a - b for a, b in zip(losses, plain)]),
-                            bytes_per_token=members[0]["caches"][name]["bytes_per_token"])
+    measured = column(members, "caches")
+    shared = set(measured[0]).intersection(*measured)
+    if "fp16" not in shared:
+        return {}
+    caches, plain = {}, column(measured, "fp16", "loss")
+    for name, cache in measured[0].items():
+        if name in shared:
+            losses = column(measured, name, "loss")
+            caches[name] = dict(interval(losses), delta=interval(list(map(operator.sub, losses, plain))),
+                                bytes_per_token=cache["bytes_per_token"])
     return caches
 
 
@@ -223,30 +258,37 @@ def make_series(runs: list) -> tuple[list, list]:
                 members.append(run)
             else:
                 problems.append(f"{run['run']}: other data or settings than {first['run']}, left out of the series")
-        shared = {key: first[key] for key in ("row", "mode", "label", "data", "identity", "context", "batch", "steps",
-                                              "lr", "params", "kv_bytes_fp16", "layers")}
-        speeds = [run["tokens_per_second"] for run in members if run["tokens_per_second"] is not None]
-        series.append(dict(
-            series=name, **shared, runs=[run["run"] for run in members], seeds=[run["seed"] for run in members],
-            caches=series_caches(members), last_val_loss=interval(run["last_val_loss"] for run in members),
-            best_val_loss=interval(run["best_val_loss"] for run in members),
-            tokens_per_second=statistics.median(speeds) if speeds else None))
-        series[-1].update(mean_curves(members))
-        if name == first["best_of_sweep"]:
-            series[-1]["row"] = name                       # no longer a rate among others
+        series.append(one_series(name, members))
     mark_matched(series)
     return series, problems
+
+
+def one_series(name: str, members: list) -> dict:
+    """What the runs of a series share, and their means."""
+    first, speeds = members[0], known(column(members, "tokens_per_second"))
+    series = dict(
+        series=name, **keep(first, "row", "mode", "label", "data", "identity", "context", "batch", "steps", "lr",
+                            "params", "kv_bytes_fp16", "layers"),
+        runs=column(members, "run"), seeds=column(members, "seed"), caches=series_caches(members),
+        last_val_loss=interval(column(members, "last_val_loss")),
+        best_val_loss=interval(column(members, "best_val_loss")),
+        tokens_per_second=statistics.median(speeds) if speeds else None, **mean_curves(members))
+    if name == first["best_of_sweep"]:
+        series["row"] = name                               # no longer a rate among others
+    return series
 
 
 def mean_curves(members: list) -> dict:
     """Curves of a series: [tokens, mean validation loss, half-width] at every evaluation, [tokens, mean training
     loss] where all logged the same steps."""
     curve, train_curve = [], []
-    for points in zip(*(run["curve"] for run in members)):
-        curve.append([points[0][0], *mean_interval([loss for _, loss in points])])
-    for points in zip(*(run["train_curve"] for run in members)):
-        if len({tokens for tokens, _ in points}) == 1:
-            train_curve.append([points[0][0], float(f"{statistics.mean(loss for _, loss in points):.5g}")])
+    for points in zip(*column(members, "curve")):
+        tokens, losses = zip(*points)
+        curve.append([tokens[0], *mean_interval(list(losses))])
+    for points in zip(*column(members, "train_curve")):
+        tokens, losses = zip(*points)
+        if len(set(tokens)) == 1:
+            train_curve.append([tokens[0], rounded_mean(losses)])
     return dict(curve=curve, train_curve=train_curve)
 
 
@@ -271,24 +313,13 @@ def experiment(series: dict) -> str:
 def comparable(a: dict, b: dict) -> bool:
     """Whether two series share data, batch, context and steps, and are of one set of the manifest, which holds equal
     what else matters."""
-    alike = all(a[key] == b[key] for key in ("batch", "context", "steps"))
-    return alike and same_data(a, b) and experiment(a) == experiment(b)
+    return same_settings(a, b) and experiment(a) == experiment(b)
 
 
 def panels(series: list) -> list:
     """[(title, series)]: those of one set, data, context, batch and number of steps. Of sweeps over the learning rate,
     which have their own figure, the best rates; of sets named lr, which only choose a rate, none."""
-    groups = []
-    for member in series:
-        if is_swept(member) or in_rate_set(member):
-            continue
-        for group in groups:
-            if comparable(member, group[0]):
-                group.append(member)
-                break
-        else:
-            groups.append([member])
-    return titled(groups)
+    return titled([member for member in series if not is_swept(member) and not in_rate_set(member)])
 
 
 def in_rate_set(series: dict) -> bool:
@@ -298,27 +329,27 @@ def in_rate_set(series: dict) -> bool:
 
 def rate_panels(series: list) -> list:
     """[(title, series)] of the sweeps over learning rates."""
+    return titled(list(filter(is_swept, series)))
+
+
+def titled(series: list) -> list:
+    """[(title, the series that can be compared)], by title: set, data, batch and steps, and where two data share a
+    name, the start of its hash."""
     groups = []
     for member in series:
-        if is_swept(member):
-            for group in groups:
-                if comparable(member, group[0]):
-                    group.append(member)
-                    break
-            else:
-                groups.append([member])
-    return titled(groups)
-
-
-def titled(groups: list) -> list:
-    """[(title, series)], by title: set, data, batch and steps, and where two data share a name, the start of its
-    hash."""
+        for group in groups:
+            if comparable(member, group[0]):
+                group.append(member)
+                break
+        else:
+            groups.append([member])
     pairs = []
     for group in groups:
         first = group[0]
         name = first["data"]
-        if any(other[0]["data"] == name and not same_data(other[0], first) for other in groups):
-            name += f" ({first['identity']['sha256']:.6})"
+        for other in groups:
+            if other[0]["data"] == first["data"] and not same_data(other[0], first):
+                name = f"{first['data']} ({first['identity']['sha256']:.6})"
         if experiment(first):
             name = f"{experiment(first)}: {name}"
         pairs.append((f"{name}, {first['batch']} x {first['context']}, {first['steps']:,} steps", group))
@@ -327,10 +358,6 @@ def titled(groups: list) -> list:
 
 # -----------------------------------------------------------------------------
 # Measurements of eval_dba.py
-
-def keep(result: dict, *names: str) -> dict:
-    return {name: result[name] for name in names}
-
 
 def keep_ppl(result: dict) -> dict:
     model = Config(**read_config(result["model"]["config"]))
@@ -347,8 +374,9 @@ def keep_tasks(result: dict) -> dict:
 
 def keep_probes(result: dict) -> dict:
     for row in [*result["counts"], *result["compare"]]:
-        if any(len(row[name]) != 3 for name in CHECKS):
-            raise ValueError("a count or comparison of probes has three numbers")
+        for name in CHECKS:
+            if len(row[name]) != 3:
+                raise ValueError("a count or comparison of probes has three numbers")
     return dict(compare=result["compare"], counts=[count for count in result["counts"] if count["kind"] == "all"])
 
 
@@ -358,8 +386,10 @@ def left_out(record: dict) -> list:
     if "left_out" in record:
         energies = record["left_out"]
     else:
-        beyond = [[sum(energy[r:]) for r in range(1, len(energy))] for energy in record["spectra"]]
-        energies = [float(f"{statistics.median(column):.4g}") for column in zip(*beyond)]
+        energies, widths = [], min(map(len, record["spectra"]))
+        for r in range(1, widths):
+            beyond = [sum(spectrum[r:]) for spectrum in record["spectra"]]
+            energies.append(float(f"{statistics.median(beyond):.4g}"))
     check(energies, list_of(number), "left_out")
     return [energy for energy in energies if energy >= LEAST_ENERGY]
 
@@ -383,14 +413,15 @@ def stage_medians(records: list, drawn: bool) -> dict:
     """Medians over the records of layers, and where that is drawn, what narrower scores leave out of each."""
     medians = {}
     for name in RANKS:
-        medians[name] = statistics.median(record["ranks"][name] for record in records)
+        medians[name] = statistics.median(column(records, "ranks", name))
     if "share" in records[0]:
         medians["share"] = {}
         for width in records[0]["share"]:
-            check([record["share"][width] for record in records], list_of(number), "share")
-            medians["share"][width] = statistics.median(record["share"][width] for record in records)
+            shares = column(records, "share", width)
+            check(shares, list_of(number), "share")
+            medians["share"][width] = statistics.median(shares)
         if drawn:
-            medians["left_out"] = [left_out(record) for record in records]
+            medians["left_out"] = list(map(left_out, records))
     return medians
 
 
@@ -407,10 +438,12 @@ def keep_rows(result: dict) -> list:
 
 def keep_latency(result: dict) -> list:
     """The rows, which must hold every format, fp16 among them, at every length of prompt."""
-    rows = result["rows"]
-    formats = {row["cache"] for row in rows}
-    for prompt in {row["prompt"] for row in rows}:
-        if "fp16" not in formats or {row["cache"] for row in rows if row["prompt"] == prompt} != formats:
+    rows, of_prompt = result["rows"], {}
+    for row in rows:
+        of_prompt.setdefault(row["prompt"], set()).add(row["cache"])
+    formats = set(column(rows, "cache"))
+    for prompt, timed in of_prompt.items():
+        if "fp16" not in timed or timed != formats:
             raise ValueError(f"not every format was timed at {prompt} tokens")
     return rows
 
@@ -456,7 +489,11 @@ def of_command(evals: dict, command: str):
 
 def caches(evals: dict, run: str) -> dict:
     """{cache: what ppl measured} of a run folder."""
-    return {name.removeprefix("ppl_"): result for folder, name, result in of_command(evals, "ppl") if folder == run}
+    of_run = {}
+    for folder, name, result in of_command(evals, "ppl"):
+        if folder == run:
+            of_run[name.removeprefix("ppl_")] = result
+    return of_run
 
 
 def take_caches(evals: dict, run: str) -> dict:
@@ -487,7 +524,7 @@ def read_benchmarks(folder: Path) -> tuple[dict, list]:
 
 def finished(runs: list, listed: dict[str, list[Run]]) -> dict:
     """{group/set: (finished, listed)} of {group: runs that the manifest lists}."""
-    names, counts = {run["run"] for run in runs}, {}
+    names, counts = set(column(runs, "run")), {}
     for members in listed.values():
         for run in members:
             name = run.row.rsplit("/", 1)[0]
@@ -503,7 +540,7 @@ def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
     benchmarks, broken = read_benchmarks(root / "bench")
     for run in runs:
         run["caches"] = take_caches(evals, run["run"])
-    choose_rates(runs, [run for members in listed.values() for run in members])
+    choose_rates(runs, list(itertools.chain.from_iterable(listed.values())))
     series, odd = make_series(runs)
     return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=finished(runs, listed),
                 problems=[*problems, *damaged, *broken, *odd])

@@ -1,5 +1,7 @@
 """From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
 
+import collections
+
 from paper.claims import (
     ERROR,
     FAILS,
@@ -13,7 +15,7 @@ from paper.claims import (
     VERDICTS,
     pair_runs,
 )
-from paper.collect import CHANCE, caches, of_command, panels
+from paper.collect import CHANCE, caches, column, of_command, panels
 from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
 from paper.style import MARKERS, latex_table, markdown, number, pm
@@ -83,8 +85,10 @@ def difference(results: dict, a: dict, b: dict) -> tuple:
     pairs = pair_runs(results, a["series"], b["series"], "best_val_loss")
     if not pairs:
         return None, None, 0
-    mean, half = mean_interval([left["best_val_loss"] - right["best_val_loss"] for left, right in pairs])
-    return mean, half, len(pairs)
+    differences = []
+    for left, right in pairs:
+        differences.append(left["best_val_loss"] - right["best_val_loss"])
+    return *mean_interval(differences), len(pairs)
 
 
 def headline_table(results: dict) -> list[str]:
@@ -112,8 +116,13 @@ def headline_table(results: dict) -> list[str]:
 # -----------------------------------------------------------------------------
 # What we found, in four sentences
 
+def headline_models(results: dict) -> dict:
+    """{family: series} of the headline."""
+    return {family(member): member for member in headline(results["series"])}
+
+
 def find_losses(results: dict) -> str | None:
-    chosen = {family(member): member for member in headline(results["series"])}
+    chosen = headline_models(results)
     dba, gqa = chosen.get(("decoupled", True)), chosen.get(("gqa", False))
     standard = chosen.get(("standard", False))
     if not (dba and gqa and standard):
@@ -134,10 +143,8 @@ def find_contrasts(results: dict) -> str | None:
     rows = results["contrasts"]
     if not rows:
         return None
-    counts = {name: sum(row["verdict"] == name for row in rows) for name in (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)}
-    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    chosen = {family(member): member for member in headline(results["series"])}
-    sentence = (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {text} (the first: "
+    chosen, counts = headline_models(results), verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
+    sentence = (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts} (the first: "
                 f"{rows[0]['name']})")
     if ("mla", False) in chosen and ("standard", False) in chosen:
         mean, half, _ = difference(results, chosen["mla", False], chosen["standard", False])
@@ -151,16 +158,16 @@ def find_arithmetic(results: dict) -> str | None:
     claims = {row["id"]: row for row in results["claims"]}
     if not claims:
         return None
+    errors = column(claims.values(), "verdict").count(ERROR)
     return (f"The December paper's cache that is {claims['compression-168']['reported']} times smaller is "
             f"{number(claims['compression-168']['ours'])} times smaller at the width that its text names and "
             f"{number(claims['compression-96-q4']['ours'])} times at the width that its number is from, and its "
             f"perplexity gap of {claims['fineweb-gap']['reported']} % is {number(claims['fineweb-gap']['ours'])} %: "
-            f"{sum(row['verdict'] == ERROR for row in claims.values())} of the papers' numbers don't follow from their "
-            "own premises.")
+            f"{errors} of the papers' numbers don't follow from their own premises.")
 
 
 def find_caches(results: dict) -> str | None:
-    chosen = {family(member): member for member in headline(results["series"])}
+    chosen = headline_models(results)
     dba, standard = chosen.get(("decoupled", True)), chosen.get(("standard", False))
     if not (dba and standard and "q4_0" in dba["caches"] and "q4_0" in standard["caches"]):
         return None
@@ -171,27 +178,38 @@ def find_caches(results: dict) -> str | None:
 
 
 def findings(results: dict) -> list[str]:
-    sentences = [find(results) for find in (find_losses, find_contrasts, find_arithmetic, find_caches)]
-    return [sentence for sentence in sentences if sentence]
+    sentences = [find_losses(results), find_contrasts(results), find_arithmetic(results), find_caches(results)]
+    return list(filter(None, sentences))
+
+
+def verdict_counts(rows: list, verdicts: tuple) -> str:
+    """How many rows have each verdict, those that none has left out."""
+    counts = collections.Counter(row["verdict"] for row in rows)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts if counts[verdict])
+
+
+def of_source(rows: list, control: bool) -> list:
+    """The ledger's controls, which nobody claimed, or the papers' claims."""
+    return [row for row in rows if (row["source"] == "control") == control]
 
 
 def ledger_counts(claims: list) -> str:
     """The ledger's counts, as a line."""
-    parts = []
-    for title, control in (("claims of the papers", False), ("controls", True)):
-        rows = [row for row in claims if (row["source"] == "control") == control]
-        counts = {name: sum(row["verdict"] == name for row in rows) for name in VERDICTS}
-        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        parts.append(f"{len(rows)} {title}: {text}")
-    return "; ".join(parts) + "."
+    papers, controls = of_source(claims, False), of_source(claims, True)
+    return (f"{len(papers)} claims of the papers: {verdict_counts(papers, VERDICTS)}; "
+            f"{len(controls)} controls: {verdict_counts(controls, VERDICTS)}.")
 
 
 def readme_block(results: dict) -> str:
     """What the README shows of the results: four sentences, one table, the ledger's counts."""
-    lines = [f"- {sentence}" for sentence in findings(results)]
-    lines += ["", *headline_table(results), "", f"The ledger: {ledger_counts(results['claims'])} Every row, with the "
-              "contrasts that were fixed before their runs: [assets/report.md](assets/report.md)."]
+    lines = [*bullets(findings(results)), "", *headline_table(results), "",
+             f"The ledger: {ledger_counts(results['claims'])} Every row, with the contrasts that were fixed before "
+             "their runs: [assets/report.md](assets/report.md)."]
     return "\n".join(lines)
+
+
+def bullets(sentences: list[str]) -> list[str]:
+    return [f"- {sentence}" for sentence in sentences]
 
 
 def replace_block(text: str, content: str) -> str:
@@ -210,7 +228,7 @@ def run_lines(results: dict) -> list[str]:
     for title, members in panels(results["series"]):
         for member in members:
             runs = [by_name[name] for name in member["runs"]]
-            commits = sorted({commit(run) for run in runs})
+            commits = sorted(set(map(commit, runs)))
             rows.append((f"`{member['series']}`", member["label"], title, f"{member['params'] / 1e6:.2f}M",
                          f"{member['kv_bytes_fp16']:,}", f"{runs[0]['tokens'] / 1e6:.2f}M", len(member["seeds"]),
                          pm(member["last_val_loss"]), pm(member["best_val_loss"]), ", ".join(commits)))
@@ -258,22 +276,26 @@ def ledger_lines(claims: list) -> list[str]:
     """The ledger in sections of short rows, details below each."""
     lines = []
     for title, rules in SECTIONS.items():
-        for control in (False, True):
-            chosen = [row for row in claims if row["rule"] in rules and (row["source"] == "control") == control]
-            if chosen:
-                lines += [f"### {title}" + (", controls that nobody claimed" if control else ""), ""]
-                table = [(row["statement"], number(row["reported"]), ours_of(row), f"**{row['verdict']}**")
-                         for row in chosen]
-                lines += [*markdown(("claim", "reported", "ours", "verdict"), table), ""]
-                lines += ["<details><summary>Units, sources, where it was measured</summary>", ""]
-                lines += [detail(row) for row in chosen]
-                lines += ["", "</details>", ""]
+        of_section = [row for row in claims if row["rule"] in rules]
+        lines += ledger_section(title, of_source(of_section, False))
+        lines += ledger_section(f"{title}, controls that nobody claimed", of_source(of_section, True))
     return lines
+
+
+def ledger_section(title: str, rows: list) -> list[str]:
+    if not rows:
+        return []
+    table = []
+    for row in rows:
+        table.append((row["statement"], number(row["reported"]), ours_of(row), f"**{row['verdict']}**"))
+    return [f"### {title}", "", *markdown(("claim", "reported", "ours", "verdict"), table), "",
+            "<details><summary>Units, sources, where it was measured</summary>", "", *map(detail, rows), "",
+            "</details>", ""]
 
 
 def detail(row: dict) -> str:
     parts = [row["unit"], "" if row["source"] == "control" else row["source"], row["where"], row["note"]]
-    return f"- `{row['id']}`: " + "; ".join(part for part in parts if part)
+    return f"- `{row['id']}`: " + "; ".join(filter(None, parts))
 
 
 def contrast_lines(contrasts: list) -> list[str]:
@@ -294,26 +316,25 @@ def scale_lines(results: dict) -> list[str]:
     """What was measured at which scale, a line per panel."""
     lines = []
     for title, members in panels(results["series"]):
-        sizes = [member["params"] / 1e6 for member in members]
-        seeds = [len(member["seeds"]) for member in members]
-        span = f"{min(sizes):.2f}M" if len(sizes) == 1 else f"{min(sizes):.2f}M to {max(sizes):.2f}M"
-        lines.append(f"- {title}: {plural(len(members), 'model')} of {span} parameters, "
-                     f"{plural(min(seeds), 'seed')}" + ("" if min(seeds) == max(seeds) else f" to {max(seeds)}"))
+        sizes, seeds = sorted(column(members, "params")), sorted(map(len, column(members, "seeds")))
+        span = f"{sizes[0] / 1e6:.2f}M"
+        if len(sizes) > 1:
+            span += f" to {sizes[-1] / 1e6:.2f}M"
+        most = "" if seeds[0] == seeds[-1] else f" to {seeds[-1]}"
+        lines.append(f"- {title}: {plural(len(members), 'model')} of {span} parameters, {plural(seeds[0], 'seed')}"
+                     f"{most}")
     return lines
 
 
 def first_page(results: dict) -> list[str]:
     """What holds, what doesn't, and what nobody knows yet."""
-    lines = [f"- {sentence}" for sentence in findings(results)] + [""]
-    claims = results["claims"]
+    lines = [*bullets(findings(results)), ""]
     for title, verdicts in (("What holds", (REPRODUCED, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
                             ("What the papers' own counts cannot show", (UNSUPPORTED,)),
                             ("What was measured and does not hold", (REFUTED, FAILS)),
                             ("What is undecided", (UNDECIDED, ONE)), ("What was not run", (NOT_RUN,))):
-        chosen = [row for row in claims if row["verdict"] in verdicts]
-        lines += [f"### {title} ({len(chosen)})", ""]
-        lines += [summary(row) for row in chosen] or ["Nothing."]
-        lines.append("")
+        chosen = [row for row in results["claims"] if row["verdict"] in verdicts]
+        lines += [f"### {title} ({len(chosen)})", "", *(map(summary, chosen) if chosen else ["Nothing."]), ""]
         if UNDECIDED in verdicts:
             lines += ["### What we measured, and at which scale", "", *scale_lines(results), "",
                       "Nothing here speaks of models of a billion parameters.", ""]
@@ -336,9 +357,11 @@ def speed_lines(benchmarks: dict) -> list[str]:
     """Ratios to baselines of the same process; a rate of a shared machine is none of a model."""
     lines = []
     if speed := benchmarks.get("train_speed"):
-        rows = [(row["name"], f"{row['params'] / 1e6:.1f}M", f"{row['times_naive']:.2f}",
-                 f"{row['times_llama']:.2f}" if "times_llama" in row else "", f"{row['share_of_matmul_rate']:.2f}")
-                for row in speed["rows"]]
+        rows = []
+        for row in speed["rows"]:
+            times_llama = f"{row['times_llama']:.2f}" if "times_llama" in row else ""
+            rows.append((row["name"], f"{row['params'] / 1e6:.1f}M", f"{row['times_naive']:.2f}", times_llama,
+                         f"{row['share_of_matmul_rate']:.2f}"))
         lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as "
                   f"times the speed of baselines in the same process, medians of {speed['rounds']}; "
                   f"{speed['env']['cpu']}, {speed['env']['threads']} threads.", "",
@@ -360,7 +383,7 @@ def quality_lines(quality: dict) -> list[str]:
             rows.append((f"`{row['run']}`", row["policy"] + (", rotated" if row["rotate"] else ""),
                          f"{row['bytes_per_token']:,}", f"{row['delta_nll']:+.4f} ± {row['standard_error']:.4f}",
                          f"{row['kl']:.5f}", f"{100 * row['top1']:.2f} %"))
-    tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in quality["rows"]}))
+    tokens = ", ".join(sorted(set(map("{:,}".format, column(quality["rows"], "tokens")))))
     return [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values (no "
             "residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the next token's "
             "distribution, share of tokens with the same likeliest next token:", "",
@@ -368,13 +391,16 @@ def quality_lines(quality: dict) -> list[str]:
 
 
 def kernel_lines(speed: dict) -> list[str]:
-    names = list(speed["rows"][0]["ms"])
-    plain = next((name for name in names if name not in ("kernel", "torch", "dequantised", "standard")), "standard")
+    names, plain = list(speed["rows"][0]["ms"]), "standard"
+    for name in reversed(names):
+        if name not in ("kernel", "torch", "dequantised", "standard"):
+            plain = name
     rows = []
     for row in speed["rows"]:
         ms = row["ms"]
-        rows.append((row["shape"], f"{row['tokens']:,}", *(f"{ms[name]:.2f}" for name in names),
-                     f"{ms['dequantised'] / ms['kernel']:.1f}", f"{ms['kernel'] / ms[plain]:.2f}"))
+        cells = [f"{ms[name]:.2f}" for name in names]
+        rows.append((row["shape"], f"{row['tokens']:,}", *cells, f"{ms['dequantised'] / ms['kernel']:.1f}",
+                     f"{ms['kernel'] / ms[plain]:.2f}"))
     return ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), hetero "
             f"cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
             f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
@@ -409,7 +435,7 @@ def mib(size: float | None, digits: int) -> str:
 def loss_lines(results: dict) -> list[str]:
     """Loss through each format of the cache: one table of single checkpoints, one of series, as means over seeds."""
     single, measured = {}, []
-    for run in dict.fromkeys(name for name, _, _ in of_command(results["evals"], "ppl")):
+    for run, _, _ in of_command(results["evals"], "ppl"):
         single[run] = caches(results["evals"], run)
     by_name = {run["run"]: run for run in results["runs"]}
     for series in results["series"]:
@@ -443,8 +469,8 @@ def single_lines(single: dict) -> list[str]:
 
 
 def series_lines(measured: list) -> list[str]:
-    names = [name for name in MARKERS if any(name in series["caches"] for series in measured)]
-    rows = []
+    shown = set().union(*column(measured, "caches"))
+    names, rows = [name for name in MARKERS if name in shown], []
     for series in sorted(measured, key=lambda series: series["caches"]["fp16"]["mean"]):
         cells = []
         for name in names:
@@ -470,14 +496,18 @@ def task_lines(evals: dict, benchmarks: dict) -> list[str]:
                                  f"{100 * task[metric]:.1f} ± {196 * task[f'{metric}_stderr']:.1f} %"))
     lines = []
     if rows:
-        names = [name for name in dict.fromkeys(row[1] for row in rows) if name in CHANCE]
-        guess = ", ".join(f"{100 * CHANCE[name]:.0f} % on {name}" for name in names)
-        lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {guess}:", "",
+        guess = []
+        for name in dict.fromkeys(column(rows, 1)):
+            if name in CHANCE:
+                guess.append(f"{100 * CHANCE[name]:.0f} % on {name}")
+        lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {', '.join(guess)}:", "",
                   *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
     if parity := benchmarks.get("task_parity"):
-        rows = [(row["task"], row["metric"], row["items"], f"{100 * row['ours']:.2f} %",
-                 f"{100 * row['theirs']:.2f} %", row["items_that_differ"], f"{row['largest_difference']:.1e}")
-                for row in parity["rows"]]
+        rows = []
+        for row in parity["rows"]:
+            rows.append((row["task"], row["metric"], row["items"], f"{100 * row['ours']:.2f} %",
+                         f"{100 * row['theirs']:.2f} %", row["items_that_differ"],
+                         f"{row['largest_difference']:.1e}"))
         lines += [f"The same weights ({parity['ckpt']}) in our model and adapter, and in transformers by lm-eval's own "
                   f"adapter (lm-eval {parity['lm_eval']}), both float32:", "",
                   *markdown(("task", "metric", "items", "ours", "theirs", "items that differ",
@@ -510,9 +540,10 @@ def rank_lines(evals: dict) -> list[str]:
 def latency_lines(evals: dict) -> list[str]:
     lines = []
     for run, name, result in of_command(evals, "latency"):
-        names, rows = list(dict.fromkeys(row["cache"] for row in result)), []
-        for prompt in dict.fromkeys(row["prompt"] for row in result):
-            of_prompt = {row["cache"]: row for row in result if row["prompt"] == prompt}
+        names, of_length, rows = list(dict.fromkeys(column(result, "cache"))), {}, []
+        for row in result:
+            of_length.setdefault(row["prompt"], {})[row["cache"]] = row
+        for prompt, of_prompt in of_length.items():
             fp16 = of_prompt["fp16"]
             times = []
             for cache in names:
@@ -549,12 +580,12 @@ def sweep_lines(evals: dict) -> list[str]:
 def memory_lines(evals: dict) -> list[str]:
     rows = []
     for run, _, result in of_command(evals, "memory"):
-        longest = max((row["tokens"] for row in result), default=0)
+        longest = max(column(result, "tokens"), default=0)
         for row in result:
             if row["tokens"] == longest:
-                sizes = [mib(row[name], 2) for name in ("formula_bytes", "cache_bytes", "fill_extra_bytes",
-                                                        "decode_extra_bytes")]
-                rows.append((f"`{run}`", f"{longest:,}", row["cache"], f"{row['bytes_per_token']:,}", *sizes))
+                rows.append((f"`{run}`", f"{longest:,}", row["cache"], f"{row['bytes_per_token']:,}",
+                             mib(row["formula_bytes"], 2), mib(row["cache_bytes"], 2), mib(row["fill_extra_bytes"], 2),
+                             mib(row["decode_extra_bytes"], 2)))
     if not rows:
         return []
     return ["Memory in MiB (`memory`); beside the cache: what the process (CUDA: PyTorch) took more than before:", "",
@@ -590,7 +621,7 @@ def policy_lines(evals: dict) -> list[str]:
         for name, value in result["settings"].items():
             if name.startswith("max") and value is not None:
                 budget.append(f"{name.removeprefix('max_').replace('_', ' ')} {value:g}")
-        chosen = [f"{stream} {fmt}" for stream, fmt in result["formats"].items()]
+        chosen = list(map(" ".join, result["formats"].items()))
         if result["rotate"]:
             chosen.append("rotated")
         if result["residual"]:
@@ -630,7 +661,7 @@ def eval_lines(results: dict) -> list[str]:
 
 def of_manifest(results: dict) -> bool:
     """Whether runs that the manifest lists are there: without them there is nothing to say of the papers."""
-    return any(done for done, _ in results["manifest"].values())
+    return any(column(results["manifest"].values(), 0))
 
 
 def section(title: str, lines: list[str]) -> list[str]:
@@ -638,7 +669,9 @@ def section(title: str, lines: list[str]) -> list[str]:
 
 
 def paper_report(results: dict) -> str:
-    counts = [(f"`{name}`", done, listed) for name, (done, listed) in results["manifest"].items()]
+    counts = []
+    for name, (done, listed) in results["manifest"].items():
+        counts.append((f"`{name}`", done, listed))
     lines = ["# Report", "", "Written by plot_results.py from runs/, paper_manifest.json and paper/claims.json; no "
              f"verdict is typed by hand. {ledger_counts(results['claims'])}", "", *first_page(results),
              "## Contrasts", "", "![Differences of losses with their margins](fig_contrasts.png)", "",

@@ -64,10 +64,11 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
 
 
-def mcnemar(here: int, there: int) -> float:
+def mcnemar(first_only: int, second_only: int) -> float:
     """Exact two-sided p that so uneven a split of the cases in which two results differ is chance."""
-    tail = sum(math.comb(here + there, i) for i in range(min(here, there) + 1))
-    return min(1.0, 2 * tail / 2**(here + there))
+    differing = first_only + second_only
+    tail = sum(math.comb(differing, i) for i in range(min(first_only, second_only) + 1))
+    return min(1.0, 2 * tail / 2**differing)
 
 
 def frontier(points: Iterable[tuple]) -> list[tuple]:

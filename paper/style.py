@@ -57,12 +57,12 @@ def save(fig, path: Path, dpi: int = 200) -> None:
     plt.close(fig)
 
 
-def subplots(count: int, height: float = 3.4, width: float = 4.0, most: int = 2, **how):
+def subplots(count: int, height: float = 3.4, width: float = 4.0, most: int = 2, **settings):
     """(figure, its `count` axes) in one row, or in rows of `most` where they are many."""
     columns = min(count, most)
     rows = -(-count // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                             layout="constrained", **how)
+                             layout="constrained", **settings)
     for ax in axes.flat[count:]:
         ax.set_axis_off()
     return fig, list(axes.flat[:count])

@@ -5,13 +5,15 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
 
 import train_dba
 from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
-from train_dba import Config, UserError, count_params, make_config
+from train_dba import Config, UserError, count_params, load_checkpoint, make_config
 
 FIELDS = [f.name for f in dataclasses.fields(Config)]
 
@@ -197,7 +199,7 @@ def test_size_fills_in_only_what_is_not_said(size):
     preset = train_dba.SIZES[size]
     plain, cfg = Config(), make_config(data="x", size=size)
     assert {name: getattr(cfg, name) for name in preset} == preset
-    changed = {"attn_dim", "embed_dim", "min_lr", "warmup_steps", "out_dir", "data", "size"} | preset.keys()
+    changed = {"attn_dim", "embed_dim", "schedule", "min_lr", "warmup_steps", "out_dir", "data", "size"} | preset.keys()
     assert all(getattr(cfg, name) == getattr(plain, name) for name in FIELDS if name not in changed)
     said = make_config(data="x", size=size, layers=3, block=77)
     assert (said.layers, said.block) == (3, 77)
@@ -314,3 +316,78 @@ def test_nothing_is_suggested_where_nothing_is_near(folder):
 @pytest.mark.parametrize("nll, has", [(0.0, True), (709.0, True), (709.9, False), (1e9, False)])
 def test_a_loss_above_709_has_no_perplexity(nll, has):
     assert (train_dba.perplexity(nll) is not None) == has
+
+
+# --- Settings from elsewhere
+
+def test_widths_follow_the_size():
+    for size, heads in (("tiny", 4), ("small", 8), ("1b", 32)):
+        cfg = make_config(data="x", size=size, attn_mode="decoupled")
+        assert (cfg.sem_dim, cfg.geo_dim, cfg.attn_dim) == (4 * heads, 8 * heads, 12 * heads)
+    assert make_config(data="x", size="1b", attn_mode="decoupled", sem_dim=32).geo_dim == 256
+    assert make_config(data="x", d_model=1024, attn_mode="decoupled").sem_dim == 32
+
+
+def test_few_channels_get_a_warning(tmp_path):
+    make_text(tmp_path)
+    flags = f"{TRAIN} --steps 1 --attn-mode decoupled --n-head 2"
+    assert "channels per head: sem 3" in call(f"{flags} --sem-dim 6 --geo-dim 8 --out-dir a", tmp_path).stderr
+    assert "channels" not in call(f"{flags} --sem-dim 8 --geo-dim 8 --out-dir b", tmp_path).stderr
+
+
+def test_settings_of_another_run(tmp_path):
+    """All that was asked of that run holds, but for where it lay; what only followed follows anew."""
+    make_text(tmp_path)
+    asked = "--attn-mode decoupled --sem-dim 8 --geo-dim 16 --null-attn --schedule wsd --lr 0.01 --steps 20 --seed 5"
+    assert call(f"{TRAIN} {asked} --out-dir a", tmp_path).code == 0
+    again = call("--config a/resolved_config.json --steps 30 --out-dir b", tmp_path)
+    assert again.code == 0
+    first, second = (json.loads((tmp_path / run / "resolved_config.json").read_text()) for run in "ab")
+    differ = {name for name in first if first[name] != second[name]}
+    assert differ == {"config", "out_dir", "device", "steps"}                   # its warm-up was said
+    assert_error(call("--config text.txt --out-dir c", tmp_path), "--config text.txt is no resolved_config.json")
+    assert_error(call("--config none.json --out-dir c", tmp_path), "--config none.json is no resolved_config.json")
+    assert not (tmp_path / "c").exists()
+
+
+def test_weights_that_are_kept(tmp_path):
+    make_text(tmp_path)
+    kept = ["step0000002.pt", "step0000004.pt"]
+    assert call(f"{TRAIN} --steps 5 --keep-every 2 --out-dir a", tmp_path).code == 0
+    assert sorted(path.name for path in (tmp_path / "a").glob("step*")) == kept
+    assert load_checkpoint(tmp_path / "a" / kept[0])["step"] == 2
+    assert call(f"{TRAIN} --steps 1 --out-dir a --overwrite", tmp_path).code == 0
+    assert not list((tmp_path / "a").glob("step*"))
+
+
+def test_a_folder_of_texts(tmp_path):
+    make_text(tmp_path)
+    assert_error(call("--data . --out-dir a", tmp_path), ". is a folder", "prepare_fineweb.py --dataset text --input .")
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    """Every number of the log arrives, under its line's type; without the package it's one line, before any work."""
+    make_text(tmp_path)
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append(purge_step)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert_error(call(f"{TRAIN} --steps 2 --tensorboard --out-dir b", tmp_path), "pip install tensorboard")
+    module.SummaryWriter = SummaryWriter
+    assert call(f"{TRAIN} --steps 2 --tensorboard --out-dir a", tmp_path).code == 0
+    expected = [1]
+    for line in read_log(tmp_path / "a")[1:]:
+        for name, value in line.items():
+            if name not in ("type", "step", "tokens") and value is not None:
+                expected.append((f"{line['type']}/{name}", value, line["step"]))
+    assert written == expected and len(expected) > 10

@@ -75,6 +75,7 @@ CASES = {
     "gqa, two micro-batches": dict(exp="paper_gqa", micro_batch=4),
 }
 EAGER = {
+    "checkpointing": dict(exp="paper_baseline", activation_checkpointing=True),
     "one sequence": dict(exp="paper_baseline", batch_size=1),                   # the fullest moment is the end
     "large vocabulary": dict(exp="paper_baseline", d_model=256, d_ff=512, batch_size=2),            # or the loss
 }

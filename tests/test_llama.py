@@ -190,10 +190,10 @@ def test_smollm2_has_the_logits_of_transformers():
 
 def test_the_script_says_what_a_llama_is(tmp_path, capsys):
     save_llama(tmp_path)
-    assert convert_dba.main([str(tmp_path)]) == 0
+    assert convert_dba.main(["show", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     model = convert_dba.load_llama(tmp_path)[0]
     params = count_params(model.cfg, model.vocab_size)["total"]
     assert f"{model.cfg.layers} layers" in said and f"{params:,} parameters" in said
-    assert convert_dba.main([str(tmp_path / "none")]) == 1
+    assert convert_dba.main(["show", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

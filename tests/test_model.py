@@ -226,7 +226,7 @@ def loss_inputs(N=37, E=12, rows=64, vocab_size=50):
 @pytest.mark.parametrize("vocab_size", (50, 64))
 @pytest.mark.parametrize("rows_at_once", (1, 7, 36, 37, 1000))
 def test_linear_cross_entropy(rows_at_once, vocab_size, monkeypatch):
-    monkeypatch.setattr(dba, "LOGIT_CHUNK", 64 * rows_at_once)
+    monkeypatch.setattr(dba, "LOGIT_CHUNK", {"cpu": 64 * rows_at_once})
     h, weight, targets = loss_inputs(vocab_size=vocab_size)
     h_ref, weight_ref = (t.detach().double().requires_grad_() for t in (h, weight))
     expected = F.cross_entropy(h_ref @ weight_ref[:vocab_size].T, targets, ignore_index=-1, reduction="sum")
@@ -279,7 +279,7 @@ def test_loss_under_bfloat16_autocast():
 def test_the_full_logits_are_never_allocated(training, monkeypatch):
     given = dict(attn_mode="decoupled", d_model=8, n_head=2, sem_dim=4, geo_dim=4, layers=1, d_ff=8)
     model, idx = model_of(given, vocab_size=1000), tokens(8, 32, vocab_size=1000)
-    monkeypatch.setattr(dba, "LOGIT_CHUNK", 16 * 1024)     # 16 of 256 rows
+    monkeypatch.setattr(dba, "LOGIT_CHUNK", {"cpu": 16 * 1024})  # 16 of 256 rows
     monkeypatch.setattr(dba, "COMPACT", None)
     with torch.set_grad_enabled(training), reference.Recorder() as ran:
         loss = model(idx, idx)
@@ -361,6 +361,23 @@ def test_learning_rate_cosine():
     steps = (1, 10, 35, 60, 85, 110)
     cosine = [0.1, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2]
     assert [dba.lr_at(step, cfg) for step in steps] == pytest.approx(cosine)
+
+
+def test_learning_rate_wsd():
+    """Warm-up, stable, and over the last fifth a line to its end."""
+    cfg = config(dict(lr=1.0, schedule="wsd", steps=100, warmup_steps=10))
+    rates = [dba.lr_at(step, cfg) for step in (5, 10, 60, 80, 85, 90, 100)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.775, 0.55, 0.1])
+
+
+def test_schedule_that_follows_from_flags():
+    for given, schedule, end in ((dict(), "constant", 0.5), (dict(min_lr=0.1), "cosine", 0.1),
+                                 (dict(schedule="cosine"), "cosine", 0.05), (dict(schedule="wsd"), "wsd", 0.05)):
+        cfg = config(dict(lr=0.5, **given))
+        assert (cfg.schedule, cfg.min_lr) == (schedule, pytest.approx(end)), given
+    logged = {name: value for name, value in vars(config(dict(lr=0.5, min_lr=0.1))).items() if name != "schedule"}
+    assert dba.config_of(logged).schedule == "cosine"      # of a log that is older than the flag
+    assert dba.config_of({**logged, "min_lr": 0.5}).schedule == "constant"
 
 
 @pytest.mark.parametrize("warmup", (0, 20))
@@ -470,7 +487,7 @@ def test_a_blank_prompt_starts_a_document():
     words = dba.WordTokenizer(["a", "<eos>", "<unk>"])
     for prompt in (None, "", "  \n"):
         cfg = dba.make_config(mode="sample", ckpt="none", prompt=prompt)
-        assert dba.prompt_ids(cfg, words) == [words.eot]
+        assert list(dba.prompts(cfg, words)) == [[words.eot]]
 
 
 def test_a_checkpoint_older_than_a_flag_has_its_default(tmp_path):

@@ -81,7 +81,7 @@ def test_a_signal_is_answered_at_once(tmp_path, monkeypatch, capfd, name, said):
 
 def test_compile_says_that_it_compiles(tmp_path, monkeypatch):
     make_text(tmp_path)
-    monkeypatch.setattr(train_dba, "compile_model", lambda model: model)
+    monkeypatch.setattr(train_dba, "compile_model", lambda model, device: model)
     result = call(f"{TRAIN} --steps 1 --eval-iters 1 --compile --out-dir run", tmp_path)
     assert_done(result)
     assert "compiling: the first step" in result.stderr

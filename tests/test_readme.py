@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import run_paper_manifest as runner
+import train_dba
 from train_dba import main, make_config, parse_args, stream_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -29,11 +30,13 @@ def commands_of(text):
     """Commands of the fenced blocks of a page, each on one line without its comment."""
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if not re.match("#|export ", line)]         # of a script for Slurm
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
 
 
 COMMANDS = [(page, command) for page, text in TEXT.items() for command in commands_of(text)]
-PYTHON = [(page, re.sub(r"^torchrun \S+ \S+", "python3", c)) for page, c in COMMANDS if re.match("python3|torchrun", c)]
+LAUNCHER = r"(?:srun )?torchrun(?: --\S+ \S+)*(?= train_dba)"
+PYTHON = [(page, re.sub(LAUNCHER, "python3", c)) for page, c in COMMANDS if re.match(f"python3|{LAUNCHER}", c)]
 MAKE = sorted({command for _, command in COMMANDS if command.startswith("make ")}
               | {command for text in TEXT.values() for command in re.findall(r"`(make [^`\n]+)`", text)})
 PAPER = [command for page, command in PYTHON if page == "docs/experiments.md"
@@ -69,7 +72,7 @@ def only_parse(monkeypatch):
 def test_every_kind_of_command_is_shown():
     scripts = {shlex.split(command)[1] for _, command in PYTHON}
     assert scripts >= {"train_dba.py", "prepare_fineweb.py", "eval_dba.py", "run_paper_manifest.py", "vis_heatmap.py"}
-    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match("python3|torchrun|make", c)}
+    assert not {c for _, c in COMMANDS if c} - {c for _, c in COMMANDS if re.match(f"python3|{LAUNCHER}|make", c)}
     evaluations = {shlex.split(command)[2] for _, command in PYTHON if "eval_dba.py" in command}
     assert evaluations == {"ppl", "latency", "memory", "sweep", "probes", "rank", "policy", "tasks"}
 
@@ -93,12 +96,22 @@ def test_make_target_exists(command):
     subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
+def headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_links_resolve(page):
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
         if not link.startswith("http"):
-            assert (folder / link.split("#")[0]).exists(), f"{page}: {link}"
+            path, _, heading = link.partition("#")
+            assert (folder / path).exists(), f"{page}: {link}"
+            assert not heading or heading in headings(folder / path), f"{page}: {link}"
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", TEXT[page]):
+        assert hasattr(getattr(train_dba, owner), name), f"{page}: {owner}.{name}"
     for name in re.findall(r"pip install -r (\S+) -c (\S+?)`", TEXT[page]):
         assert all((ROOT / file).is_file() for file in name)
 
@@ -128,14 +141,14 @@ def test_bytes_of_the_cache_page():
 
 @pytest.fixture
 def tiny_data(tmp_path, monkeypatch):
-    """A working folder with the token files that the pages name, of a few thousand word tokens each."""
+    """A working folder with the token files that the pages name, of some thousand word tokens each."""
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
     words = [f"w{i}" for i in range(48)] + ["<eos>", "<unk>"]
     for name in ("wikitext2", "fineweb_100m"):
         (data / f"{name}.vocab.json").write_text(json.dumps(words))
-        for part, n in (("", 5000), (".val", 2100)):
+        for part, n in (("", 30_000), (".val", 2100)):
             path = data / f"{name}{part}.npy"
             np.save(path, np.random.default_rng(n).integers(0, 50, n).astype(np.uint16))
             info = dict(dataset=name, revision=None, tokenizer="word", vocab_size=50, eot=48, tokens=n, documents=1,
@@ -176,7 +189,7 @@ def test_training_command(command, tiny_data, capsys):
     assert resolved == {**resolved, **given, "steps": 2}
     log = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     assert [line["type"] for line in log] == ["meta", "train", "train", "eval", "done"]
-    assert log[0]["config"] == resolved and log[-2]["val_tokens"] == 2099
+    assert log[0]["config"] == resolved and log[-2]["val_tokens"] == (2999 if "val_frac" in given else 2099)
     page = TEXT["docs/run_folders.md"]
     named = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert named >= {"command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt"}
@@ -189,12 +202,25 @@ def test_sampling_command(command, tiny_data, capsys):
     ckpt = Path(parse_args(shlex.split(command)[2:])["ckpt"])
     tiny = ("--size tiny --d-model 16 --d-ff 16 --layers 1 --n-head 2 --steps 2 --attn-mode decoupled --sem-dim 4 "
             "--geo-dim 8 --dtype float32")
-    assert main(f"--data data/wikitext2.npy --out-dir {ckpt.parent} {tiny}".split()) == 0
-    before = {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+    run = ckpt.parent if ckpt.suffix else ckpt
+    assert main(f"--data data/wikitext2.npy --out-dir {run} {tiny}".split()) == 0
+    before = {path: path.read_bytes() for path in run.iterdir()}
     capsys.readouterr()
     assert main(shlex.split(command)[2:]) == 0
     assert len(capsys.readouterr().out.split()) > 50
-    assert before == {path: path.read_bytes() for path in ckpt.parent.iterdir()}
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_python_of_the_readme(tiny_data, capsys):
+    """The block does what it says with a run of the name that it has."""
+    block, = re.findall(r"^```python\n(.*?)^```", TEXT["README.md"], re.MULTILINE | re.DOTALL)
+    run = re.search(r'load_checkpoint\("(.*?)"\)', block)[1]
+    flags = f"--tokenizer byte --out-dir {run} --size tiny --steps 2".split()
+    assert main(["--data", str(ROOT / "README.md"), *flags]) == 0
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    nats, text = capsys.readouterr().out.split(" ", 1)
+    assert 4 < float(nats) < 7 and text.startswith("b")
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The sampling flags of the KV cache: what the start line says, what is refused, what is generated."""
 
+import io
 import math
 import re
 import shutil
@@ -14,7 +15,7 @@ from reference import QUANTISED, randomize
 from test_cache import HETERO, cost
 from train_dba import FORMATS, compare_bytes, make_config
 
-SAMPLE = "--mode sample --ckpt {}/last.pt --device cpu --dtype float32 --max-new-tokens 8 --prompt ab"
+SAMPLE = "--mode sample --ckpt {}/last.pt --device cpu --dtype float32 --max-new-tokens 8 --no-stop-at-eot --prompt ab"
 TRAINED = {                                                # flags, channels of the streams; d_model 32, two heads of 16
     "standard": ("", dict(k=32, v=32)),
     "bottleneck": ("--attn-dim 36", dict(k=36, v=36)),
@@ -225,7 +226,7 @@ def test_a_run_folder_means_its_best_checkpoint(tmp_path):
     folder, file = (call(f"--mode sample --device cpu --dtype float32 --max-new-tokens 8 --ckpt {ckpt}", tmp_path)
                     for ckpt in ("run", "run/best.pt"))
     assert_done(folder)
-    assert folder == file
+    assert (folder.code, folder.stdout) == (file.code, file.stdout)
     (tmp_path / "run/best.pt").unlink()
     assert_error(call("--mode sample --ckpt run", tmp_path), "run/best.pt is not a file", "make checkpoints")
 
@@ -249,3 +250,63 @@ def test_an_ascii_terminal(trained, monkeypatch):
     assert_done(result)
     assert result.stdout.startswith("mn?") and "Traceback" not in result.stderr
     assert_done(cli("--help", trained))
+
+
+# --- Prompts and ends
+
+def test_prompts_from_files_and_standard_input(trained, monkeypatch):
+    def reading(text, flags):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        return call(flags, trained)
+
+    (trained / "prompt.txt").write_text("ab")
+    greedy = f"{SAMPLE.format('gqa')} --temperature 0"
+    expected = call(greedy, trained).stdout
+    assert expected.startswith("ab") and len(expected) > 4
+    without = greedy.replace("--prompt ab", "")
+    assert call(f"{without} --prompt-file prompt.txt", trained).stdout == expected
+    assert reading("ab", f"{without} --prompt -").stdout == expected
+    both = reading("ab\nab\n", f"{without} --interactive")
+    assert both.stdout == expected * 2 and both.stderr.count("tokens: the first after") == 2
+    assert_error(call(f"{without} --prompt-file none.txt", trained), "--prompt-file none.txt can't be read")
+    assert_error(call(f"{without} --prompt x --interactive", trained), "--prompt and --interactive exclude each other")
+
+
+def test_samples_count_seeds_up(trained):
+    flags = SAMPLE.format("decoupled")
+    two = call(f"{flags} --num-samples 2 --seed 7", trained)
+    assert two.stdout == "".join(call(f"{flags} --seed {seed}", trained).stdout for seed in (7, 8))
+    assert two.stderr.count("8 tokens: the first after") == 2
+
+
+class Letters:
+    """A tokenizer that spells ids as letters."""
+    name, eot = "letters", 0
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i) for i in ids).encode()
+
+
+def test_the_text_before_a_stop(capsys):
+    """Neither it nor a beginning of it is shown; a beginning that comes to nothing is, at the end."""
+    for stop, shown in (("ef", "abcd"), ("bcd", "a"), ("gh", "abcdefg"), ("cx", "abcdefg")):
+        printer = train_dba.Printer(Letters(), stop)
+        for i in range(7):
+            if printer.add([i]):
+                break
+        printer.end()
+        assert capsys.readouterr().out == shown + "\n", stop
+
+
+def test_the_end_of_a_document(trained, monkeypatch, capsys):
+    model = train_dba.load_model(train_dba.load_checkpoint(trained / "gqa/last.pt"))
+    cfg = make_config(mode="sample", ckpt="-", max_new_tokens=5)
+    cache = train_dba.KVCache(model.cfg, 1, 8, "fp32")
+    for eot, count in ((99, 5), (1, 2)):
+        drawn = torch.tensor([2, 1, 2, 2, 2]).view(5, 1, 1)
+        monkeypatch.setattr(train_dba, "generate", lambda *args: iter(drawn))
+        tokenizer = Letters()
+        tokenizer.eot = eot
+        train_dba.continue_text(model, tokenizer, [3], cache, cfg, 0)
+        said = capsys.readouterr()
+        assert f"{count} tokens" in said.err and said.out == ("dcbccc\n" if eot == 99 else "dc\n")

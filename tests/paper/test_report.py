@@ -235,8 +235,8 @@ def test_two_sets_of_the_manifest_share_no_panel(tmp_path):
         write_run(tmp_path / group / "standard_s1", seed=1)
         write_run(tmp_path / group / "gqa_s1", seed=1, attn_mode="gqa", kv_head=2)
     drawn = collect.panels(collect.collect(tmp_path, {})["series"])
-    assert [(title.split(":")[0], len(members)) for title, members in drawn] == [("equal_cache/headline", 2),
-                                                                                ("cpu_mini/modes", 2)]
+    assert [(title.split(":")[0], len(members)) for title, members in drawn] == [("cpu_mini/modes", 2),
+                                                                                ("equal_cache/headline", 2)]
 
 
 def test_moved_data_are_the_same(tmp_path):

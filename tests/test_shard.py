@@ -1,0 +1,183 @@
+"""--shard and --activation-checkpointing, two processes on one CPU: the curve of one process, and its checkpoints."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dba
+from helpers import TRAIN, TRAINER, assert_done, assert_error, call, finish, losses, make_text, read_log, start
+from test_ddp import TORCHRUN
+
+# An odd --d-ff: the ranks' parts of a matrix are not of one size.
+RUN = (f"{TRAIN} --d-model 64 --layers 2 --d-ff 129 --block 32 --attn-mode decoupled --tie-qk --null-attn "
+       "--learned-temp --lr 1e-3 --grad-accum 2 --micro-batch 2 --grad-clip 0.5 --eval-every 8 --eval-iters 3 "
+       "--save-every 4")
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {path!r})
+import torch
+import train_dba
+{before}
+code = train_dba.main()
+{after}
+sys.exit(code)
+"""
+
+
+def script(folder, before, after=""):
+    """A program that changes the trainer before it runs it."""
+    path = folder / "changed.py"
+    path.write_text(SCRIPT.format(path=str(Path(TRAINER).parent), before=before, after=after))
+    return path
+
+
+def ranks(count, args, cwd, program=TRAINER, options=()):
+    return finish(start(args, cwd, [*TORCHRUN, str(count), *options, str(program)]))
+
+
+def assert_curve(folder, other, steps, loss=1e-5, norm=1e-4):
+    """The first steps of both runs have the same losses and gradient norms, within a relative error."""
+    expected, seen = ([line for line in losses(path) if line["step"] <= steps] for path in (folder, other))
+    assert [(line["type"], line["step"]) for line in expected] == [(line["type"], line["step"]) for line in seen]
+    assert sum(line["type"] == "train" for line in seen) == steps
+    for a, b in zip(expected, seen):
+        limits = {"grad_norm": norm, "loss": loss, "val_loss": loss, "best_val_loss": loss}
+        for key in limits.keys() & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=limits[key]), (a, b)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shard")
+    make_text(folder)
+    assert_done(call(f"{RUN} --steps 32 --out-dir one", folder))
+    return folder
+
+
+BACKEND = """
+compile_with = torch.compile
+torch.compile = lambda function, **how: compile_with(function, backend="aot_eager", **how)
+"""
+
+
+def test_sharded_checkpointed_and_compiled_runs_follow_the_curve_of_one_rank(folder, tmp_path):
+    """Compiled without Inductor's kernels, which would take a minute."""
+    program = script(tmp_path, BACKEND, 'print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])')
+    result = ranks(2, f"{RUN} --steps 32 --shard --activation-checkpointing --compile --out-dir both", folder, program)
+    assert_done(result)
+    assert min(map(int, re.findall(r"graphs: (\d+)", result.stdout))) >= 2, result.stdout
+    assert_curve(folder / "one", folder / "both", 32)
+
+
+def same_tensors(expected, seen):
+    assert expected.keys() == seen.keys()
+    for name, a in expected.items():
+        assert type(seen[name]) is torch.Tensor and seen[name].dtype == a.dtype
+        torch.testing.assert_close(seen[name], a, atol=1e-4, rtol=0, msg=name)
+
+
+def test_runs_go_on_in_all_orders_of_ranks(folder):
+    """Two ranks, sharded, one, two, sharded, two, not sharded: one plain last.pt, which each of them can read."""
+    flags = f"{RUN} --out-dir turns --steps"
+    assert_done(ranks(2, f"{flags} 8 --shard", folder))
+    assert read_log(folder / "turns")[0]["config"]["shard"]
+    sampled = call("--mode sample --ckpt turns --prompt a --temperature 0 --max-new-tokens 3", folder)
+    assert_done(sampled)
+    assert_done(call(f"{flags} 16 --activation-checkpointing", folder))
+    assert_done(ranks(2, f"{flags} 24 --shard --activation-checkpointing", folder))
+    assert_done(ranks(2, f"{flags} 32", folder))
+    assert [line["type"] for line in read_log(folder / "turns")].count("resume_meta") == 3
+    assert_curve(folder / "one", folder / "turns", 32)
+    one, turns = (train_dba.load_checkpoint(folder / name / "last.pt") for name in ("one", "turns"))
+    same_tensors(one["model"], turns["model"])
+    for i, state in one["optimizer"]["state"].items():
+        same_tensors(state, turns["optimizer"]["state"][i])
+    assert one["rng"] == turns["rng"]
+
+
+WATCHED = """
+shard_model = train_dba.shard_model
+def watched(model, *args):
+    model = shard_model(model, *args)
+    up, norm = model.blocks[0].mlp.up, model.blocks[0].mlp_norm
+    norm.register_forward_hook(lambda _, x, y: seen.append((up.weight.dtype, y.dtype, model.embed.weight.dtype)))
+    whole, own = (sum(p.numel() for p in parts) for parts in (model.parameters(), [
+        p.to_local() for p in model.parameters()]))
+    print(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}", flush=True)
+    return model
+seen, train_dba.shard_model = [], watched
+"""
+
+
+def test_blocks_are_gathered_in_bfloat16_and_norms_are_float32(folder, tmp_path):
+    flags = f"{RUN} --dtype bfloat16 --steps 10 --out-dir"
+    assert_done(call(f"{flags} bf16", folder))
+    result = ranks(2, f"{flags} bf16_sharded --shard", folder, script(tmp_path, WATCHED, "print(set(seen))"))
+    assert_done(result)
+    assert result.stdout.count("(2,) (Shard(dim=0),) 0.50") == 2
+    assert result.stdout.count("{(torch.bfloat16, torch.float32, torch.float32)}") == 2, result.stdout
+    assert_curve(folder / "bf16", folder / "bf16_sharded", 10, loss=5e-4, norm=5e-3)
+    model = train_dba.load_checkpoint(folder / "bf16_sharded/last.pt")["model"]
+    assert {tensor.dtype for tensor in model.values()} == {torch.float32}
+
+
+def test_nodes_hold_copies_of_what_their_ranks_share(folder, tmp_path):
+    """Four ranks that take themselves for two nodes of two."""
+    program = script(tmp_path, 'os.environ["LOCAL_WORLD_SIZE"] = "2"' + WATCHED)
+    result = ranks(4, f"{RUN} --steps 8 --shard --out-dir nodes", folder, program)
+    assert_done(result)
+    assert result.stdout.count("(2, 2) (Replicate(), Shard(dim=0)) 0.50") == 4, result.stdout
+    assert_curve(folder / "one", folder / "nodes", 8)
+    assert (folder / "nodes/command.txt").read_text().startswith(
+        'torchrun --nproc-per-node 2 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint "$HEAD" train_dba.py --data ')
+
+
+KILLED = """
+draw, drawn = train_dba.sample_batch, []
+def killing(*args):
+    drawn.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(drawn) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(*args)
+train_dba.sample_batch = killing
+"""
+
+
+def test_torchrun_starts_again_after_a_kill(folder, tmp_path):
+    program = script(tmp_path, KILLED)
+    assert_done(ranks(2, f"{RUN} --steps 12 --shard --out-dir again", folder, program, ["--max-restarts", "1"]))
+    log = read_log(folder / "again")
+    assert [line["step"] for line in log if line["type"] == "resume_meta"] == [4]
+    assert log[-1]["type"] == "done"
+    assert_curve(folder / "one", folder / "again", 11)
+
+
+def test_ranks_that_do_not_all_shard_are_refused(folder, tmp_path):
+    program = script(tmp_path, 'sys.argv += ["--shard"] * (os.environ["RANK"] == "1")')
+    result = ranks(2, f"{RUN} --steps 3 --out-dir half", folder, program)
+    assert result.code != 0 and not (folder / "half").exists()
+    assert re.search(r"(?m)^error: the ranks don't see the same run \(shard False and of 1 x 2\)", result.stderr)
+
+
+def test_shard_needs_ranks(folder):
+    assert_error(call(f"{RUN} --steps 3 --shard --out-dir alone", folder), "--shard", "torchrun")
+    assert not (folder / "alone").exists()
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    """Dropout too: a block that runs again has the masks of the first time."""
+    results, kept = [], []
+    for switch in (False, True):
+        torch.manual_seed(0)
+        cfg = train_dba.make_config(data="x", size="tiny", activation_checkpointing=switch, dropout=0.2)
+        model, x = train_dba.GPT(cfg, 256).init_weights(), torch.arange(64)[None]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            loss = model(x, x)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert kept[1] < kept[0] / 4
