@@ -151,7 +151,8 @@ heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/demo/sta
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	for name in train_speed loss_memory tokenize_speed decode_speed prefill_speed long_context; do \
 	$(PY) benchmarks/$$name.py --out $(RUNS)/bench/$$name.json || exit 1; done
-	$(if $(filter gpu,$(GPU)),$(PY) bench_dba.py gpu --out $(RUNS)/bench/gpu && $(PY) plot_scale.py $(if $(filter runs,$(RUNS)),,--bench $(RUNS)/bench --out $(ASSETS) --page ""))
+	$(if $(filter gpu,$(GPU)),$(PY) bench_dba.py gpu --out $(RUNS)/bench/gpu)
+	$(if $(filter gpuruns,$(GPU)$(RUNS)),$(PY) plot_scale.py)
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
 	$(PY) benchmarks/cache_quality.py $(BOTH:%=$(CKPTS)/%) --out $(RUNS)/bench/cache_quality.json
 

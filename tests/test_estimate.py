@@ -85,11 +85,12 @@ def config(**settings):
     return make_config(data="-", layers=LAYERS, **settings)
 
 
-@pytest.mark.parametrize("settings", [*CASES.values(), *EAGER.values()], ids=[*CASES, *EAGER])
-def test_an_eager_step_peaks_at_the_formula(settings):
-    cfg = config(**settings)
+@pytest.mark.parametrize("name", [*CASES, *EAGER])
+def test_an_eager_step_peaks_at_the_formula(name):
+    cfg = config(**{**CASES, **EAGER}[name])
     _, peak = tracked(cfg)
-    assert estimate.training_memory(cfg, VOCAB, on_gpu=False)["peak"] == pytest.approx(peak, rel=0.05)
+    near = pytest.approx(peak, rel=0.01 if name in CASES else 0.05)
+    assert estimate.training_memory(cfg, VOCAB, on_gpu=False)["peak"] == near
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
@@ -101,7 +102,7 @@ def test_a_compiled_step_keeps_what_the_formula_says(settings):
     tokens = (cfg.micro_batch or cfg.batch_size) * cfg.block
     last_norm_and_loss = tokens * cfg.d_model * (2 * estimate.FULL + estimate.HALF)
     kept, _ = tracked(cfg)
-    assert parts["peak"] - parts["working"] + last_norm_and_loss == pytest.approx(kept, rel=0.05)
+    assert parts["peak"] - parts["working"] + last_norm_and_loss == pytest.approx(kept, rel=0.01)
 
 
 def measured_steps():
@@ -112,7 +113,7 @@ def measured_steps():
 @measured_steps()
 def test_the_formula_is_what_a_gpu_measured(row):
     cfg = make_config(data="-", exp=row["case"], batch_size=row["micro"], block=row["block"], compile=row["compiled"])
-    assert estimate.training_memory(cfg, VOCAB)["peak"] / 2**30 == pytest.approx(row["gib"], rel=0.05)
+    assert estimate.training_memory(cfg, VOCAB)["peak"] / 2**30 == pytest.approx(row["gib"], rel=0.02)
 
 
 def test_utilisation_is_measured_or_says_that_it_is_not(tmp_path):
