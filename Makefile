@@ -36,7 +36,7 @@ BOTH = standard decoupled
 
 .DELETE_ON_ERROR:
 .PHONY: help env demo test test_eval lint kill_test setup fineweb compare checkpoints dry_run replicate_paper figures \
-	report memory heatmap bench cache_quality evaluations llama bottleneck96 gqa small128 long1024 long2048 \
+	launch_1b report memory heatmap bench cache_quality evaluations llama bottleneck96 gqa small128 long1024 long2048 \
 	$(foreach mode,$(BOTH),$(mode) demo_$(mode) checkpoint_$(mode) evaluate_$(mode) fineweb_$(mode))
 
 help:  ## list the targets
@@ -127,9 +127,12 @@ JOBS ?= $(if $(filter gpu,$(GPU)),1,2)
 GROUPS_cpu = cpu_mini
 GROUPS_gpu = cpu_mini wikitext2
 GROUPS_full = cpu_mini wikitext2 fineweb100m local_12l a100_1b
-DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b 20b)
-dry_run: env  ## what replicate_paper would run: commands, sizes, FLOPs, time
+DATA_full = $(patsubst %,$(DATA)/fineweb_%.json,100m 100m_word 1b)
+dry_run: env  ## what replicate_paper would run, and what of it is finished: sizes and time
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --dry-run
+launch_1b: env $(if $(RUN),$(DATA)/fineweb_1b.json)  ## 1B suite: ROW=decoupled8_32 FOR=h100, h200, a100; RUN=1 starts
+	$(MANIFEST) a100_1b --only modes/$(or $(ROW),baseline)_s $(if $(RUN),,--dry-run --for $(or $(FOR),h100)) -- \
+	--compile --micro-batch 8 $(FLAGS)
 replicate_paper: setup $(DATA_$(SCALE))  ## all runs of SCALE (cpu, gpu or full), then figures and claims
 	$(MANIFEST) $(GROUPS_$(SCALE)) --jobs $(JOBS) --post-ppl $(MANIFEST_FLAGS) || touch $(RUNS)/failed
 	$(MAKE) -j1 checkpoints memory report
@@ -148,6 +151,8 @@ heatmap: env  ## attention maps of a checkpoint: make heatmap CKPT=runs/demo/sta
 bench: env  ## speed of training, tokenisation and decoding against baselines; memory of the loss and of long prompts
 	for name in train_speed loss_memory tokenize_speed decode_speed prefill_speed long_context; do \
 	$(PY) benchmarks/$$name.py --out $(RUNS)/bench/$$name.json || exit 1; done
+	$(if $(filter gpu,$(GPU)),$(PY) bench_dba.py gpu --out $(RUNS)/bench/gpu)
+	$(if $(filter gpuruns,$(GPU)$(RUNS)),$(PY) plot_scale.py)
 cache_quality: checkpoints  ## what each format of the KV cache costs in quality, on the two small checkpoints
 	$(PY) benchmarks/cache_quality.py $(BOTH:%=$(CKPTS)/%) --out $(RUNS)/bench/cache_quality.json
 

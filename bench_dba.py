@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_dba
+from estimate import model_flops, peak_of, training_memory
 from train_dba import (
     GPT,
     KVCache,
@@ -56,7 +57,6 @@ from train_dba import (
 )
 
 VOCAB = 50_257                                             # GPT-2's
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}   # FLOP/s in dense bfloat16
 CASES = ("paper_baseline", "paper_gqa", "paper_decoupled", "paper_decoupled_sem8", "paper_mla", "llama")
 
 
@@ -102,9 +102,8 @@ def captured(call, device):
 
 
 def peak_flops(device):
-    """FLOP/s of the device's data sheet, or None for one that PEAKS doesn't list."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if all(word in name for word in part.split())), None)
+    """FLOP/s of the device's data sheet, or None for one that estimate.py doesn't list."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def forget(device):
@@ -164,7 +163,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 def sdpa(device, toy):
     """Forward and backward of causal attention as attend() calls it, by PyTorch's own choice and by each back-end."""
-    B, T, half = (1, 128, torch.bfloat16) if toy else (8, 2048, torch.bfloat16)
+    B, T, half = (1, 32, torch.bfloat16) if toy else (8, 2048, torch.bfloat16)
     for name, H, G, w, null in WIDTHS:
         q, k, v = (torch.randn(B, heads, T, width, device=device, dtype=half, requires_grad=True)
                    for heads, width in ((H, w + null), (G, w), (G, w)))
@@ -188,7 +187,7 @@ def sdpa(device, toy):
 
 def loss(device, toy):
     """The loss and its gradients alone, chunked in several ways, compiled and not, and PyTorch's own in one piece."""
-    N, D = (256, 64) if toy else (16_384, 2048)
+    N, D = (64, 64) if toy else (16_384, 2048)
     h = torch.randn(N, D, device=device, requires_grad=True)
     weight = torch.randn(-(-VOCAB // 64) * 64, D, device=device).mul_(0.02).requires_grad_()
     targets = torch.randint(VOCAB, (N,), device=device)
@@ -204,7 +203,7 @@ def loss(device, toy):
 
     compiled = torch.compile(train_dba.nll_and_grad, dynamic=False)
     calls = {}
-    for chunk in (20_000_000, 100_000_000, 400_000_000, 10**9):
+    for chunk in (20_000_000,) if toy else (20_000_000, 100_000_000, 400_000_000, 10**9):
         calls[f"ours, {chunk // 10**6}M logits"] = chunk, partial(ours, train_dba.nll_and_grad)
         calls[f"ours, {chunk // 10**6}M logits, compiled"] = chunk, partial(ours, compiled)
     calls["full logits"] = 0, plain
@@ -257,16 +256,9 @@ def stepper(case, cfg, device, dtype):
     return step
 
 
-def model_flops(cfg, causal=True):
-    """FLOPs of a training step's token, as the docstring of this file counts them."""
-    params = count_params(cfg, VOCAB)
-    width = sum(path.width for path in cfg.attention.paths) + cfg.attention.v_width
-    attention = 6 * cfg.layers * cfg.n_head * width * cfg.block
-    return 6 * (params["total"] - params["norm"] - params["null"]) + attention / (2 if causal else 1)
-
-
 def measured_steps(case, cfg, device, steps):
-    """A row: tokens/s and their share of the peak, memory, over `steps` steps after two that compile and allocate."""
+    """A row: tokens/s and their share of the peak, memory beside its formula, over `steps` steps after two that compile
+    and allocate."""
     forget(device)
     dtype, _ = pick_dtype("auto", device)
     row = dict(case=case, micro=cfg.batch_size, block=cfg.block, compiled=cfg.compile, dtype=str(dtype)[6:],
@@ -282,11 +274,14 @@ def measured_steps(case, cfg, device, steps):
     except ImportError as e:
         return {**row, "tok_s": None, "why": f"no {e.name}"}
     rates = [cfg.tokens_per_step / seconds for seconds in times]
-    peak, rate = peak_flops(device), statistics.median(rates)
+    peak, rate, flops = peak_flops(device), statistics.median(rates), model_flops(cfg, VOCAB)
+    by_formula = None
+    if case != "llama" and dtype != torch.float32:
+        by_formula = training_memory(cfg, VOCAB, device.type == "cuda")["peak"] / 2**30
     row |= dict(tok_s=rate, slowest=min(rates), fastest=max(rates), ms=1000 * statistics.median(times), first_s=first,
-                model_tflops=1e-12 * rate * model_flops(cfg), mfu=rate * model_flops(cfg) / peak if peak else None,
-                mfu_full=rate * model_flops(cfg, causal=False) / peak if peak else None,
-                gib=peak_memory(device) / 2**30)
+                model_tflops=1e-12 * rate * flops, mfu=rate * flops / peak if peak else None,
+                mfu_full=rate * model_flops(cfg, VOCAB, causal=False) / peak if peak else None,
+                gib=peak_memory(device) / 2**30, formula_gib=by_formula)
     return row
 
 
@@ -301,10 +296,10 @@ def train(device, toy, cases=(), micro=(), compile=True, layers=None, steps=None
                 ("paper_gqa", 8, True), ("paper_baseline", 8, False), ("paper_decoupled_sem8", 8, False),
                 ("llama", 8, True), ("paper_mla", 8, True), ("paper_baseline", 16, True),
                 ("paper_decoupled_sem8", 16, True), ("paper_baseline", 2, True), ("paper_baseline", 8, True)]
+    if toy:
+        plan = dict.fromkeys((case, 2, False) for case, _, _ in plan)           # each case once
     base = None
     for case, m, compiled in plan:
-        if toy:
-            m, compiled = 2, False
         cfg = make_config(data="-", exp="paper_baseline" if case == "llama" else case, batch_size=m, compile=compiled,
                           **sizes)
         row = measured_steps(case, cfg, device, steps or (2 if toy else 6))
@@ -316,8 +311,8 @@ def small(device, toy):
     """The papers' WikiText-2 configuration, whose steps are short: the batch at which the device is busy."""
     for case, batch, compiled in itertools.product(("standard", "decoupled"), (8,) if toy else (8, 64, 256),
                                                    (False,) if toy else (False, True)):
-        cfg = make_config(data="-", size="small", attn_mode=case, batch_size=batch, compile=compiled,
-                          layers=1 if toy else 6)
+        sizes = dict(layers=1, block=32) if toy else {}
+        cfg = make_config(data="-", size="small", attn_mode=case, batch_size=batch, compile=compiled, **sizes)
         yield measured_steps(case, cfg, device, 2 if toy else 10)
 
 

@@ -2,6 +2,7 @@
 Run what paper_manifest.json lists: groups of training runs that replicate the papers, and fair versions of them.
 
     python3 run_paper_manifest.py --group cpu_mini --dry-run
+    python3 run_paper_manifest.py --group a100_1b --dry-run --for h100 -- --compile --micro-batch 8
     python3 run_paper_manifest.py --group cpu_mini --jobs 2
     python3 run_paper_manifest.py --group wikitext2 --only fair/standard512 fair/decoupled32_64 --seeds 1337
     python3 run_paper_manifest.py --group wikitext2 --only compare/ -- --compile --device cuda
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from estimate import PEAKS, model_flops, training_memory, utilisation
 from train_dba import (
     BROKEN,
     DEFAULTS,
@@ -53,6 +55,7 @@ from train_dba import (
 )
 
 HERE = Path(__file__).parent
+GPUS = ("H100", "H200", "A100")                            # of --for
 CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": str, "margin": float}
 SET = {"about", "base", "rows", "seeds", "rate_seeds", "lrs", "data", "vocab_size"}
 KINDS = ("better", "no_worse", "equivalent")               # of contrasts
@@ -78,11 +81,23 @@ class Run:
 
     @property
     def flops(self):
-        """6 per parameter and token, and both products of causal attention, thrice (forward, backward)."""
-        cfg, shape = self.cfg, self.cfg.attention
-        width = sum(path.width for path in shape.paths) + shape.v_width
-        attention = 6 * cfg.layers * cfg.n_head * width * cfg.block / 2
-        return self.tokens * (6 * count_params(cfg, self.vocab_size)["total"] + attention)
+        return self.tokens * model_flops(self.cfg, self.vocab_size)
+
+    @property
+    def tokens_done(self):
+        """Tokens that its log tells of."""
+        log = Path(self.cfg.out_dir) / "train.jsonl"
+        for line in reversed(log.read_text().splitlines() if log.is_file() else []):
+            try:
+                if "tokens" in (fields := json.loads(line)):
+                    return fields["tokens"]
+            except ValueError:                             # a line that is being written
+                pass
+        return 0
+
+    @property
+    def is_finished(self):
+        return self.tokens_done >= self.tokens
 
     @property
     def best(self):
@@ -201,38 +216,108 @@ def product_rate(cfg, device, seconds=0.2):
     return count * 2 * size**3 / (time.perf_counter() - started), str(dtype).removeprefix("torch.")
 
 
-def hours(seconds):
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def short(n):
+    """A count in three digits: 655M."""
+    units = iter("kMBT")
+    unit = ""
+    while n >= 999.5:
+        n, unit = n / 1000, next(units)
+    return f"{n:#.3g}".rstrip(".") + unit if unit else f"{n}"
 
 
-def describe(runs, device):
-    """Print commands, sizes and the least time that they take here; needs no data, and builds no model."""
-    rates, total = {}, 0.0                                 # of runs with products of one shape; seconds
+def duration(seconds):
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 96 * 3600 else f"{seconds / 86_400:.1f} days"
+
+
+def aligned(rows):
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  " + "  ".join(cells))
+    return lines
+
+
+def span(values, form):
+    """The least and the largest, or what they both are."""
+    ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def rates_here(runs, device):
+    """({run: FLOP/s} of matrix products of its shape and type on this device, what that is)"""
+    measured, rates = {}, {}
     for run in runs:
-        cfg, params = run.cfg, count_params(run.cfg, run.vocab_size)["total"]
+        cfg = run.cfg
         shape = cfg.dtype, cfg.batch_size * cfg.block, cfg.d_model, cfg.d_ff
-        if shape not in rates:
-            rates[shape] = product_rate(cfg, device)
-        rate, dtype = rates[shape]
-        total += run.flops / rate
-        print(f"{run.name}: {params:,} parameters, KV {bytes_per_token(cfg, 'fp16'):,} B/token in fp16, "
-              f"{run.tokens / 1e6:.2f}M tokens, {run.flops:.2e} FLOPs, at least {hours(run.flops / rate)} at "
-              f"{rate / 1e12:.3g} TFLOP/s in {dtype}\n    train_dba.py {shlex.join(run.command())}")
-    flops = sum(run.flops for run in runs)
-    print(f"{len(runs)} runs, {sum(run.tokens for run in runs) / 1e6:.1f}M tokens, {flops:.2e} FLOPs; at "
-          f"{flops / total / 1e12:.3g} TFLOP/s, of matrix products on this {device.type}, at least {hours(total)}")
+        if shape not in measured:
+            measured[shape] = product_rate(cfg, device)
+        rates[run.name] = measured[shape][0]
+    by_dtype = {}
+    for rate, dtype in measured.values():
+        by_dtype.setdefault(dtype, []).append(rate / 1e12)
+    said = ", ".join(f"{span(teraflops, '.3g')} TFLOP/s in {dtype}" for dtype, teraflops in by_dtype.items())
+    return rates, f"at least: at the rate of matrix products alone on this {device.type}, {said}"
 
 
-def progress(run):
-    """Tokens that a run's log tells of."""
-    log = Path(run.cfg.out_dir) / "train.jsonl"
-    for line in reversed(log.read_text().splitlines() if log.is_file() else []):
-        try:
-            if "tokens" in (fields := json.loads(line)):
-                return fields["tokens"]
-        except ValueError:                                 # a line that is being written
-            pass
-    return 0
+def rates_of(gpu, runs):
+    """The same of a GPU by its name: its peak, and the share of it that was measured or is assumed."""
+    rates, by_source = {}, {}
+    for run in runs:
+        share, source = utilisation(run.cfg, Path(os.path.relpath(HERE / "runs/bench")))
+        rates[run.name] = share * PEAKS[gpu]
+        by_source.setdefault(source, []).append(100 * share)
+    said = ", ".join(f"{span(percent, '.0f')} % of it ({source})" for source, percent in by_source.items())
+    return rates, f"estimated for one {gpu}: {PEAKS[gpu] / 1e12:.0f} TFLOP/s in bfloat16 at its peak, {said}"
+
+
+def gib(n):
+    return f"{n / 2**30:.1f} GiB"
+
+
+def set_rows(runs, rates, on_gpu):
+    """A head, and a row for each row of a set: its runs over rates and seeds, how many are finished, and of each of
+    them the parameters, cache, tokens read, training memory (of a GPU, under autocast) and time."""
+    rows = [["", "runs", "finished", "parameters", "KV a token", "reads", *["memory"] * on_gpu, "time"]]
+    by_row = {}
+    for run in runs:
+        by_row.setdefault(run.row, []).append(run)
+    for name, members in by_row.items():
+        run, done = members[0], sum(member.is_finished for member in members)
+        memory = "-" if run.cfg.dtype == "float32" else gib(training_memory(run.cfg, run.vocab_size)["peak"])
+        rows.append([name.rsplit("/", 1)[1], f"{len(members)}", "all" if done == len(members) else f"{done}",
+                     short(count_params(run.cfg, run.vocab_size)["total"]),
+                     short(bytes_per_token(run.cfg, "fp16")) + "B", short(run.tokens), *[memory] * on_gpu,
+                     duration(run.flops / rates[run.name])])
+    return rows
+
+
+def describe(runs, device, gpu):
+    """Print what the runs are, a table a set, and what they would take: on this device, or on a GPU by its name. Of a
+    single run its memory by part and its command too. Needs no data, and builds no model."""
+    rates, said = rates_of(gpu, runs) if gpu else rates_here(runs, device)
+    on_gpu = bool(gpu) or device.type == "cuda"
+    by_set = {}
+    for run in runs:
+        by_set.setdefault(run.row.rsplit("/", 1)[0], []).append(run)
+    for name, members in by_set.items():
+        print(name, *aligned(set_rows(members, rates, on_gpu)), "", sep="\n")
+    left = [run for run in runs if not run.is_finished]
+    seconds = sum(run.flops / rates[run.name] for run in left)
+    print(f"KV cache in fp16; time {said}.")
+    if len(runs) == 1:
+        run, = runs
+        if on_gpu and run.cfg.dtype != "float32":
+            parts = training_memory(run.cfg, run.vocab_size)
+            print("Memory by formula:", ", ".join(f"{part} {gib(n)}" for part, n in parts.items() if n) + ".")
+        print(f"{run.name}:\n  train_dba.py {shlex.join(run.command())}")
+    print(f"{len(left)} of {len(runs)} runs are to be made: {short(sum(run.tokens for run in left))} tokens to read, "
+          f"{duration(seconds)}")
 
 
 class Runner:
@@ -275,8 +360,8 @@ class Runner:
 def run_all(runs, jobs, post):
     """Run all, each followed by the commands that `post` makes of it; a bar counts tokens. Returns the exit code."""
     runner, failed = Runner(jobs, post), []
-    bar = tqdm(total=sum(run.tokens for run in runs), initial=sum(map(progress, runs)), unit="tok", unit_scale=True,
-               dynamic_ncols=True, desc=f"{len(runs)} runs")
+    bar = tqdm(total=sum(run.tokens for run in runs), initial=sum(run.tokens_done for run in runs), unit="tok",
+               unit_scale=True, dynamic_ncols=True, desc=f"{len(runs)} runs")
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(runner.run, run) for run in runs]
         try:
@@ -284,10 +369,10 @@ def run_all(runs, jobs, post):
                 time.sleep(1)
                 done = sum(future.done() for future in futures)
                 bar.set_postfix_str(f"{done} done", refresh=False)
-                bar.update(sum(map(progress, runs)) - bar.n)
+                bar.update(sum(run.tokens_done for run in runs) - bar.n)
         except KeyboardInterrupt:
             runner.stop()
-    bar.update(sum(map(progress, runs)) - bar.n)
+    bar.update(sum(run.tokens_done for run in runs) - bar.n)
     bar.close()
     for run, future in zip(runs, futures):
         if code := future.result():
@@ -314,7 +399,9 @@ def main(argv=None):
     parser.add_argument("--runs", default="runs", help="where run folders go (runs)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
-    parser.add_argument("--dry-run", action="store_true", help="print commands, sizes and time, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what is finished, sizes and time; run nothing")
+    parser.add_argument("--for", dest="gpu", type=str.upper, choices=GPUS,
+                        help="dry run for one such GPU in place of this device: " + ", ".join(GPUS).lower())
     parser.add_argument("--post-mem128k", action="append_const", dest="post", default=[], const=Run.post_mem128k,
                         help="then measure each checkpoint's KV memory at 128k tokens")
     parser.add_argument("--post-ppl", action="append_const", dest="post", const=Run.post_ppl,
@@ -324,13 +411,15 @@ def main(argv=None):
     try:
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} must be at least 1")
+        if args.gpu and not args.dry_run:
+            raise UserError(f"--for {args.gpu} estimates, and belongs to --dry-run")
         overrides = {name: value for name, value in (("steps", args.steps), ("device", args.device)) if value}
         overrides |= parse_args(args.flags)
         runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
                          overrides.items())
         device = pick_device(args.device)
         if args.dry_run:
-            describe(runs, device)
+            describe(runs, device, args.gpu)
             return 0
         ready = [run for run in runs if Path(run.cfg.data).is_file()]
         code = run_all(ready, args.jobs, args.post) if ready else 1

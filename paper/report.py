@@ -254,7 +254,7 @@ def bullets(sentences: list[str]) -> list[str]:
 def replace_block(text: str, content: str) -> str:
     """text with what stands between the README's marks replaced. Raises UserError where it lacks them."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise UserError(f"the README lacks the marks {BEGIN} and {END}; add them, once each, where the results belong")
+        raise UserError(f"the page lacks the marks {BEGIN} and {END}; add them, once each, where the results belong")
     return f"{text[:text.index(BEGIN) + len(BEGIN)]}\n{content}\n{text[text.index(END):]}"
 
 

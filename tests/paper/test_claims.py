@@ -1,6 +1,7 @@
 """The papers' manifest and its runner, the ledger of claims, and the statistics behind the figures."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import run_paper_manifest as runner
+from estimate import training_memory
 from helpers import environment
 from paper import claims, rules
 from paper.collect import choose_rates, read_run
-from train_dba import UserError, bytes_per_token, count_params, parse_args
+from train_dba import UserError, bytes_per_token, count_params, make_config, parse_args
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = runner.read_manifest(ROOT / "paper_manifest.json")
@@ -142,14 +144,47 @@ def test_what_follows_a_run(small):
 def test_dry_run_needs_no_data(small):
     (small / "text.txt").unlink()
     result = manifest_command(small, "--dry-run")
-    assert result.returncode == 0 and "3 runs" in result.stdout and "FLOPs" in result.stdout
+    assert result.returncode == 0 and "3 of 3 runs are to be made" in result.stdout and "memory" not in result.stdout
     for dtype in ("float32", "bfloat16"):                  # of the runs, not of the device
         said = manifest_command(small, f"--dry-run -- --dtype {dtype}").stdout
-        assert said.count(f"TFLOP/s in {dtype}") == 3 and " 0 TFLOP/s" not in said
+        assert said.count(f"TFLOP/s in {dtype}") == 1 and " 0 TFLOP/s" not in said
     assert not (small / "runs").exists()
     assert manifest_command(small, "").returncode == 1
     wrong = manifest_command(small, "--only nothing")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
+
+
+def test_dry_run_marks_what_is_finished(small):
+    assert manifest_command(small, "--only s/good").returncode == 0
+    said = manifest_command(small, "--dry-run --only s/good s/other").stdout
+    rows = {line.split()[0]: line.split()[1:3] for line in said.splitlines() if line.startswith("  ")}
+    assert rows["good"] == ["1", "all"] and rows["other"] == ["1", "0"]
+    assert "1 of 2 runs are to be made" in said
+
+
+def test_dry_run_for_a_gpu(small, tmp_path):
+    """What `make launch_1b` says: the memory of training by formula, the time at a share of the peak that was measured,
+    the command."""
+    manifest = ["--manifest", str(ROOT / "paper_manifest.json")]
+    said = {}
+    for gpu in ("h100", "a100"):
+        flags = f"--dry-run --for {gpu} -- --compile --micro-batch 8"
+        command = [sys.executable, str(ROOT / "run_paper_manifest.py"), *manifest, "--group", "a100_1b", "--only",
+                   "modes/baseline_s", *flags.split()]
+        said[gpu] = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert "--exp paper_baseline" in said[gpu] and "measured on NVIDIA" in said[gpu] and "655M" in said[gpu]
+        cfg = make_config(data="-", exp="paper_baseline", batch_size=8, grad_accum=4, compile=True)
+        assert f" {training_memory(cfg, 50_257)['peak'] / 2**30:.1f} GiB " in said[gpu]
+    times = [float(re.search(r"([\d.]+) h$", text.strip())[1]) for text in said.values()]
+    assert times[1] / times[0] == pytest.approx(989 / 312, rel=0.05)
+    refused = manifest_command(small, "--for h100")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "--dry-run" in refused.stderr
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0"), (999, "999"), (1000, "1.00k"), (999_600, "1.00M"),
+                                         (655_360_000, "655M"), (20_000_000_000, "20.0B"), (2 * 10**12, "2.00T")])
+def test_counts_in_three_digits(n, text):
+    assert runner.short(n) == text
 
 
 # --- Claims

@@ -1,0 +1,266 @@
+"""
+What a GPU measured, beside the formulas: the tables of docs/scale.md, and how the cost of a token grows with context.
+
+    python3 plot_scale.py                                  # runs/bench/ to docs/scale.md and assets/fig_scale.png
+    python3 plot_scale.py --bench my_bench --page "" --out .
+
+Reads the results of bench_dba.py, <bench>/<device>/<anything>.json; rehearsals at toy size are left out. The page's
+block is rewritten between its two marks. What is extrapolated says so: attention of a model of 7B parameters, from the
+bytes of its cache by formula and the bytes per second that were measured at the longest context.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from bench_dba import DECODED, VOCAB
+from estimate import training_memory
+from paper.report import replace_block
+from paper.style import COLORS, MARKERS, OTHERS, log2_x, markdown, save, subplots, write_text
+from train_dba import BROKEN, EXPS, SIZES, UserError, brief, bytes_per_token, make_config, read_json
+
+DOCUMENT = {"block": str, "toy": bool, "rows": list,
+            "env": {"device": str, "torch": str, "commit": str, "dirty": bool}}
+LAYERS = SIZES["1b"]["layers"]                             # of the suite whose layer `decode` measures
+BIG = dict(layers=32, d_model=4096)                        # 7B, with 32 heads of twice the width
+WIDTHS = ("sem_dim", "geo_dim", "kv_lora_rank", "rope_dim")
+MODES = {"standard": "standard", "gqa": "gqa", "8+32": "decoupled", "mla": "mla"}                 # of what is decoded
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+def read_device(folder: Path) -> tuple[dict, dict]:
+    """({block: rows}, environment of the first file) of one device's results. Raises UserError for a damaged file."""
+    blocks, env = {}, None
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = read_json(path, DOCUMENT, limit=2**24)
+        except (*BROKEN, OSError) as e:
+            raise UserError(f"{path} is no result of bench_dba.py ({brief(e)})") from None
+        if not document["toy"]:
+            blocks.setdefault(document["block"], []).extend(document["rows"])
+            env = env or document["env"]
+    return blocks, env
+
+
+def formula_gib(row: dict) -> float | None:
+    """Peak memory of a row of `train` by formula, GiB; None for what is no preset of ours."""
+    if row["case"] not in EXPS:
+        return None
+    cfg = make_config(data="-", exp=row["case"], batch_size=row["micro"], block=row["block"], compile=row["compiled"])
+    return training_memory(cfg, VOCAB)["peak"] / 2**30
+
+
+def decoded(case: str, layers: int = LAYERS, scale: int = 1, d_model: int = 2048):
+    """Config of a case of `decode`, its heads `scale` times as wide."""
+    settings = dict(next(settings for name, settings, _ in DECODED if name == case))
+    settings |= {name: scale * settings[name] for name in WIDTHS if name in settings}
+    return make_config(data="-", n_head=32, d_model=d_model, layers=layers, **settings)
+
+
+def curves(rows: list) -> dict:
+    """{(case, format, kernel): [(context, row)]} of one sequence, in order, where there are two contexts at least."""
+    by_line = {}
+    for row in rows:
+        if row["batch"] == 1:
+            by_line.setdefault((row["case"], row["format"], row["kernel"]), []).append((row["tokens"], row))
+    return {name: sorted(line, key=lambda point: point[0]) for name, line in by_line.items() if len(line) > 1}
+
+
+def exponent(line: list) -> float:
+    """Of the context, in the time between the last two contexts of a curve."""
+    (n, before), (m, after) = line[-2:]
+    return math.log(after["us"] / before["us"]) / math.log(m / n)
+
+
+def extrapolated(name: tuple, line: list) -> tuple[float, float]:
+    """(GiB, ms a token) of the cache of a model of 7B parameters at a curve's longest context."""
+    tokens, row = line[-1]
+    size = tokens * bytes_per_token(decoded(name[0], scale=2, **BIG), name[1])
+    return size / 2**30, size / row["gb_per_s"] / 1e6
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+def cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def percent(share: float | None, digits: int) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def formula_lines() -> list[str]:
+    """Memory of the suite's presets by formula: what fits a GPU."""
+    steps = [dict(batch_size=2), dict(batch_size=8), dict(batch_size=16),
+             dict(batch_size=8, activation_checkpointing=True)]
+    cells = []
+    for exp in EXPS:
+        peaks = []
+        for settings in steps:
+            cfg = make_config(data="-", exp=exp, compile=True, **settings)
+            peaks.append(f"{training_memory(cfg, VOCAB)['peak'] / 2**30:.1f}")
+        cells.append((exp.removeprefix("paper_"), *peaks))
+    return ["GiB of a compiled step of one micro-batch, **by formula**, context 2048:", "",
+            *markdown(("preset", "2", "8", "16", "8, activation checkpointing"), cells), ""]
+
+
+def train_lines(rows: list) -> list[str]:
+    cells = []
+    for row in rows:
+        if row["tok_s"] is None:
+            cells.append((row["case"], row["micro"], row["why"], *[""] * 7))
+            continue
+        formula = formula_gib(row)
+        off = None if formula is None else 100 * (formula / row["gib"] - 1)
+        cells.append((row["case"].removeprefix("paper_"), row["micro"], "compiled" if row["compiled"] else "eager",
+                      f"{row['tok_s']:,.0f} [{row['slowest']:,.0f}..{row['fastest']:,.0f}]", f"{row['ms']:.0f}",
+                      percent(row["mfu"], 1), percent(row["mfu_full"], 1), f"{row['gib']:.1f}",
+                      cell(formula, ".1f"), cell(off, "+.1f")))
+    return ["Training steps of the 1B suite (context 2048, bfloat16): median tokens/s [slowest..fastest]; MFU with the "
+            "causal half of attention counted, and without that half as PaLM and nanochat count; peak memory beside "
+            "the formula's, GiB, and by how many per cent the formula is off:", "",
+            *markdown(("preset", "micro-batch", "", "tokens/s", "ms", "MFU", "MFU, full", "peak", "formula", "off, %"),
+                      cells), ""]
+
+
+def sdpa_lines(rows: list) -> list[str]:
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    by_case = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["backend"]] = row["ms"]
+    cells = [(case, *(cell(ms.get(backend), ".2f") for backend in backends)) for case, ms in by_case.items()]
+    return ["Attention alone, forward and backward, of 8 x 2048 tokens with 32 heads, ms by back-end of PyTorch (auto: "
+            "its own choice):", "", *markdown(("heads", *backends), cells), ""]
+
+
+def decode_lines(rows: list) -> list[str]:
+    cells = [(row["case"], row["format"], row["kernel"], row["batch"], f"{row['tokens']:,}", f"{row['us']:.1f}",
+              f"{row['cache_mib']:,.1f}", f"{row['gb_per_s']:,.0f}", percent(row["share_of_copy"], 0),
+              cell(row.get("times_faster_than_sdpa"), ".2f"))
+             for row in sorted(rows, key=lambda row: (row["batch"], row["tokens"]))]
+    lines = ["One decode step's attention in one layer at 32 heads, as a CUDA graph; the share is of the rate of a "
+             "copy (above 100 % the caches of the GPU help), the last column how many times as fast as PyTorch's "
+             "attention over a float16 cache of standard attention:", "",
+             *markdown(("heads", "format", "kernel", "batch", "context", "µs", "MiB read", "GB/s", "of a copy",
+                        "x SDPA"), cells), ""]
+    grown = []
+    for name, line in curves(rows).items():
+        gib, ms = extrapolated(name, line)
+        tokens, last = line[-1]
+        grown.append((*name, f"{exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}", f"{ms:.2f}"))
+    if grown:
+        lines += ["How that grows: the exponent of the context between the last two contexts of one sequence; ms a "
+                  f"token of {LAYERS} layers at {tokens:,} tokens; **extrapolated by formula, not measured**: GiB of "
+                  f"the cache of a 7B model ({BIG['layers']} layers, d_model {BIG['d_model']}, 32 heads twice as wide) "
+                  "at the same context, and ms a token to read it at the measured GB/s:", "",
+                  *markdown(("heads", "format", "kernel", "exponent", "1B, ms", "7B, GiB", "7B, ms"), grown), ""]
+    return lines
+
+
+def check_lines(rows: list) -> list[str]:
+    worst = max(row["difference"] for row in rows)
+    agreed = sum(row["ok"] for row in rows)
+    return [f"The {rows[0]['kernel']} kernel against the torch path: {agreed} of {len(rows)} combinations of mode, "
+            f"format and residual window agree, the largest difference is {worst:.1e}.", ""]
+
+
+def ceiling_lines(rows: list) -> list[str]:
+    said = [f"{row['what']} {row['gb_per_s']:,.0f} GB/s" if "gb_per_s" in row else
+            f"{row['what']} {row['tflops']:,.0f} TFLOP/s" for row in rows]
+    return [f"Ceilings: {', '.join(said)}.", ""]
+
+
+LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, "sdpa": sdpa_lines,
+         "decode": decode_lines}
+
+
+def block_of(devices: dict) -> str:
+    """The page's block of {folder's name: (blocks, env)}."""
+    lines = formula_lines()
+    for name, (blocks, env) in devices.items():
+        dirty = ", with changes" if env["dirty"] else ""
+        lines += [f"### {env['device']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, commit "
+                  f"{env['commit'][:7]}{dirty}.", ""]
+        for block, make_lines in LINES.items():
+            if block in blocks:
+                lines += make_lines(blocks[block])
+    return "\n".join(lines).rstrip()
+
+
+# -----------------------------------------------------------------------------
+# Figure
+
+def told_apart(lines: dict) -> dict:
+    """Of each case and kernel the curves of its largest and of its smallest format: what a figure has room for."""
+    kept, by_case = {}, {}
+    for (case, fmt, kernel), line in lines.items():
+        by_case.setdefault((case, kernel), []).append((line[-1][1]["cache_mib"], fmt))
+    for (case, kernel), sizes in by_case.items():
+        for _, fmt in (max(sizes), min(sizes)):
+            kept[case, fmt, kernel] = lines[case, fmt, kernel]
+    return kept
+
+
+def draw(rows: list, device: str, path: Path) -> None:
+    """Left: measured ms a token over context; right: bytes that a token of a 7B model reads, by formula."""
+    fig, (left, right) = subplots(2)
+    for (case, fmt, kernel), line in told_apart(curves(rows)).items():
+        style = dict(color=OTHERS[2] if kernel == "sdpa" else COLORS[MODES[case]], marker=MARKERS[fmt], markersize=4)
+        label = f"{case} {fmt}" + (" (SDPA)" if kernel == "sdpa" else "")
+        contexts = [n for n, _ in line]
+        left.plot(contexts, [LAYERS * row["us"] / 1000 for _, row in line], label=label, **style)
+        if kernel != "sdpa":
+            each = bytes_per_token(decoded(case, scale=2, **BIG), fmt)
+            right.plot(contexts, [n * each / 2**30 for n in contexts], **style)
+    left.set(ylabel="ms a token, attention of all layers", title=f"1B, measured: batch 1, {device}")
+    right.set(ylabel="GiB of KV cache that a token reads", title="7B, extrapolated by formula")
+    for ax in (left, right):
+        log2_x(ax)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k")
+        ax.set(yscale="log", xlabel="context (tokens)")
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.grid(alpha=0.3)
+    fig.legend(loc="outside lower center", ncols=4)
+    save(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, default=Path("runs/bench"), help="a folder a device (runs/bench)")
+    parser.add_argument("--out", type=Path, default=Path("assets"), help="where the figure goes (assets)")
+    parser.add_argument("--page", default="docs/scale.md", help="page whose block is rewritten; empty: it is printed")
+    args = parser.parse_args(argv)
+    try:
+        devices = {}
+        for folder in sorted(args.bench.glob("*/")):
+            blocks, env = read_device(folder)
+            if blocks:
+                devices[folder.name] = blocks, env
+        if not devices:
+            raise UserError(f"no result of bench_dba.py under {args.bench}; bench_dba.py gpu --out "
+                            f"{args.bench}/<device> makes them")
+        block = block_of(devices)
+        if args.page:
+            page = Path(args.page)
+            write_text(page, replace_block(page.read_text(), block))
+        else:
+            print(block)
+        for blocks, env in devices.values():
+            if curves(blocks.get("decode", [])):
+                draw(blocks["decode"], env["device"], args.out / "fig_scale.png")
+        return 0
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

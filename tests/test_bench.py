@@ -1,0 +1,73 @@
+"""bench_dba.py at toy size: every block through the command line, in the process of the tests; what it prints and what
+it writes."""
+
+import json
+
+import pytest
+
+import bench_dba
+from helpers import assert_error, call
+from train_dba import make_config
+
+KEYS = {                                                   # of every row of a block's file
+    "ceilings": {"what"},
+    "check": {"kernel", "case", "format", "residual", "difference", "ok"},
+    "sdpa": {"case", "width", "backend", "ms"},
+    "loss": {"case", "ms", "gib", "tflops"},
+    "train": {"case", "micro", "compiled", "dtype", "params", "tok_s", "times_first"},
+    "profile": {"case", "wall_ms", "busy_ms", "ms", "top"},
+    "small": {"case", "micro", "tok_s", "ms", "gib", "formula_gib"},
+    "decode": {"case", "format", "kernel", "batch", "tokens", "us", "cache_mib", "gb_per_s", "share_of_copy"},
+    "checkpoint": {"gb", "save_s", "load_s"},
+}
+
+
+def test_every_block_is_tested():
+    assert KEYS.keys() == bench_dba.BLOCKS.keys()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_block(name, tmp_path):
+    result = call(f"{name} --toy --device cpu --out out", tmp_path, bench_dba.main)
+    assert result.code == 0, result.stderr
+    document = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert (document["block"], document["toy"], document["env"]["device"]) == (name, True, "cpu")
+    rows = document["rows"]
+    assert result.stdout.count(f"{name:10} ") == len(rows) > 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    for row in rows:
+        assert row.keys() >= KEYS[name]
+        for key, value in row.items():
+            if isinstance(value, int | float) and key not in ("residual", "difference", "ok", "compiled"):
+                assert value > 0, (key, row)
+    measured = [row for row in rows if "why" not in row]
+    for key in KEYS[name]:
+        assert all(row[key] is not None for row in measured), key
+    if name == "check":
+        assert all(row["ok"] for row in rows)
+    if name == "train":
+        assert [row["case"] for row in rows] == list(dict.fromkeys(row["case"] for row in rows))
+        assert {row["case"] for row in rows} == set(bench_dba.CASES)
+
+
+def test_the_plan_runs_blocks_in_processes_and_names_what_failed(tmp_path):
+    good = call("gpu --toy --device cpu --out out --blocks checkpoint", tmp_path, bench_dba.main)
+    assert good.code == 0, good.stderr
+    document = json.loads(good.stdout.splitlines()[-1])
+    assert document["failed"] == [] and [block["block"] for block in document["blocks"]] == ["checkpoint"]
+    slow = call("gpu --toy --device cpu --out slow --blocks checkpoint --limit 0.1", tmp_path, bench_dba.main)
+    assert slow.code == 1 and "checkpoint: stopped after 0.1 s" in slow.stderr
+    assert json.loads(slow.stdout.splitlines()[-1]) == dict(failed=["checkpoint"], blocks=[])
+
+
+def test_wrong_flags(tmp_path):
+    assert_error(call("ceilings --device gpu", tmp_path, bench_dba.main), "device")
+    assert call("train --cases nonsense", tmp_path, bench_dba.main).code == 2
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """Counted by hand of a small model: 6 a weight and token, and the causal half of both products of attention."""
+    cfg = make_config(data="-", d_model=32, layers=1, n_head=2, d_ff=64, block=16)
+    weights = 4 * 32 * 32 + 3 * 32 * 64 + 64 * 32
+    assert bench_dba.model_flops(cfg, 64) == 6 * weights + 6 * 2 * (16 + 16) * 16 / 2
+    assert bench_dba.model_flops(cfg, 64, causal=False) == 6 * weights + 6 * 2 * (16 + 16) * 16
