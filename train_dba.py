@@ -20,7 +20,7 @@ Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value gr
 and per head r semantic width, p geometric width, v value width.
 
     python3 train_dba.py --data data/wikitext2.npy --attn-mode decoupled --tie-qk --null-attn
-    python3 train_dba.py --data data/fineweb_20b.npy --exp paper_decoupled --compile
+    python3 train_dba.py --data data/fineweb_1b.npy --exp paper_decoupled --compile
     torchrun --nproc-per-node 8 train_dba.py --data data/fineweb_1b.npy --batch-size 64 --compile
     python3 train_dba.py --mode sample --ckpt runs/tiny --prompt "The list" --temperature 0.8
 
