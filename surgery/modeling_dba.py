@@ -10,11 +10,16 @@ cache (transformers' own) holds per layer the keys of both paths, concatenated, 
 place of the keys and the one rotated key in place of the values. Scores are float32, as a matrix.
 """
 
+import dataclasses
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls the cache of a model: past_key_values, or from some 5.2x on cache.
+CACHE, = {"cache", "past_key_values"} & {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 
 
 class DBAConfig(PretrainedConfig):
@@ -176,12 +181,13 @@ class DBAForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed = embed
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, **kwargs):
+                use_cache=None, logits_to_keep=0, cache=None, **kwargs):
         """input_ids [B, T] -> logits [B, T, vocab_size]; attention_mask [B, S]: 0 where there is padding; labels
         [B, T], -100 where there is none: the mean loss."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        before, T = past_key_values.get_seq_length() if past_key_values is not None else 0, input_ids.size(1)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        before, T = cache.get_seq_length() if cache is not None else 0, input_ids.size(1)
         slots = torch.arange(before + T, device=input_ids.device)
         visible = (slots <= slots[before:, None])[None, None]                   # [1, 1, T, S]
         if attention_mask is not None:
@@ -191,10 +197,10 @@ class DBAForCausalLM(PreTrainedModel, GenerationMixin):
         pos = slots[None, before:] if position_ids is None else position_ids
         x = self.embed_up(self.embed(input_ids))
         for block in self.blocks:
-            x = block(x, pos, visible, past_key_values)
+            x = block(x, pos, visible, cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = F.linear(self.embed_down(self.norm(x[:, keep])), self.embed.weight).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
