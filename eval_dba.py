@@ -57,7 +57,7 @@ def add_caches(p, **kwargs):
 def add_cache_changes(p, rotate=True):
     p.add_argument("--kv-residual", type=positive(0), default=0, help="newest tokens that stay fp16 (0)")
     if rotate:
-        p.add_argument("--kv-rotate", action="store_true", help="rotate what is cached without RoPE")
+        p.add_argument("--kv-rotate", action="store_true", help="rotate what is cached")
 
 
 def add_kernel(p):

@@ -232,7 +232,7 @@ class Config:
     kv_cache_latent: str | None = flag("sampling", None, "the same, mla's latent", choices=(*FORMATS,))
     kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
-    kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys without RoPE, and values")
+    kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys and values")
     kernel: str = flag("sampling", "auto", "what reads the cache; auto: the fastest here", choices=KERNELS)
 
     @property
@@ -337,6 +337,7 @@ class Attention(nn.Module):
         null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
         self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
         self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
+        self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
         geo = shape.paths[-1]
         self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
 
@@ -358,7 +359,9 @@ class Attention(nn.Module):
             return q @ up.float(), latent[:, None], null_score
         k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
         if path.rotate:
-            q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq).to(k.dtype)
+            q, k, dtype = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq), k.dtype
+            q, k = (q, k) if self.turn is None else (q @ self.turn, k @ self.turn)
+            k = k.to(dtype)
         return q, k, null_score
 
     def forward(self, x, cache=None, layer=None, span=None):

@@ -39,8 +39,9 @@ def rotate(tensor: torch.Tensor, groups: int) -> None:
 
 @torch.no_grad()
 def rotate_cache(model: torch.nn.Module) -> None:
-    """Rotate, in place, what a model caches: keys without RoPE, values and MLA's latent, per key head. Queries and
-    output weights are rotated along, so that nothing but rounding in the cache changes, and a token costs no more.
+    """Rotate what a model caches, per key head: keys, values and MLA's latent, in place. Queries and output weights are
+    rotated along, so that nothing but rounding in the cache changes. Only keys with RoPE cost more per token, a product
+    with `turn` after it, as llama.cpp has it since April 2026 (pull request 21038).
 
     Raises ValueError, before anything is changed, where a norm's gain of 0 would have to be folded into a null token.
     """
@@ -48,6 +49,9 @@ def rotate_cache(model: torch.nn.Module) -> None:
     if any(attn.shape.latent and attn.null and not attn.latent[1].weight.all() for attn in layers):
         raise ValueError("a norm's gain of 0 can't be folded into a null token; leave the rotation out")
     for attn in layers:
+        geo = attn.shape.paths[-1]
+        if geo.rotate:
+            attn.turn = rotation(geo.width).T.to(attn.o.weight)
         for stream, groups in (rotate_latent if attn.shape.latent else rotate_heads)(attn).items():
             if stream in attn.null:
                 rotate(attn.null[stream], groups)
@@ -57,7 +61,7 @@ def rotate_heads(attn: torch.nn.Module) -> dict[str, int]:
     """Rotate the keys without RoPE and the values of one layer. Returns {stream: groups} of what was rotated."""
     shape, rotated = attn.shape, {attn.shape.v_stream: attn.shape.v_groups}
     for path in shape.paths:
-        if path.rotate:                                    # by position already
+        if path.rotate:                                    # by position first, so not in the weights
             continue
         rotated[path.stream] = path.groups
         rotate(attn.q[path.name].weight, attn.n_head)

@@ -91,6 +91,7 @@ def attention(w, x, given, see=lambda row, stream, values: values):
     """
     mode, H = given["attn_mode"], given["n_head"]
     mla, null, base = mode == "mla", given.get("null_attn", False), given["rope_base"]
+    turn = given.get("turn", lambda n: torch.eye(n, dtype=torch.float64))       # [n, n], after RoPE
     names = [name for name in ("sem", "geo") if f"q.{name}.weight" in w]
     stream = dict(geo="k_rope") if mla else dict(sem="k_sem", geo="k_geo" if len(names) == 2 else "k")
     G = given.get("kv_head") or H
@@ -107,7 +108,7 @@ def attention(w, x, given, see=lambda row, stream, values: values):
         for name in names:
             k = (source if name == "sem" else sequence) @ w.get(f"k.{name}.weight", w[f"q.{name}.weight"]).T  # or tied
             if name == "geo" and given.get("rope", True):
-                k = torch.cat([rotate(head, base) for head in k.split(width[name], 1)], 1)
+                k = torch.cat([rotate(head, base) @ turn(width[name]) for head in k.split(width[name], 1)], 1)
             keys[name] = see(row, stream[name], k) if name in stream else k         # [(T,) T, C]
         merged = source @ w["v.weight"].T if mla else see(row, "v", source @ w["v.weight"].T)
         heads = []
@@ -128,7 +129,7 @@ def attention(w, x, given, see=lambda row, stream, values: values):
                         null_k = w[f"null.{stream[name]}"][mine]
                     null_total = null_total + q @ null_k / scale                    # [T]
                 if name == "geo" and given.get("rope", True):
-                    q = rotate(q, base)
+                    q = rotate(q, base) @ turn(n)
                 total = total + (q[:, None] * keys[name][..., mine]).sum(-1) / scale                # [T, T]
             temperature = torch.exp(w["log_temp"][h]) if "log_temp" in w else 1.0
             scores = (total * temperature).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
