@@ -197,7 +197,7 @@ class Config:
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
     schedule: str | None = flag("training", None, "of the rate after warm-up; wsd: constant, then linear in the last "
                                 "fifth (constant; with --min-lr cosine)", choices=("constant", "cosine", "wsd"))
-    min_lr: float | None = flag("training", None, "where the schedule ends (lr / 10)", low=0)
+    min_lr: float | None = flag("training", None, "where the schedule ends (lr / 10; constant: lr)", low=0)
     warmup_steps: int | None = flag("training", None, "linear (a tenth up to 100; --exp: a fifth up to 2000)", low=0)
     weight_decay: float = flag("training", 0.1, "of AdamW, on matrices only", low=0)
     grad_clip: float = flag("training", 1.0, "largest gradient norm; 0 clips nothing", low=0)
@@ -1298,7 +1298,7 @@ def config_of(logged: dict) -> Config:
     TypeError where it isn't one."""
     check(logged, CONFIG, "config")
     cfg = Config(**logged)
-    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr == cfg.lr else "cosine"))
+    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr in (None, cfg.lr) else "cosine"))
 
 
 def checkpoint_file(path):
@@ -1437,6 +1437,8 @@ def find_run(cfg, given):
                         "--overwrite") from None
     if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
+    widths = ("sem_dim", "geo_dim", "attn_dim")            # which didn't follow --size always
+    cfg = dataclasses.replace(cfg, **{name: saved[name] for name in widths if name not in given and cfg.size})
     if cfg.dtype == "auto":                                # a run keeps the type that it began with
         cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
@@ -2213,6 +2215,8 @@ def prompts(cfg, tokenizer):
             return
         if cfg.prompt_file:
             texts = [read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()]
+        elif sys.stdin is None and (cfg.interactive or cfg.prompt == "-"):
+            raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
         elif cfg.interactive:
             texts = (line.removesuffix("\n") for line in sys.stdin)
         else:
@@ -2245,6 +2249,8 @@ class Printer:
         ready = self.held.index(self.stop) if stopped else len(self.held) - self.beginning()
         print(self.held[:ready], end="", flush=True)
         self.held = "" if stopped else self.held[ready:]
+        if stopped:                                        # nor the beginning of a character after it
+            self.decoder.reset()
         return stopped
 
     def beginning(self):
@@ -2444,7 +2450,7 @@ def derived(c):
         head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
         fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
     c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir")}}
+    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config")}}
 
 
 def out_of_range(settings):
@@ -2552,6 +2558,8 @@ def settings_of(path):
         return {}
     try:
         settings = vars(config_of(read_json(Path(path), CONFIG)))
+        for problem in out_of_range(settings):
+            raise ValueError(problem)
     except (*BROKEN, OSError) as e:
         raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
     sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
@@ -2599,6 +2607,8 @@ def main(argv=None):
         if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
             sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
         given = parse_args(argv)
+        if "config" in given and (both := {"size", "exp"} & given.keys()):
+            raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         given = {**settings_of(given.get("config")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
