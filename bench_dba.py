@@ -262,7 +262,7 @@ def measured_steps(case, cfg, device, steps):
     forget(device)
     dtype, _ = pick_dtype("auto", device)
     row = dict(case=case, micro=cfg.batch_size, block=cfg.block, compiled=cfg.compile, dtype=str(dtype)[6:],
-               params=count_params(cfg, VOCAB)["total"], steps=steps)
+               params=count_params(cfg, VOCAB)["total"], layers=cfg.layers, steps=steps)
     started = time.perf_counter()
     try:
         step = stepper(case, cfg, device, dtype)
@@ -462,6 +462,7 @@ def run_plan(args):
     for name in args.blocks:
         command = [sys.executable, __file__, name, "--device", args.device, "--out", str(args.out)]
         command += ["--toy"] * args.toy
+        (args.out / f"{name}.json").unlink(missing_ok=True)                     # of another run
         try:
             code = subprocess.run(command, timeout=args.limit).returncode
         except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ from pathlib import Path
 from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, count_params, read_json
 
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 UTILISATION = 0.4                                          # assumed where nothing was measured
 HALF, FULL = 2, 4                                          # bytes of a value under autocast, and in float32
 MEASURED = {"rows": list, "env": {"device": str}, "toy": bool}
@@ -116,7 +116,7 @@ def utilisation(cfg: Config, folder: Path) -> tuple[float, str]:
     if not timed:
         return UTILISATION, "assumed: nothing was measured"
     for device, path, row in timed:
-        if row["case"] == cfg.exp:
+        if row["case"] == cfg.exp and row.get("layers", cfg.layers) == cfg.layers:
             return row["mfu"], f"measured on {device}: {path}"
     shares = [row["mfu"] for _, _, row in timed]
     return statistics.median(shares), f"the median of other presets, measured on {timed[0][0]}"

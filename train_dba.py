@@ -176,7 +176,7 @@ class Config:
                                 "decoupled sem + geo, bottleneck none", low=1)
     sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
     geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
-    kv_head: int | None = flag("model", None, "key/value groups (n_head)", low=1, modes=("gqa", "decoupled"))
+    kv_head: int | None = flag("model", None, "key/value groups (decoupled: n_head)", low=1, modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
@@ -1207,6 +1207,7 @@ def share_of(tensor, p):
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
               "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
 RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
+KEPT_WEIGHTS = "step[0-9]*.pt"                             # of --keep-every
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
 CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
@@ -1252,7 +1253,7 @@ def own_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(remove_empty, made)
             stack.enter_context(exclusive(folder / "lock", folder))
-            for path in (path for name in (*RUN_FILES, "step*.pt") for path in folder.glob(f"{name}.*tmp")):
+            for path in (path for name in (*RUN_FILES, KEPT_WEIGHTS) for path in folder.glob(f"{name}.*tmp")):
                 path.unlink()
         yield
 
@@ -1423,6 +1424,9 @@ def find_run(cfg, given):
     afresh = cfg.overwrite or not (folder / "last.pt").exists()
     ckpt = None if afresh else load_checkpoint(folder / "last.pt", mmap=True)
     if not log and not ckpt:
+        if (kept := sorted(folder.glob(KEPT_WEIGHTS))) and not cfg.overwrite:
+            raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; use another --out-dir, or "
+                            "--overwrite")
         return cfg, None, False
     lacking = {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys() if ckpt else None
     if lacking:
@@ -1483,7 +1487,7 @@ def start_folder(cfg, ckpt, env, meta, argv):
              "env.json": json.dumps(env, indent=1) + "\n",
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
-        for path in [folder / "last.pt", folder / "best.pt", *folder.glob("step*.pt")]:
+        for path in [folder / "last.pt", folder / "best.pt", *folder.glob(KEPT_WEIGHTS)]:
             path.unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -2203,33 +2207,45 @@ def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, 
             h = model.hidden(token.to(prompt.device), cache)
 
 
+LONGEST_PROMPT = 2**24                                     # bytes of a file, characters of standard input
+
+
+def prompt_texts(cfg):
+    """Yield the texts to continue. Raises UserError for what can't be read."""
+    reads_stdin = cfg.interactive or cfg.prompt == "-"
+    if reads_stdin and sys.stdin is None:
+        raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
+    if cfg.prompt_file is not None:
+        try:
+            yield read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()
+        except (OSError, ValueError) as e:
+            raise UserError(f"--prompt-file {cfg.prompt_file} can't be read as UTF-8 text ({brief(e)})") from None
+    elif cfg.interactive:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    elif cfg.prompt == "-":
+        text = sys.stdin.read(LONGEST_PROMPT + 1)
+        if len(text) > LONGEST_PROMPT:
+            raise UserError(f"--prompt -: standard input has more than {LONGEST_PROMPT:,} characters; shorten it")
+        yield text
+    else:
+        yield cfg.prompt or ""
+
+
 def prompts(cfg, tokenizer):
     """Yield the token ids of every prompt; without one, the end-of-text token, which starts a document. Raises
     UserError for what can't be read, or has no ids."""
     try:
-        if cfg.prompt_tokens is not None:
-            ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
-            if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
-                raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
-            yield ids
+        if cfg.prompt_tokens is None:
+            for text in prompt_texts(cfg):
+                yield tokenizer.encode(text).tolist() or [tokenizer.eot]
             return
-        if cfg.prompt_file:
-            texts = [read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()]
-        elif sys.stdin is None and (cfg.interactive or cfg.prompt == "-"):
-            raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
-        elif cfg.interactive:
-            texts = (line.removesuffix("\n") for line in sys.stdin)
-        else:
-            texts = [sys.stdin.read(LONGEST_PROMPT) if cfg.prompt == "-" else cfg.prompt or ""]
-        for text in texts:
-            yield tokenizer.encode(text).tolist() or [tokenizer.eot]
-    except OSError as e:
-        raise UserError(f"--prompt-file {cfg.prompt_file} can't be read ({brief(e)})") from None
+        ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
     except ValueError:                                     # of which UnicodeEncodeError is one
-        raise UserError("a prompt must be UTF-8 text, --prompt-tokens whole numbers") from None
-
-
-LONGEST_PROMPT = 2**24                                     # bytes
+        raise UserError("--prompt and standard input must be UTF-8 text, --prompt-tokens whole numbers") from None
+    if not ids or not all(0 <= i < tokenizer.vocab_size for i in ids):
+        raise UserError(f"--prompt-tokens must be ids from 0 to {tokenizer.vocab_size - 1}")
+    yield ids
 
 
 class Printer:
@@ -2506,6 +2522,7 @@ def problems(c, given):
     checks = [
         (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
          f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
+        (c.mode == "sample" and c.config, "--config does nothing with --mode sample; leave it out"),
         (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
     ]
     overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
@@ -2609,7 +2626,8 @@ def main(argv=None):
         given = parse_args(argv)
         if "config" in given and (both := {"size", "exp"} & given.keys()):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
-        given = {**settings_of(given.get("config")), **given}
+        if given.get("mode") != "sample":
+            given = {**settings_of(given.get("config")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

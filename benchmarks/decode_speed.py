@@ -17,23 +17,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from common import medians, parser_of, train_dba, write
-from train_dba import KVCache, decode_attention, make_config, resolve_kernel
+from common import medians, parser_of, train_dba, write  # isort: skip
+
+from bench_dba import filled
+from train_dba import decode_attention, make_config, resolve_kernel
 
 LEAST = 0.02                                               # seconds that a call is repeated for
 SHAPES = {"12 x 4/8/12": (12, 4, 8), "16 x 8/32/40": (16, 8, 32), "32 x 8/32/40": (32, 8, 32)}
-
-
-def filled(cfg, batch, tokens, kernel, device):
-    """A KVCache that holds `tokens` random tokens, and the span of its last one."""
-    cache = KVCache(cfg, batch, tokens, "hetero", device=device, kernel=kernel)
-    for n in torch.arange(tokens).split(2048):
-        span = cache.begin(len(n))
-        cache.append(0, span, {name: torch.randn(batch, len(n), C, device=device)
-                               for name, C in cfg.attention.streams.items()})
-        cache.advance(span)
-    cache.truncate(tokens - 1)
-    return cache, cache.begin(1)
 
 
 def dequantised(q, streams, shape, span):
@@ -48,7 +38,7 @@ def contenders(H, r, p, batch, tokens, device):
     """{name: (call without arguments, bytes of cache that it reads)}"""
     cfg = make_config(data="-", attn_mode="decoupled", n_head=H, sem_dim=H * r, geo_dim=H * p, d_model=64 * H, layers=1)
     kernel, _ = resolve_kernel("auto", device)
-    cache, span = filled(cfg, batch, tokens, kernel, device)
+    cache, span = filled(cfg, batch, tokens, "hetero", kernel, device)
     q, streams, shape = torch.randn(batch, H, 1, r + p, device=device), cache.layers[0], cache.shape
     half, n = torch.bfloat16 if device.type == "cpu" else torch.float16, train_dba.bytes_per_token(cfg, "hetero")
     calls = {"kernel": (lambda: kernel.attention(q, streams, shape, span), n),

@@ -244,6 +244,8 @@ def step_ratio(claim: dict, results: dict) -> Finding:
     pairs = step_pairs(claim, results)
     if not pairs:
         return Finding()
+    if "device" in claim:                                  # the machine that the claim is about decides
+        pairs = sorted(pairs, key=lambda pair: claim["device"].lower() not in pair[0].lower())
     ratios = [a[claim["field"]] / b[claim["field"]] for _, a, b in pairs]
     agrees, where = within(ratios[0], claim["reported"], claim["tolerance"]), step_place(pairs, ratios)
     if "device" in claim and not any(claim["device"].lower() in machine.lower() for machine, _, _ in pairs):

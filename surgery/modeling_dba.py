@@ -19,7 +19,8 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What transformers calls the cache of a model: past_key_values, or from some 5.2x on cache.
-CACHE, = {"cache", "past_key_values"} & {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+FIELDS = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"
 
 
 class DBAConfig(PretrainedConfig):

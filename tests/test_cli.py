@@ -347,6 +347,15 @@ def test_settings_of_another_run(tmp_path):
     assert differ == {"config", "out_dir", "device", "steps"}                   # its warm-up was said
     assert_error(call("--config text.txt --out-dir c", tmp_path), "--config text.txt is no resolved_config.json")
     assert_error(call("--config none.json --out-dir c", tmp_path), "--config none.json is no resolved_config.json")
+    for text, word in (('{"n_head": 0, "attn_mode": "mla", "rope_dim": 4}', "--n-head 0 must be at least 1"),
+                       ('{"nothing": 1}', "is no resolved_config.json")):
+        (tmp_path / "bad.json").write_text(text)
+        assert_error(call("--config bad.json --out-dir c", tmp_path), word)
+    settings = "--config a/resolved_config.json"
+    assert_error(call(f"{settings} --size tiny --out-dir c", tmp_path), "--config and --size exclude each other")
+    assert_error(call(f"{settings} --mode sample --ckpt a", tmp_path), "--config does nothing with --mode sample")
+    (tmp_path / "part.json").write_text('{"data": "text.txt", "lr": 1e-3}')     # says nothing of a schedule
+    assert make_config(**train_dba.settings_of(tmp_path / "part.json")).schedule == "constant"
     assert not (tmp_path / "c").exists()
 
 
@@ -356,8 +365,13 @@ def test_weights_that_are_kept(tmp_path):
     assert call(f"{TRAIN} --steps 5 --keep-every 2 --out-dir a", tmp_path).code == 0
     assert sorted(path.name for path in (tmp_path / "a").glob("step*")) == kept
     assert load_checkpoint(tmp_path / "a" / kept[0])["step"] == 2
+    (tmp_path / "a/step_notes.pt").write_text("mine")
+    for name in ("last.pt", "best.pt", "train.jsonl"):
+        (tmp_path / "a" / name).unlink()
+    assert_error(call(f"{TRAIN} --steps 1 --out-dir a", tmp_path), f"a holds {kept[0]} of a run whose log is gone")
+    assert sorted(path.name for path in (tmp_path / "a").glob("step0*")) == kept
     assert call(f"{TRAIN} --steps 1 --out-dir a --overwrite", tmp_path).code == 0
-    assert not list((tmp_path / "a").glob("step*"))
+    assert [path.name for path in (tmp_path / "a").glob("step*")] == ["step_notes.pt"]
 
 
 def test_a_folder_of_texts(tmp_path):

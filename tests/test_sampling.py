@@ -270,6 +270,11 @@ def test_prompts_from_files_and_standard_input(trained, monkeypatch):
     assert both.stdout == expected * 2 and both.stderr.count("tokens: the first after") == 2
     assert_error(call(f"{without} --prompt-file none.txt", trained), "--prompt-file none.txt can't be read")
     assert_error(call(f"{without} --prompt x --interactive", trained), "--prompt and --interactive exclude each other")
+    monkeypatch.setattr(train_dba, "LONGEST_PROMPT", 3)
+    assert_error(reading("abcd", f"{without} --prompt -"), "standard input has more than 3 characters")
+    monkeypatch.setattr("sys.stdin", None)
+    for flags in ("--prompt -", "--interactive"):
+        assert_error(call(f"{without} {flags}", trained), "standard input is closed")
 
 
 def test_samples_count_seeds_up(trained):
@@ -289,6 +294,14 @@ class Letters:
 
 def test_the_text_before_a_stop(capsys):
     """Neither it nor a beginning of it is shown; a beginning that comes to nothing is, at the end."""
+    class Halves(Letters):
+        def decode(self, ids):
+            return b"ab \xe2\x80"
+
+    printer = train_dba.Printer(Halves(), " ")
+    assert printer.add([0])
+    printer.end()
+    assert capsys.readouterr().out == "ab\n"              # nor half of a character behind it
     for stop, shown in (("ef", "abcd"), ("bcd", "a"), ("gh", "abcdefg"), ("cx", "abcdefg")):
         printer = train_dba.Printer(Letters(), stop)
         for i in range(7):
