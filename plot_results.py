@@ -339,7 +339,7 @@ def draw_learning_rate(series: list, path: Path) -> None:
         for member in members:
             rows = drawn.setdefault((title, member["mode"]), {})
             rows.setdefault(member["row"], []).append(member)
-    fig, axes = subplots(len(drawn), height=2.6, width=2.75, most=3)
+    fig, axes = subplots(len(drawn), height=3, width=2.9, most=3)
     for ax, ((title, mode), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
         ticks = set()
         for i, (_, members) in enumerate(sorted(rows.items())):
@@ -358,10 +358,8 @@ def draw_learning_rate(series: list, path: Path) -> None:
         ax.minorticks_off()
         name, batch, steps = title.rsplit(", ", 2)
         ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
-        low, high = ax.get_ylim()
-        ax.set_ylim(low - 0.04 * (high - low), high + 0.11 * len(rows) * (high - low))        # room for the legend
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(-0.1, -0.26), frameon=False)
     save(fig, path)
 
 
@@ -459,10 +457,11 @@ def draw_rank(results: dict, path: Path) -> None:
 def draw(results: dict, out: Path) -> list[str]:
     """Every figure that there are results for. Returns the names of the others."""
     series, evals, best = results["series"], results["evals"], headline(results["series"])
+    compared = [(title, members) for title, members in panels(series) if len(members) > 1]
     figures = [
         ("contrasts", forest_rows(results), lambda path: draw_contrasts(results, path)),
         ("headline", best, lambda path: draw_pareto([headline_panel(series, best)], path)),
-        ("pareto_memory_vs_loss", panels(series), lambda path: draw_pareto(panels(series), path)),
+        ("pareto_memory_vs_loss", compared, lambda path: draw_pareto(compared, path)),
         ("convergence", panels(series), lambda path: draw_convergence(series, path)),
         ("learning_rate", rate_panels(series), lambda path: draw_learning_rate(series, path)),
         ("decode", list(of_command(evals, "latency")), lambda path: draw_decode(results, path)),

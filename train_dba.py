@@ -359,8 +359,10 @@ class Attention(nn.Module):
             return q @ up.float(), latent[:, None], null_score
         k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
         if path.rotate:
-            q, k, dtype = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq), k.dtype
-            q, k = (q, k) if self.turn is None else (q @ self.turn, k @ self.turn)
+            dtype = k.dtype
+            q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq)
+            if self.turn is not None:
+                q, k = q @ self.turn, k @ self.turn
             k = k.to(dtype)
         return q, k, null_score
 
