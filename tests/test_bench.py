@@ -14,9 +14,11 @@ KEYS = {                                                   # of every row of a b
     "check": {"kernel", "case", "format", "residual", "difference", "ok"},
     "sdpa": {"case", "width", "backend", "ms"},
     "loss": {"case", "ms", "gib", "tflops"},
+    "compact": {"tokens", "width", "types", "ms"},
     "train": {"case", "micro", "compiled", "dtype", "params", "tok_s", "times_first"},
     "profile": {"case", "wall_ms", "busy_ms", "ms", "top"},
     "small": {"case", "micro", "tok_s", "ms", "gib", "formula_gib"},
+    "growth": {"case", "axis", "value", "params", "seconds", "fastest_s"},
     "decode": {"case", "format", "kernel", "batch", "tokens", "us", "cache_mib", "gb_per_s", "share_of_copy"},
     "checkpoint": {"gb", "save_s", "load_s"},
 }
