@@ -226,8 +226,8 @@ LOSSES = ((2048, 512, 33_278), (1024, 768, VOCAB), (512, 1024, VOCAB), (2048, 25
 
 
 def compact(device, toy):
-    """The loss and its gradients, ours and PyTorch's compact one in turn, each in float32 and bfloat16, by tokens, width
-    and types."""
+    """The loss and its gradients, ours and PyTorch's compact one in turn, each in float32 and bfloat16, by tokens,
+    width and types."""
     for N, D, types in ((32, 64, 257),) if toy else LOSSES:
         targets, calls = torch.randint(types, (N,), device=device), {}
         for dtype in (torch.float32, torch.bfloat16):
