@@ -5,7 +5,7 @@ Training speed on this machine, as shares of what its matrix products alone woul
     python3 benchmarks/train_speed.py --only "fp32" "fp32 compiled" "products fp32" --rounds 3
 
 Every contender is a process of its own, so that baselines don't run under train_dba.py's setting of the allocator; they
-take turns, a step each. Ratios are of medians, to the faster type of each baseline, by wall and by CPU time. A step is
+take turns, some steps each. Ratios are of medians, to the faster type of each baseline, by wall and by CPU time. A step is
 a whole optimiser step (forward, backward, clipping, AdamW) on the same batch. `naive` is the same model with explicit
 score matrices, a mask, and the full logits in memory; `Llama` is transformers' of the same shape, left out where
 transformers is not installed. `products` is no model: the model's own matrix products (forward, and both backward) on
@@ -147,7 +147,8 @@ def ask(process):
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each, in turn (7)")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each, in processes of their own (2)")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of a turn (4)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--serve", choices=CONTENDERS, help="be one of them (for this script itself)")
@@ -156,18 +157,14 @@ def main():
     if args.serve:
         serve(args.serve, device)
         return
-    processes, params, seconds = {}, {}, {}
-    for name in args.only:
+    params, seconds, load = {}, {}, os.getloadavg()[0]
+    for name in args.turns * args.only:                    # one at a time: there need not be memory for all
         process, ready = start(name, device)
-        if ready:
-            processes[name], params[name], seconds[name] = process, json.loads(ready), []
-        else:
+        if not ready:
             print(f"{name} is left out: exit code {process.wait()}", file=sys.stderr)
-    load = os.getloadavg()[0]
-    for _ in range(args.rounds):
-        for name, process in processes.items():
-            seconds[name].append(ask(process))
-    for process in processes.values():
+            continue
+        params[name] = json.loads(ready)
+        seconds.setdefault(name, []).extend(ask(process) for _ in range(args.rounds))
         process.stdin.close()
         process.wait()
     median = {name: [statistics.median(clock) for clock in zip(*times)] for name, times in seconds.items()}
@@ -185,7 +182,7 @@ def main():
                 rows[-1] |= {key: fastest[kind][0] / wall, f"{key}_cpu": fastest[kind][1] / cpu}
         print(f"{name:16}{tokens / wall:8.0f} tokens/s" + "".join(
             f"  {base[0] / wall:5.2f} x {kind} ({base[1] / cpu:.2f} by CPU time)" for kind, base in fastest.items()))
-    write(args.out, device, block="speed", toy=False, rounds=args.rounds, load=load, rows=rows)
+    write(args.out, device, block="speed", toy=False, rounds=args.turns * args.rounds, load=load, rows=rows)
 
 
 if __name__ == "__main__":
