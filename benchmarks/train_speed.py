@@ -5,11 +5,11 @@ Training speed on this machine, as shares of what its matrix products alone woul
     python3 benchmarks/train_speed.py --only "fp32" "fp32 compiled" "products fp32" --rounds 3
 
 Every contender is a process of its own, so that baselines don't run under train_dba.py's setting of the allocator; they
-take turns, some steps each. Ratios are of medians, to the faster type of each baseline, by wall and by CPU time. A step is
-a whole optimiser step (forward, backward, clipping, AdamW) on the same batch. `naive` is the same model with explicit
-score matrices, a mask, and the full logits in memory; `Llama` is transformers' of the same shape, left out where
-transformers is not installed. `products` is no model: the model's own matrix products (forward, and both backward) on
-random data, which is what a step would take if nothing else took time.
+take turns, some steps each. Ratios are of medians, to the faster type of each baseline, by wall and by CPU time. A step
+is a whole optimiser step (forward, backward, clipping, AdamW) on the same batch. `naive` is the same model with
+explicit score matrices, a mask, and the full logits in memory; `Llama` is transformers' of the same shape, left out
+where transformers is not installed. `products` is no model: the model's own matrix products (forward, and both
+backward) on random data, which is what a step would take if nothing else took time.
 """
 
 import json
