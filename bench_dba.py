@@ -122,7 +122,7 @@ def forget(device):
 
 def ceilings(device, toy):
     """A copy of a large buffer (bytes read and written), and square matrix products of random values."""
-    size, n = (2**24, 512) if toy else (2**32, 8192)
+    size, n = (2**24, 512) if toy else (2**32, 8192) if device.type == "cuda" else (2**28, 2048)
     x = torch.empty(size, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
     yield dict(what="copy", bytes=size, gb_per_s=2e-9 * size / median_of(lambda: y.copy_(x), device))

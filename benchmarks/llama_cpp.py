@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 FORMATS = ("fp16", "q8_0", "q4_0")
@@ -121,7 +122,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="a .gguf file of a Llama")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--llama-cpp", default=sys.executable, help="Python of an environment with xllamacpp")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--depths", type=int, nargs="+", default=[2048, 6144], help="cached tokens (2048 6144)")
