@@ -2310,6 +2310,7 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+
     def known_format(value):
         return type(value) is str and value in FORMATS
 
@@ -2570,9 +2571,10 @@ def make_config(**given):
     return cfg
 
 
-def settings_of(path):
+def settings_of(path, attn_mode=None):
     """What a resolved_config.json says, as flags would: not where a run lay and on what device, nor what would follow
-    from the rest. {} without a path. Raises UserError for a file that is none."""
+    from the rest, nor the widths of its attention where another mode is asked for. {} without a path. Raises UserError
+    for a file that is none."""
     if path is None:
         return {}
     try:
@@ -2581,8 +2583,11 @@ def settings_of(path):
             raise ValueError(problem)
     except (*BROKEN, OSError) as e:
         raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
-    sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
-    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"} | sampling
+    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"}
+    fields = dataclasses.fields(Config)
+    own |= {f.name for f in fields if f.metadata["group"] == "sampling"}
+    if attn_mode not in (None, settings["attn_mode"]):
+        own |= {"attn_dim"} | {f.name for f in fields if f.metadata["modes"] and attn_mode not in f.metadata["modes"]}
     given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
     for name in reversed(given):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
@@ -2603,16 +2608,18 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
     parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
         m = f.metadata
         kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
+        reading = dict(type=kind, choices=m["choices"])
+        if kind is bool:
+            reading = dict(action=argparse.BooleanOptionalAction)
         default = "" if f.default is None or kind is bool else f" ({f.default})"
-        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
+        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **reading)
     return vars(parser.parse_args(argv))
 
 
@@ -2629,7 +2636,7 @@ def main(argv=None):
         if "config" in given and (both := {"size", "exp"} & given.keys()):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         if given.get("mode") != "sample":
-            given = {**settings_of(given.get("config")), **given}
+            given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

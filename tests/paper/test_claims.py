@@ -72,11 +72,11 @@ def test_flops_are_those_of_the_products():
 
 def sweep_results():
     """{series without learning rate: {lr: loss}} of the committed sweep."""
-    found = {}
+    losses = {}
     for log in sorted((ROOT / "runs").glob("cpu_mini/lr/*/train.jsonl")):
         if run := read_run(log.parent, f"cpu_mini/lr/{log.parent.name}"):
-            found.setdefault(run["series"].rsplit("_lr", 1)[0], {})[run["lr"]] = run["last_val_loss"]
-    return found
+            losses.setdefault(run["series"].rsplit("_lr", 1)[0], {})[run["lr"]] = run["last_val_loss"]
+    return losses
 
 
 @pytest.mark.parametrize("row, losses", sweep_results().items())
@@ -132,8 +132,8 @@ def test_what_follows_a_run(small):
     assert result.returncode == 0, result.stderr
     measured = {path.relative_to(small / "runs").as_posix() for path in (small / "runs").rglob("*.json")}
     for name, caches in (("good", ("fp16", "q8_0", "q4_0")), ("other", ("fp16", "q8_0", "q4_0", "hetero"))):
-        found = {path for path in measured if path.startswith(f"g/s/{name}_s1/")}
-        assert found - {f"g/s/{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
+        read = {path for path in measured if path.startswith(f"g/s/{name}_s1/")}
+        assert read - {f"g/s/{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
             f"g/s/{name}_s1/mem128k.json", *(f"g/s/{name}_s1/eval_ppl_{cache}.json" for cache in caches)}
     for path in (small / "runs").rglob("*.pt"):
         path.unlink()
