@@ -103,7 +103,7 @@ EXP_DEFAULTS = dict(size="1b", steps=10_000)
 
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
-           "nf4": (4, 2)}
+           "nf4": (4, 2), "q3_0": (3, 2), "q2_0": (2, 2)}
 KERNELS = ("auto", "torch", "triton", "metal")
 
 
@@ -1805,7 +1805,7 @@ HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy;
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
-EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1}                # what a block's largest value becomes
+EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}  # of a block's largest value
 
 
 def stream_bytes(fmt, C):
@@ -1814,18 +1814,44 @@ def stream_bytes(fmt, C):
     return -(-C * bits // 8) + scale * -(-C // 32)
 
 
-def quantize(x, fmt):
-    """x [N, C] -> codes [N, C] int8 (q8_0) or [N, ceil(C / 2)] uint8 (4 bits, the even channel in the low half of a
-    byte), scales [N, ceil(C / 32)] float16.
+def whole_bytes(bits):
+    """The fewest channels whose codes fill whole bytes, and how many bytes that is."""
+    return 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
 
-    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale. A block
-    that holds an infinity or a NaN, or needs a scale above float16's largest, has a NaN scale and reads as NaN
-    throughout; one whose scale rounds to zero reads as zeros.
+
+def pack(codes, bits):
+    """codes [N, C] uint8 of so many bits -> bytes [N, ceil(C · bits / 8)], the first channel in the lowest bits."""
+    (group, length), C = whole_bytes(bits), codes.size(1)
+    first, *others = F.pad(codes, (0, -C % group)).unflatten(1, (-1, group)).to(
+        torch.uint8 if length == 1 else torch.int32).unbind(2)
+    for i, code in enumerate(others, 1):
+        first = first | code << bits * i
+    return torch.stack([first >> 8 * i & 255 for i in range(length)], 2).byte().flatten(1)[:, :-(-C * bits // 8)]
+
+
+def unpack(packed, bits, C):
+    """The codes [B, C, S] of bytes [B, ceil(C · bits / 8), S]."""
+    group, length = whole_bytes(bits)
+    first, *others = F.pad(packed, (0, 0, 0, -packed.size(1) % length)).unflatten(1, (-1, length)).to(
+        torch.uint8 if length == 1 else torch.int32).unbind(2)
+    for i, byte in enumerate(others, 1):
+        first = first | byte << 8 * i
+    shift = bits * torch.arange(group, dtype=first.dtype, device=packed.device)[:, None]
+    return (first[:, :, None] >> shift & 2**bits - 1).flatten(1, 2)[:, :C]
+
+
+def quantize(x, fmt):
+    """x [N, C] -> codes [N, C] int8 (q8_0) or packed, [N, ceil(C · bits / 8)] uint8 (4 bits: the even channel in the
+    low half of a byte), scales [N, ceil(C / 32)] float16.
+
+    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale; q3_0 and
+    q2_0 are q4_0 in fewer bits. A block that holds an infinity or a NaN, or needs a scale above float16's largest, has
+    a NaN scale and reads as NaN throughout; one whose scale rounds to zero reads as zeros.
     """
     C = x.size(1)
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    extreme = extreme if fmt == "q4_0" else extreme.abs()
+    extreme = extreme if EXTREME_CODES[fmt] < 0 else extreme.abs()
     d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
     fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
     x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
@@ -1836,24 +1862,23 @@ def quantize(x, fmt):
         levels = torch.tensor(NF4, device=x.device)
         codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     else:
-        codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
+        zero = 2 ** (FORMATS[fmt][0] - 1)                  # the code of 0
+        codes = (x + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
     codes = codes.flatten(1)[:, :C]
     if fmt != "q8_0":
-        codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
-        codes = codes[..., 0] | codes[..., 1] << 4
+        codes = pack(codes, FORMATS[fmt][0])
     return codes, torch.where(fits, d, torch.nan)[..., 0].half()
 
 
 def dequantize(codes, scales, fmt, C):
-    """float32 values [B, C, S] of channel-major codes [B, C or ceil(C / 2), S] and scales [B, ceil(C / 32), S]."""
+    """float32 values [B, C, S] of channel-major codes, as quantize() packs them, and scales [B, ceil(C / 32), S]."""
     if fmt in FLOAT_FORMATS:
         return codes.float()
-    if fmt != "q8_0":
-        shift = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)[:, None]
-        codes = (codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :C]          # [B, C, S]
+    bits = FORMATS[fmt][0]
+    codes = codes if fmt == "q8_0" else unpack(codes, bits, C)                  # [B, C, S]
     x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
-    if fmt in ("q4_0", "q4_sym"):
-        x -= 8
+    if fmt not in ("q8_0", "nf4"):
+        x -= 2 ** (bits - 1)
     for block, scale in zip(x.split(32, 1), scales.float().split(1, 1)):
         block *= scale
     return x
@@ -2144,11 +2169,12 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
 @dataclass(frozen=True)
 class Kernel:
     """Back-end of the cache. attention and append: as decode_attention() and append() above; most_queries: how many
-    queries that share a key it takes at once."""
+    queries that share a key it takes at once; formats: those that it reads."""
     name: str
     attention: Callable
     append: Callable = append
     most_queries: float = math.inf
+    formats: tuple = tuple(FORMATS)
 
 
 TORCH = Kernel("torch", decode_attention)
@@ -2368,9 +2394,9 @@ def compare_bytes(cfg, formats):
 KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_dim=32, geo_dim=72, attn_dim=104)
 
 
-def resolve_kernel(name, device):
-    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where
-    a kernel asked for by name can't serve; auto says so and takes TORCH."""
+def resolve_kernel(name, device, formats=()):
+    """(Kernel, why) of --kernel for a cache of these formats. None is trusted before it agreed with TORCH over a small
+    cache. Raises UserError where a kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
@@ -2385,6 +2411,10 @@ def resolve_kernel(name, device):
     if module is None:
         return TORCH, why
     kernel = Kernel(**module.KERNEL)
+    if unread := [fmt for fmt in dict.fromkeys(formats) if fmt not in kernel.formats]:
+        if name != "auto":
+            raise UserError(f"--kernel {name} doesn't read {' and '.join(unread)}; use --kernel torch")
+        return TORCH, f"{kernel.name} doesn't read {' and '.join(unread)}"
     try:
         caches = [KVCache(KERNEL_TEST, 2, 640, "hetero", 32, device, each) for each in (kernel, TORCH)]
         error = kernels.difference(*caches, KERNEL_TEST.n_head)
@@ -2410,7 +2440,7 @@ def sample(cfg):
     dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     formats = stream_formats(cfg, model.cfg)
-    kernel, why_kernel = resolve_kernel(cfg.kernel, device)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device, formats.values())
     if cfg.kv_rotate:
         rotate_cache(model)
     header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "

@@ -173,13 +173,15 @@ def gpt(w, idx, given, vocab_size, see=lambda layer, row, stream, values: values
 
 # --- quantisers: gguf's, and those that it lacks from their definitions
 
-QUANTISED = ("q8_0", "q4_0", "q4_sym", "nf4")
+QUANTISED = ("q8_0", "q4_0", "q4_sym", "nf4", "q3_0", "q2_0")
 QUANTILES = [torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64))[:-1] for n in (8, 9)]
 LEVELS = {                                                 # of a code, in units of the scale; nf4: of a normal variable
     "q8_0": np.arange(-127, 128), "q4_0": np.arange(-8, 8), "q4_sym": np.arange(-7, 8),
     "nf4": np.sort(np.concatenate([-QUANTILES[0].numpy(), [0], QUANTILES[1].numpy()])) / float(QUANTILES[1].max()),
+    "q3_0": np.arange(-4, 4), "q2_0": np.arange(-2, 2),
 }
-TOP = {"q8_0": 127, "q4_0": 8, "q4_sym": 7, "nf4": 1}      # largest size of a block's values, in units of the scale
+TOP = {"q8_0": 127, "q4_0": 8, "q4_sym": 7, "nf4": 1, "q3_0": 4, "q2_0": 2}     # a block's largest value in its scales
+SIGNED = ("q4_0", "q3_0", "q2_0")                          # whose scale has the sign that makes that the lowest code
 
 
 def quantised(x, fmt):
@@ -199,6 +201,11 @@ def quantised(x, fmt):
 
             kind = gguf.GGMLQuantizationType[fmt.upper()]
             read = gguf.dequantize(gguf.quantize(blocks, kind), kind)
+        elif fmt in SIGNED:                                # as gguf makes q4_0: the first of the largest gives the sign
+            top = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1) / np.float32(-TOP[fmt])
+            units = blocks * np.where(zero, 0, np.float32(1) / top)
+            code = np.trunc(units + np.float32(TOP[fmt] + 0.5)).astype(int).clip(0, 2 * TOP[fmt] - 1)
+            read = LEVELS[fmt][code] * top.astype(np.float16).astype(np.float32)
         else:
             units = np.where(zero, 0, blocks * (1 / d))
             distance = np.abs(units[..., None] - LEVELS[fmt])                       # [N, 32, levels]

@@ -1,6 +1,7 @@
 """Attention modes against an independent float64 reference, RoPE, null token, causality, the KV cache and its bytes."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -411,7 +412,9 @@ def test_bytes_of_odd_widths(total):
         got = dba.kv_bytes_per_token(cfg)
         four_bits = C // 2 + C % 2 + blocks(C)
         assert got == {"fp32": 3 * 8 * C, "bf16": 3 * 4 * C, "fp16": 3 * 4 * C, "q8_0": 3 * 2 * (C + blocks(C)),
-                       "q4_0": 3 * 2 * four_bits, "q4_sym": 3 * 2 * four_bits, "nf4": 3 * 2 * four_bits, "hetero": None}
+                       "q4_0": 3 * 2 * four_bits, "q4_sym": 3 * 2 * four_bits, "nf4": 3 * 2 * four_bits,
+                       "q3_0": 3 * 2 * (math.ceil(3 * C / 8) + blocks(C)),
+                       "q2_0": 3 * 2 * (math.ceil(C / 4) + blocks(C)), "hetero": None}
 
 
 ONE_B = dict(size="1b", layers=1)

@@ -15,7 +15,7 @@ from reference import hard_tokens
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 torch.use_deterministic_algorithms(True)                   # torch.empty is full of NaN
-F = tuple(dba.FORMATS)
+F = triton_decode.FORMATS
 
 
 def decoupled(heads, sem, geo, v=None, groups=None, **flags):

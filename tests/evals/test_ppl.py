@@ -67,7 +67,20 @@ def one_by_one(model, ids, formats, residual):
     return torch.stack(nll)
 
 
-@pytest.mark.parametrize("mode, fmt", (("standard", "q4_0"), ("decoupled", "hetero"), ("mla", "nf4")))
+def test_formats_of_each_stream(runs, tmp_path):
+    """What is named stream by stream is that cache: hetero, spelled out, costs the same bytes and loses the same."""
+    spelled, mixed = "k_geo=q8_0,k_sem=q4_0,v=q4_0", "k_sem=q4_0,k_geo=q4_0,v=q3_0"
+    command = f"ppl {EVALUATE} decoupled --kv-cache fp16 hetero {spelled} {mixed} --max-tokens 200 --out {tmp_path}"
+    assert_done(evaluate(command, runs))
+    hetero, same, other = (json.loads((tmp_path / f"eval_ppl_{name}.json").read_text()) for name in (
+        "hetero", spelled, mixed))
+    assert same["loss"] == hetero["loss"] and same["bytes_per_token"] == hetero["bytes_per_token"]
+    assert other["loss"] != hetero["loss"] and other["bytes_per_token"] < hetero["bytes_per_token"]
+    assert other["formats"] == dict(k_sem="q4_0", k_geo="q4_0", v="q3_0")
+
+
+@pytest.mark.parametrize("mode, fmt", (("standard", "q4_0"), ("decoupled", "hetero"), ("mla", "nf4"),
+                                       ("standard", "q3_0")))
 def test_a_loss_through_a_residual_window_is_that_of_decoding(runs, tmp_path, mode, fmt):
     model, ids, total = load_model(load_checkpoint(runs / mode / "best.pt")), validation(runs)[:301], 0.0
     for start in (0, 150):                                 # windows of 150, side by side
