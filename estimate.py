@@ -5,6 +5,7 @@ The formula of the memory is held to PyTorch's own bookkeeping of fake tensors b
 beside what was measured in docs/scale.md.
 """
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, count_param
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 UTILISATION = 0.4                                          # assumed where nothing was measured
+ROOM = 0.95                                                # of free memory: assumed; the rest is work space, fragments
 HALF, FULL = 2, 4                                          # bytes of a value under autocast, and in float32
 MEASURED = {"rows": list, "env": {"device": str}, "toy": bool}
 
@@ -93,6 +95,17 @@ def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[s
     end = {**state, "gradients": FULL * params["total"], "loss": FULL * rows * E}
     fullest = max(turn, end, key=lambda parts: sum(parts.values()))
     return {**fullest, "peak": sum(fullest.values())}
+
+
+def fits_by_formula(cfg: Config, vocab_size: int, sizes: list[int], free: int, shards: int = 1) -> int:
+    """The first of `sizes`, micro-batches from large to small, whose step takes at most ROOM of `free` bytes on a GPU,
+    or else the last. shards: how many ranks share parameters, gradients and the optimiser's state (--shard)."""
+    for size in sizes:
+        parts = training_memory(dataclasses.replace(cfg, micro_batch=size), vocab_size)
+        shared = parts["parameters"] + parts["AdamW"] + parts["gradients"]
+        if parts["peak"] - shared + shared / shards <= ROOM * free:
+            break
+    return size
 
 
 def measured_rows(folder: Path) -> list[tuple]:

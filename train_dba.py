@@ -35,6 +35,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -107,10 +108,14 @@ FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q
 KERNELS = ("auto", "torch", "triton", "metal")
 
 
-def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
+def number_or_auto(text):
+    return 0 if text == "auto" else int(text)
+
+
+def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None, read=None):
     """One flag. group: its heading in --help, and the --mode that reads it; low, above, below, top: the range of values
-    (>=, >, <, <=); modes: the attention modes that read it (None: all)."""
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices, modes=modes,
+    (>=, >, <, <=); modes: the attention modes that read it (None: all); read: makes the value of a text (its type)."""
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, modes=modes, read=read,
                                                 limits=dict(low=low, above=above, below=below, top=top)))
 
 
@@ -193,7 +198,8 @@ class Config:
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
-    micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
+    micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks); auto: as many "
+                                   "as a GPU has memory for", low=0, read=number_or_auto)
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
     schedule: str | None = flag("training", None, "of the rate after warm-up; wsd: constant, then linear in the last "
                                 "fifth (constant; with --min-lr cosine)", choices=("constant", "cosine", "wsd"))
@@ -1123,6 +1129,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if device.type == "cpu" else None
 
 
+def free_memory(device):
+    """Free bytes of a CUDA device. Raises UserError on others: a system that lends more than it has can't tell."""
+    if device.type != "cuda":
+        raise UserError(f"--micro-batch auto asks a CUDA device for its free memory; give a number on {device.type}")
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def keep_freed_memory():
     """Ask glibc to reuse freed memory rather than return it: a third of a CPU step is page faults otherwise."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
@@ -1445,8 +1458,8 @@ def find_run(cfg, given):
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     widths = ("sem_dim", "geo_dim", "attn_dim")            # which didn't follow --size always
     cfg = dataclasses.replace(cfg, **{name: saved[name] for name in widths if name not in given and cfg.size})
-    if cfg.dtype == "auto":                                # a run keeps the type that it began with
-        cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
+    for name, auto in (("dtype", "auto"), ("micro_batch", 0)):                  # a run keeps what it began with
+        cfg = dataclasses.replace(cfg, **{name: saved[name]}) if getattr(cfg, name) == auto else cfg
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
     may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
@@ -1635,6 +1648,47 @@ def build(cfg, vocab_size, device):
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
 
 
+def lacks_memory(cfg, vocab_size, ranks, dtype):
+    """Whether any rank's memory runs out in two steps of a model that is then forgotten; the second step has the
+    optimiser's state, and gradients beside a micro-batch's activations where the run's steps have them. With --shard
+    ranks wait for each other within a step: there all run out, or none."""
+    lacking, parts = False, range(2 if cfg.micro_batch < cfg.batch_size * cfg.grad_accum else 1)
+    try:
+        model, optimizer, _ = build(cfg, vocab_size, ranks.device)
+        batch = torch.zeros(2, len(parts) * cfg.micro_batch, cfg.block, dtype=torch.int64)
+        for _ in range(2):
+            step_gradients(model, batch, cfg, 1, cfg.micro_batch, parts, ranks, dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        lacking = True
+    model = optimizer = None
+    gc.collect()                                           # a compiled model is part of a cycle
+    torch.cuda.empty_cache()
+    return ranks.sum(lacking)[0] > 0
+
+
+def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
+    """What --micro-batch auto stands for, on every rank: the first part of a batch that fits by formula, or the next of
+    at most half its size that does when it is tried."""
+    free = free_memory(ranks.device)
+    try:
+        from estimate import fits_by_formula
+    except ModuleNotFoundError as e:
+        raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
+    sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
+             and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
+    shards = mesh_sizes()[1] if cfg.shard else 1
+    first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
+    sizes = [size for size in sizes if size <= first]
+    while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
+        if not (smaller := [size for size in sizes if size <= sizes[0] // 2]):
+            raise UserError(f"no memory for --micro-batch {sizes[0]} (auto); --activation-checkpointing takes less, "
+                            "and --shard on several GPUs")
+        sizes = smaller
+    return sizes[0]
+
+
 def restore(ckpt, model, optimizer, rng):
     """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
@@ -1686,6 +1740,9 @@ def train(cfg, given, argv):
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
+    if cfg.micro_batch == 0:
+        cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
+    micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
 
     # --- model, optimiser, data order
@@ -2336,6 +2393,7 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+
     def known_format(value):
         return type(value) is str and value in FORMATS
 
@@ -2600,9 +2658,10 @@ def make_config(**given):
     return cfg
 
 
-def settings_of(path):
+def settings_of(path, attn_mode=None):
     """What a resolved_config.json says, as flags would: not where a run lay and on what device, nor what would follow
-    from the rest. {} without a path. Raises UserError for a file that is none."""
+    from the rest, nor the widths of its attention where another mode is asked for. {} without a path. Raises UserError
+    for a file that is none."""
     if path is None:
         return {}
     try:
@@ -2611,8 +2670,11 @@ def settings_of(path):
             raise ValueError(problem)
     except (*BROKEN, OSError) as e:
         raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
-    sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
-    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"} | sampling
+    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"}
+    fields = dataclasses.fields(Config)
+    own |= {f.name for f in fields if f.metadata["group"] == "sampling"}
+    if attn_mode not in (None, settings["attn_mode"]):
+        own |= {"attn_dim"} | {f.name for f in fields if f.metadata["modes"] and attn_mode not in f.metadata["modes"]}
     given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
     for name in reversed(given):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
@@ -2633,16 +2695,18 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
     parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
         m = f.metadata
         kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
+        reading = dict(type=m["read"] or kind, choices=m["choices"])
+        if kind is bool:
+            reading = dict(action=argparse.BooleanOptionalAction)
         default = "" if f.default is None or kind is bool else f" ({f.default})"
-        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
+        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **reading)
     return vars(parser.parse_args(argv))
 
 
@@ -2659,7 +2723,7 @@ def main(argv=None):
         if "config" in given and (both := {"size", "exp"} & given.keys()):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         if given.get("mode") != "sample":
-            given = {**settings_of(given.get("config")), **given}
+            given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

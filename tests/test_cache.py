@@ -307,15 +307,16 @@ def entries_of(cfg, B, T, seed=0):
 
 def contents(cache, layer, name, row):
     """What the tokens of a sequence read as, [T, C]: each must lie in one place."""
-    found, stream = {}, cache.layers[layer][name]
+    by_position, stream = {}, cache.layers[layer][name]
     for part, start, stop, pos in cache.begin(0).chunks(100):
         values = stream.read(part, start, stop)[row].T
         for p, value in zip(pos[row].tolist(), values):
             if p < cache.length[row]:
-                assert p not in found, f"token {p} lies in two places"
-                found[p] = value
-    assert sorted(found) == list(range(cache.length[row]))
-    return torch.stack([found[p] for p in sorted(found)]) if found else torch.empty(0, stream.channels)
+                assert p not in by_position, f"token {p} lies in two places"
+                by_position[p] = value
+    assert sorted(by_position) == list(range(cache.length[row]))
+    tokens = [by_position[p] for p in sorted(by_position)]
+    return torch.stack(tokens) if tokens else torch.empty(0, stream.channels)
 
 
 @pytest.mark.parametrize("residual", (0, 1, 5, 16, 100))

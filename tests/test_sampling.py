@@ -60,9 +60,9 @@ def ratios(total, k, v, d_model, heads, layers):
 
 
 def check_ratios(text, expected):
-    found = re.findall(r"(\S+) x ([^,;\n]+)", text)
-    said = {what: float(ratio) for ratio, what in found}
-    assert len(said) == len(found), f"a ratio is said twice: {text}"
+    ratios = re.findall(r"(\S+) x ([^,;\n]+)", text)
+    said = {what: float(ratio) for ratio, what in ratios}
+    assert len(said) == len(ratios), f"a ratio is said twice: {text}"
     assert said.keys() == expected.keys()
     for what, ratio in expected.items():
         assert abs(said[what] / ratio - 1) < 0.006, what   # three digits
