@@ -290,27 +290,6 @@ def rope(x, pos, inv_freq):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(1, 2)
 
 
-def attend(q, k, v, null_v=None):
-    """Causal self-attention by the fused kernels of PyTorch.
-
-    q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
-    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u] in v's type.
-    """
-    u, w = v.size(-1), q.size(-1)
-    width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
-    narrow = q.device.type == "cpu" and width <= 16
-    dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
-    q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
-    if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
-        null_k = F.pad(k.new_ones(1), (w - 1, width - w)).expand(*k.shape[:2], 1, -1)             # one-hot
-        null_v = F.pad(null_v.to(dtype), (0, width - u))[:, None].expand(*k.shape[:2], 1, -1)
-        q, k, v_ = F.pad(q, (0, 0, 1, 0)), torch.cat([null_k, k], 2), torch.cat([null_v, v_], 2)  # [B, ., 1 + T, width]
-    with torch.autocast(q.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
-    return y[:, :, int(null_v is not None):, :u].to(v.dtype)
-
-
 def linear(n_in, n_out):
     return nn.Linear(n_in, n_out, bias=False)
 
@@ -415,6 +394,27 @@ class Attention(nn.Module):
                 up = self.v.weight.view(shape.v_groups, shape.v_width, -1).mT                         # [G, C, v]
                 y = times_own(y, up.to(v.dtype))                                                      # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
+
+
+def attend(q, k, v, null_v=None):
+    """Causal self-attention by the fused kernels of PyTorch.
+
+    q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
+    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u] in v's type.
+    """
+    u, w = v.size(-1), q.size(-1)
+    width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
+    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
+    narrow = q.device.type == "cpu" and width <= 16
+    dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
+    q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
+    if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
+        null_k = F.pad(k.new_ones(1), (w - 1, width - w)).expand(*k.shape[:2], 1, -1)             # one-hot
+        null_v = F.pad(null_v.to(dtype), (0, width - u))[:, None].expand(*k.shape[:2], 1, -1)
+        q, k, v_ = F.pad(q, (0, 0, 1, 0)), torch.cat([null_k, k], 2), torch.cat([null_v, v_], 2)  # [B, ., 1 + T, width]
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
+    return y[:, :, int(null_v is not None):, :u].to(v.dtype)
 
 
 # -----------------------------------------------------------------------------
