@@ -32,7 +32,6 @@ from train_dba import (
     bytes_per_token,
     count_params,
     derived,
-    load_checkpoint,
     out_of_range,
     read_bytes,
     width_problems,
@@ -93,6 +92,16 @@ class LlamaTokenizer:
         if self.prefix not in ([], [hf.bos_token_id]):
             raise UserError(f"its tokenizer puts {self.prefix} around a text; at most a token before it is understood")
         self.bytes = token_bytes(hf)
+        self.words = [hf.backend_tokenizer.to_str(), hf.bos_token, hf.eos_token, vocab_size]      # for checkpoints
+
+    @classmethod
+    def of_words(cls, words):
+        """The tokenizer of a checkpoint. Raises ValueError for words that are none."""
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+        text, bos, eos, vocab_size = words
+        made = Tokenizer.from_buffer(text.encode())
+        return cls(PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos), vocab_size)
 
     def encode(self, text):
         return np.array(self.hf.encode(text, add_special_tokens=False), dtype=np.uint32)
@@ -472,10 +481,10 @@ def show(path: Path) -> None:
 
 
 def export_run(ckpt: Path, out: Path) -> None:
-    """Write a run's best.pt as a folder for transformers, and print how it is loaded."""
-    from surgery.export import export, no_llama
-    kind, reasons = export(ckpt, out), no_llama(load_checkpoint(ckpt)["config"])
-    if kind == "Llama":
+    """Write a model as a folder for transformers, and print how it is loaded."""
+    from surgery.export import export
+    reasons = export(ckpt, out)
+    if not reasons:
         print(f"{out}: a Llama, AutoModelForCausalLM.from_pretrained({str(out)!r})")
     else:
         print(f"{out}: no Llama ({', '.join(reasons)}), but modeling_dba.py is in it, "
@@ -488,8 +497,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("show", help="what a pretrained Llama is as a model of train_dba.py")
     p.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
-    p = commands.add_parser("export", help="write a trained model as a folder for transformers")
-    p.add_argument("--ckpt", type=Path, required=True, help="run folder or checkpoint")
+    p = commands.add_parser("export", help="write a model as a folder for transformers")
+    p.add_argument("--ckpt", type=Path, required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")

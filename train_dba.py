@@ -197,6 +197,8 @@ class Config:
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
+    init_from: str | None = flag("training", None, "begin with these weights: a run folder, a checkpoint, or a Llama "
+                                 "(.gguf, Hugging Face folder)")
     dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
@@ -793,7 +795,19 @@ MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
+    if name == "llama":                                    # of weights that were a Llama's
+        return converter().LlamaTokenizer.of_words(words)
     return TOKENIZERS[name]() if words is None else TOKENIZERS[name](words)
+
+
+def converter():
+    """convert_dba.py, which Llamas alone need. Raises UserError where it is missing."""
+    try:
+        import convert_dba
+        return convert_dba
+    except ModuleNotFoundError as e:
+        raise UserError(f"a Llama needs the module {e.name}: the whole repository, and pip install -r "
+                        "requirements-eval.txt") from None
 
 
 def tokenizer_hash(tokenizer):
@@ -934,8 +948,9 @@ def check_same_data(recorded: dict, data: Data, trained: object, advice: str):
         raise UserError(f"{trained} was trained on other data ({'; '.join(differ)}); {advice}")
 
 
-def load_data(cfg):
-    """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
+def load_data(cfg, tokenizer=None):
+    """Data of --data, --val-data, --val-frac, --tokenizer. tokenizer: that of --init-from, which the data must be in,
+    or are put into. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
         if os.path.isdir(path):
@@ -947,7 +962,12 @@ def load_data(cfg):
             raise UserError(f"{path} is empty; make or download it again")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
-    data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
+    if tokenizer and cfg.tokenizer not in ("auto", tokenizer.name):
+        raise UserError(f"--tokenizer {cfg.tokenizer}, but --init-from reads {tokenizer.name}; leave it out")
+    data = load_token_files(cfg, paths) if paths[0].suffix == ".npy" else load_texts(cfg, paths, tokenizer)
+    if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+        raise UserError(f"{paths[0]} was made with {data.tokenizer.name}, {data.tokenizer.vocab_size} types; what "
+                        f"--init-from names reads {tokenizer.name}, {tokenizer.vocab_size}, or other words")
     if data.sha256 == data.val_sha256:
         raise UserError(f"{paths[0]} and its validation data {cfg.val_data or ''} hold the same: the loss would be "
                         "that of the training data; give another --val-data, or --val-frac")
@@ -979,9 +999,10 @@ def load_token_files(cfg, paths):
     return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"], None)
 
 
-def load_texts(cfg, paths):
-    """Text files, tokenised here; a word vocabulary is that of the training part alone."""
+def load_texts(cfg, paths, tokenizer=None):
+    """Text files, tokenised here; unless there is one already, a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
+    kind = tokenizer.name if tokenizer else kind
     texts = [read_text(path) for path in paths]
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     hashes = hashes if len(texts) > 1 else [*hashes, None]
@@ -989,9 +1010,9 @@ def load_texts(cfg, paths):
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
         parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
-        tokenizer = WordTokenizer.build(parts[0])
+        tokenizer = tokenizer or WordTokenizer.build(parts[0])
         return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
-    tokenizer = make_tokenizer(kind, None)
+    tokenizer = tokenizer or make_tokenizer(kind, None)
     parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
     parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
     val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
@@ -1336,10 +1357,7 @@ def config_of(logged: dict) -> Config:
 
 def checkpoint_file(path):
     """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
-    path = Path(path)
-    if os.path.isfile(path / "config.json") or path.suffix in (".gguf", ".safetensors") and os.path.isfile(path):
-        raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
-    path = path / "best.pt" if os.path.isdir(path) else path
+    path = Path(path, "best.pt") if os.path.isdir(path) else Path(path)
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
                         "trains two small ones)")
@@ -1389,6 +1407,17 @@ def load_model(ckpt):
     except (*BROKEN, RuntimeError) as e:
         raise UserError(f"the checkpoint's weights don't fit its settings ({brief(e)})") from None
     return model.eval()
+
+
+def read_model(path, device="cpu"):
+    """(GPT in eval mode, tokenizer, path of the file or folder, checkpoint or {}) of a run folder, a checkpoint, or a
+    Llama: a .gguf file or a Hugging Face folder. Raises UserError."""
+    path = Path(path)
+    if path.suffix == ".gguf" and os.path.isfile(path) or os.path.isfile(path / "config.json"):
+        return *converter().load_llama(path, device), path, {}
+    path = checkpoint_file(path)
+    ckpt = load_checkpoint(path, device)
+    return load_model(ckpt), ckpt["tokenizer"], path, ckpt
 
 
 def provenance(device):
@@ -1651,11 +1680,13 @@ def describe(cfg, data, ranks, dtype, why):
                 data=data.identity)
 
 
-def build(cfg, vocab_size, device):
+def build(cfg, vocab_size, device, source=None):
     """Model, compiled and sharded if it is to be, optimiser and the generator that decides the order of the data, all
-    from the seed."""
+    from the seed. source: a model of the same shape whose weights it gets."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, vocab_size).init_weights()
+    if source:
+        model.load_state_dict(source.state_dict())
     if not cfg.shard:                                      # sharding brings it there block by block
         model.to(device)
     if cfg.compile:
@@ -1730,8 +1761,9 @@ def restore(ckpt, model, optimizer, rng):
         raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
 
 
-def train(cfg, given, argv):
-    """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
+def train(cfg, given, argv, source=None, tokenizer=None):
+    """Train until cfg.steps, from the run folder's last.pt if there is one. source, tokenizer: of --init-from. Returns
+    the exit code."""
     # --- device, run folder, data
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
@@ -1756,14 +1788,16 @@ def train(cfg, given, argv):
     if given.get("dtype", "auto") == "auto" != cfg.dtype:
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
-    data = load_data(cfg)
+    data = load_data(cfg, tokenizer)
     if cfg.micro_batch == 0:
         cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
     micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
 
     # --- model, optimiser, data order
-    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device)
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, source)
+    if source and main_rank:
+        print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     step, best = 0, math.inf
     if ckpt:
         check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
@@ -2340,7 +2374,8 @@ def prompts(cfg, tokenizer):
     try:
         if cfg.prompt_tokens is None:
             for text in prompt_texts(cfg):
-                yield tokenizer.encode(text).tolist() or [tokenizer.eot]
+                ids = [*getattr(tokenizer, "prefix", []), *tokenizer.encode(text).tolist()]       # of a Llama: BOS
+                yield ids or [tokenizer.eot]
             return
         ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
     except ValueError:                                     # of which UnicodeEncodeError is one
@@ -2428,9 +2463,12 @@ def auto_policy(cfg, model_cfg):
                         f"({brief(e)}); {again}") from None
     formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
     kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-    with open(ckpt, "rb") as f:
-        if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
-            raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
+    digest = hashlib.sha256()
+    for part in sorted(ckpt.glob("*.safetensors")) if ckpt.is_dir() else [ckpt]:
+        with open(part, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    if policy.get("checkpoint_sha256") != digest.hexdigest():
+        raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
     print(f"--kv-cache auto ({path}): {', '.join(map(' '.join, formats.items()))}, {'' if rotate else 'not '}rotated, "
           f"residual {residual}, kernel {kernel}", file=sys.stderr)
     return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual, kernel=kernel,
@@ -2506,9 +2544,8 @@ def resolve_kernel(name, device, formats=()):
 def sample(cfg):
     """Stream continuations of the prompts to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
-    cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
-    ckpt = load_checkpoint(cfg.ckpt, device)
-    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    model, tokenizer, path, ckpt = read_model(cfg.ckpt, device)
+    cfg = dataclasses.replace(cfg, ckpt=str(path))
     timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
     rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
     dtype, why = pick_dtype(cfg.dtype, device, rates)
@@ -2517,7 +2554,8 @@ def sample(cfg):
     kernel, why_kernel = resolve_kernel(cfg.kernel, device, formats.values())
     if cfg.kv_rotate:
         rotate_cache(model)
-    header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "
+    trained = f"step {ckpt['step']}" if ckpt else "a Llama"
+    header = (f"{model.cfg.attn_mode} attention, {trained}, {dtype} ({why}) on {device}, kernel "
               f"{kernel.name} ({why_kernel})\nKV cache ({', '.join(map(' '.join, formats.items()))}): "
               f"{compare_bytes(model.cfg, formats)}")
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
@@ -2573,7 +2611,7 @@ def derived(c):
         head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
         fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
     c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config")}}
+    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config", "init_from")}}
 
 
 def out_of_range(settings):
@@ -2701,6 +2739,17 @@ def settings_of(path, attn_mode=None):
     return given
 
 
+def shape_from(cfg, given):
+    """The flags given, and the settings of a model's shape that it has by its Config; the context may be another.
+    Raises UserError where a flag says else."""
+    shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
+    shape.update(size=None, exp=None)
+    differ = [flag_name(name) for name in shape if name in given and given[name] != shape[name] and name != "block"]
+    if differ:
+        raise UserError(f"--init-from {given['init_from']} has a shape of its own; leave out {' and '.join(differ)}")
+    return {**{name: value for name, value in shape.items() if value != DEFAULTS[name]}, **given}
+
+
 class Parser(argparse.ArgumentParser):
     """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
 
@@ -2743,13 +2792,17 @@ def main(argv=None):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         if given.get("mode") != "sample":
             given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
+        source = ()
+        if given.get("init_from") and given.get("mode") != "sample":
+            source = read_model(given["init_from"])[:2]
+            given = shape_from(source[0].cfg, given)
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":
             return sample(cfg)
         main_rank = os.environ.get("RANK", "0") == "0"
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
-            return train(cfg, given, argv)
+            return train(cfg, given, argv, *source)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1
@@ -2764,4 +2817,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["train_dba"] = sys.modules[__name__]       # which convert_dba.py imports: this file, not it once more
     sys.exit(main())

@@ -57,7 +57,7 @@ def saved(path, settings, tokenizer=None, seed=0):
 def exported(tmp_path, settings, **kwargs):
     """(our model, transformers', its tokenizer) of one checkpoint."""
     model = saved(tmp_path / "run", settings, **kwargs)
-    assert export(tmp_path / "run", tmp_path / "hf") == ("DBA" if no_llama(model.cfg) else "Llama")
+    assert export(tmp_path / "run", tmp_path / "hf") == no_llama(model.cfg)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     theirs.generation_config.update(eos_token_id=None, pad_token_id=0)          # ours doesn't stop at the end of a text
     return model, theirs, AutoTokenizer.from_pretrained(tmp_path / "hf")
