@@ -299,7 +299,9 @@ def linear(n_in, n_out):
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
+        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
+        # cast here, once: each product that reads it would make, and keep, a copy of its own
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
 
 def split_heads(x, n):
