@@ -537,7 +537,7 @@ def make_mask(args: argparse.Namespace) -> None:
             with Progress("pass", "measuring") as report:
                 result = learn_mask.measure_all(host, gates, facts["points"], texts, folder, vars(args), report)
             print(text_table(learn_mask.table(result["summary"])))
-            print(f"written to {learn_mask.write(folder, subject, vars(args), plan, facts, result)}")
+            print(f"written to {learn_mask.write(host, subject, vars(args), plan, facts, result)}")
 
 
 def main(argv=None):

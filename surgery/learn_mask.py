@@ -389,12 +389,16 @@ def table(rows: list[dict]) -> list[tuple]:
     return cells
 
 
-def write(folder: Path, subject: Subject, flags: dict, plan: Plan, facts: dict, result: dict) -> Path:
+def write(host: Host, subject: Subject, flags: dict, plan: Plan, facts: dict, result: dict) -> Path:
     """Write eval_mask.json: what was asked for, learned and measured, where."""
-    settings = {name: value for name, value in flags.items() if name not in ("out_dir", "command", "data", "eval_data")}
-    path = folder / "eval_mask.json"
-    train_dba.write_text(path, json_text(dict(settings=settings, plan=dataclasses.asdict(plan), points=facts["points"],
-                                              env=train_dba.provenance(subject.device), **result)))
+    settings = {name: value for name, value in flags.items() if name not in ("out_dir", "data", "eval_data", "model")}
+    path = flags["out_dir"] / "eval_mask.json"
+    texts = {text.name: file_hash(text) for text in flags["eval_data"]}
+    model = dict(step=subject.step, sha256=subject.sha256, config=dict(
+        block=host.most, layers=len(host.attentions), heads=host.heads, groups=host.groups, width=host.width))
+    train_dba.write_text(path, json_text(dict(
+        settings=dict(settings, dtype="float32"), model=model, plan=dataclasses.asdict(plan), points=facts["points"],
+        texts=texts, env=train_dba.provenance(subject.device), **result)))
     return path
 
 

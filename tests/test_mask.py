@@ -11,6 +11,7 @@ import torch
 import convert_dba
 import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text
+from surgery.learn_mask import dropped_bytes, point_of
 from surgery.mask import Gates, Host, Point, Soft, Sparse, learn_logits, learn_mass, near_rows, plain_attention
 from surgery.measure_mask import Measured, TokenWindow, oracle_mass, quest_top
 from surgery.sparse_attention import Grid, block_log_mass, gathered_attention, near_log_mass
@@ -378,6 +379,29 @@ def test_transformers_models_attend_through_it(tmp_path, kind):
             written = model.generate(ids[:1], **options)
         whole = host.log_p(host.hidden(written[:, :-1], Sparse(gates, Point(1.0))))
         assert torch.equal(whole[0, 89:].argmax(-1), written[0, 90:])           # decoding reads as a prompt does
+
+
+def test_heads_that_drop_old_keys_need_not_hold_them(tmp_path):
+    """Token by token through a cache that holds less, the same logits; its bytes are those of the formula."""
+    import transformers
+
+    from surgery.dropping_cache import dropping_cache
+    from surgery.modeling_dba import CACHE
+    save("Llama", tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    host, ids = Host(model), torch.randint(2, 300, (2, 128), generator=torch.Generator().manual_seed(0))
+    gates = Gates(2, host.heads, host.width, 16).requires_grad_(False)
+    record = dict(shift=1.0, drops=[[0, 0], [0, 1], [1, 2], [1, 3]])            # a key head in each layer
+    point = point_of(gates, record)
+    cache = dropping_cache(gates, point, host.groups)
+    with torch.no_grad(), host.attending(Sparse(gates, point)):
+        whole = model(ids, use_cache=False).logits
+        for start, stop in ((0, 70), *((i, i + 1) for i in range(70, 128))):
+            part = model(ids[:, start:stop], use_cache=True, **{CACHE: cache}).logits
+            assert torch.allclose(part, whole[:, start:stop], atol=1e-4), start
+    full = 2 * 2 * 2 * 128 * host.groups * host.width * 4  # layers, keys and values, texts, tokens, float32
+    held = sum(layer.nbytes() for layer in cache.layers)
+    assert held == full * dropped_bytes(gates, record, 128) - full // 2 * 16 // 128      # 128: the own block is empty
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
