@@ -5,6 +5,7 @@ The formula of the memory is held to PyTorch's own bookkeeping of fake tensors b
 beside what was measured in docs/scale.md.
 """
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, count_param
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 UTILISATION = 0.4                                          # assumed where nothing was measured
+ROOM = 0.95                                                # of free memory: assumed; the rest is work space, fragments
 HALF, FULL = 2, 4                                          # bytes of a value under autocast, and in float32
 MEASURED = {"rows": list, "env": {"device": str}, "toy": bool}
 
@@ -46,16 +48,17 @@ def kept_by_block(cfg: Config, on_gpu: bool) -> int:
         attention += (HALF if cfg.compile else FULL) * H * sum(path.width for path in shape.paths)
     if cfg.compile:
         stream = FULL * D + HALF * 3 * D                   # a block's input; both norms' outputs; attention's
-        latent = HALF * 2 * shape.latent                   # of MLA, before its norm and after
+        latent = HALF * (1 + shape.latent_norm) * shape.latent                  # before its norm, if any, and after
         mlp = HALF * (3 if gated else 2) * cfg.d_ff
     else:
         norm = FULL * (1 if on_gpu else 2)
         products = 2 * len(shape.paths) + 1                # queries and keys of each path; values
-        latent = (norm + HALF * 2) * shape.latent          # semantic keys and values read the latent; it reads x
+        normed = norm + HALF if shape.latent_norm else 0
+        latent = (normed + HALF) * shape.latent            # semantic keys and values read the latent; it reads x
         products -= 1 if shape.latent else 0
         stream = 2 * norm * D + HALF * (products + 1 + gated) * D
         mlp = HALF * (4 if gated else 2) * cfg.d_ff
-    return stream + latent + mlp + attention + FULL * (3 if shape.latent else 2)                      # a scale a norm
+    return stream + latent + mlp + attention + FULL * (2 + shape.latent_norm)                         # a scale a norm
 
 
 def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[str, int]:
@@ -93,6 +96,17 @@ def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[s
     end = {**state, "gradients": FULL * params["total"], "loss": FULL * rows * E}
     fullest = max(turn, end, key=lambda parts: sum(parts.values()))
     return {**fullest, "peak": sum(fullest.values())}
+
+
+def fits_by_formula(cfg: Config, vocab_size: int, sizes: list[int], free: int, shards: int = 1) -> int:
+    """The first of `sizes`, micro-batches from large to small, whose step takes at most ROOM of `free` bytes on a GPU,
+    or else the last. shards: how many ranks share parameters, gradients and the optimiser's state (--shard)."""
+    for size in sizes:
+        parts = training_memory(dataclasses.replace(cfg, micro_batch=size), vocab_size)
+        shared = parts["parameters"] + parts["AdamW"] + parts["gradients"]
+        if parts["peak"] - shared + shared / shards <= ROOM * free:
+            break
+    return size
 
 
 def measured_rows(folder: Path) -> list[tuple]:

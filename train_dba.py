@@ -14,6 +14,7 @@ the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem
     bottleneck   -                 a                   a          H            2a
     gqa          -                 a                   a          kv_head      2a · kv_head / H
     decoupled    s                 p                   a          H / kv_head  (s + p + a) · groups / H
+      + latent   s, from a latent  p                   a, latent  H / kv_head  kv_lora_rank + p · groups / H
     mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
 
 Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
@@ -35,6 +36,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -103,14 +105,18 @@ EXP_DEFAULTS = dict(size="1b", steps=10_000)
 
 # Formats of the KV cache: bits of a value, and bytes of the scale that 32 channels share.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp16": (16, 0), "q8_0": (8, 2), "q4_0": (4, 2), "q4_sym": (4, 2),
-           "nf4": (4, 2)}
+           "nf4": (4, 2), "q3_0": (3, 2), "q2_0": (2, 2)}
 KERNELS = ("auto", "torch", "triton", "metal")
 
 
-def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None):
+def number_or_auto(text):
+    return 0 if text == "auto" else int(text)
+
+
+def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None, read=None):
     """One flag. group: its heading in --help, and the --mode that reads it; low, above, below, top: the range of values
-    (>=, >, <, <=); modes: the attention modes that read it (None: all)."""
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices, modes=modes,
+    (>=, >, <, <=); modes: the attention modes that read it (None: all); read: makes the value of a text (its type)."""
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, modes=modes, read=read,
                                                 limits=dict(low=low, above=above, below=below, top=top)))
 
 
@@ -133,11 +139,12 @@ class AttentionShape:
     v_width: int
     v_groups: int
     v_stream: str
-    latent: int                                            # width of MLA's latent, 0 in the other modes
+    latent: int                                            # width of the latent, 0 where there is none
+    latent_norm: bool = False                              # MLA's has an RMSNorm
 
     @property
     def streams(self):
-        """{name: channels} of what is cached per token and layer; MLA's latent stands for semantic keys and values."""
+        """{name: channels} of what is cached per token and layer; a latent stands for semantic keys and values."""
         widths = {path.stream: path.groups * path.width for path in self.paths}
         widths[self.v_stream] = self.v_groups * self.v_width
         return {name: self.latent if name == "latent" else width for name, width in widths.items()}
@@ -177,7 +184,8 @@ class Config:
     sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
     geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
     kv_head: int | None = flag("model", None, "key/value groups (decoupled: n_head)", low=1, modes=("gqa", "decoupled"))
-    kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
+    kv_lora_rank: int | None = flag("model", None, "width of one latent for all semantic keys and values (mla: d_model "
+                                    "/ 4; decoupled: none)", low=1, modes=("mla", "decoupled"))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
     tie_qk: bool = flag("model", False, "one projection for queries and keys (decoupled: of the semantic path only)",
@@ -193,7 +201,8 @@ class Config:
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
-    micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks)", low=1)
+    micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks); auto: as many "
+                                   "as a GPU has memory for", low=0, read=number_or_auto)
     lr: float = flag("training", 3e-4, "peak learning rate", above=0)
     schedule: str | None = flag("training", None, "of the rate after warm-up; wsd: constant, then linear in the last "
                                 "fifth (constant; with --min-lr cosine)", choices=("constant", "cosine", "wsd"))
@@ -223,13 +232,13 @@ class Config:
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0; auto: "
-                         "as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_geo q8_0, k_sem, v, latent q4_0; "
+                         "auto: as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
     kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
     kv_cache_k_geo: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
     kv_cache_v: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
-    kv_cache_latent: str | None = flag("sampling", None, "the same, mla's latent", choices=(*FORMATS,))
+    kv_cache_latent: str | None = flag("sampling", None, "the same, where the mode has a latent", choices=(*FORMATS,))
     kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys and values")
@@ -239,23 +248,24 @@ class Config:
     def attention(self):
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
-        G = self.kv_head or H
+        G, mla = self.kv_head or H, self.attn_mode == "mla"
+        latent = (self.kv_lora_rank or 0) if self.attn_mode in ("mla", "decoupled") else 0
+        of_decoupled = ("latent", "k_geo", "latent") if latent else ("k_sem", "k_geo", "v")
         sem, geo, v, groups, geo_groups, streams = {       # widths over all query heads
             "standard":   (0, d, d, H, H, ("", "k", "v")),
             "bottleneck": (0, a, a, H, H, ("", "k", "v")),
             "gqa":        (0, a, a, G, G, ("", "k", "v")),
-            "decoupled":  (self.sem_dim, self.geo_dim, a, G, G, ("k_sem", "k_geo", "v")),
+            "decoupled":  (self.sem_dim, self.geo_dim, a, G, G, of_decoupled),
             "mla":        (a, (self.rope_dim or 0) * H, a, H, 1, ("latent", "k_rope", "latent")),
         }[self.attn_mode]
         r, p = sem // H, geo // H
-        joint = self.one_temperature or self.attn_mode == "mla"
+        joint = self.one_temperature or mla
         paths = [ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem,
                            streams[1])]
         if sem:
             scale = (r + p if joint else r) ** -0.5
             paths.insert(0, ScorePath("sem", r, groups, scale, False, self.tie_qk, streams[0]))
-        latent = self.kv_lora_rank if self.attn_mode == "mla" else 0
-        return AttentionShape(tuple(paths), v // H, groups, streams[2], latent)
+        return AttentionShape(tuple(paths), v // H, groups, streams[2], latent, mla)
 
     @property
     def tokens_per_step(self):
@@ -274,11 +284,10 @@ def flag_name(field_name):
 
 def rope(x, pos, inv_freq):
     """Rotate x [B, n, T, p] to the positions pos [B or 1, T]; halves form pairs. inv_freq [1 or G, p/2]. float32."""
-    theta = pos[:, None, :, None] * inv_freq[:, None]                           # [B, G, T, p/2]
-    theta = theta.repeat_interleave(x.size(1) // theta.size(1), 1) if theta.size(1) > 1 else theta
+    theta = pos[:, None, None, :, None] * inv_freq[:, None, None]               # [B, G, 1, T, p/2]
     cos, sin = theta.cos(), theta.sin()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x.float().unflatten(1, (len(inv_freq), -1)).chunk(2, -1)             # [B, G, n/G, T, p/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(1, 2)
 
 
 def attend(q, k, v, null_v=None):
@@ -316,6 +325,12 @@ def split_heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
 
 
+def times_own(x, weight):
+    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
+    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
+    return y.view(*x.shape[:3], -1)
+
+
 class Attention(nn.Module):
     """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
     attend = staticmethod(attend)                          # without a cache; surgery/mask.py gives a layer another
@@ -327,7 +342,8 @@ class Attention(nn.Module):
         source = shape.latent or D                         # what semantic keys and values are projected from
         self.latent = nn.Identity()
         if shape.latent:
-            self.latent = nn.Sequential(linear(D, source), RMSNorm(source, cfg.norm_eps))
+            norm = RMSNorm(source, cfg.norm_eps) if shape.latent_norm else nn.Identity()
+            self.latent = nn.Sequential(linear(D, source), norm)
         self.q, self.k = nn.ModuleDict(), nn.ModuleDict()
         for path in shape.paths:
             n_in, n_out = source if path.name == "sem" else D, path.groups * path.width
@@ -340,12 +356,15 @@ class Attention(nn.Module):
         self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
         self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
         geo = shape.paths[-1]
-        self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
+        inv_freq = cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2))
+        rows = geo.groups if shape.latent else 1           # a converted model has a latent, and frequencies per group
+        self.register_buffer("inv_freq", inv_freq.repeat(rows, 1))
 
     def project(self, path, x, latent, pos, absorb):
         """Scaled queries [B, H, T, w], keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
 
-        absorb: leave MLA's semantic keys in latent space, and bring the queries there instead.
+        absorb: leave semantic keys in latent space, and bring the queries there instead. All heads then share all that
+        is cached; a query is zero where it holds the geometric keys of other groups.
         """
         temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]            # [H, 1, 1]
         q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
@@ -356,8 +375,8 @@ class Attention(nn.Module):
             null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
             null_score = (q * null_k).sum(-1)
         if absorb and path.stream == "latent":
-            up = self.k[path.name].weight.view(self.n_head, path.width, -1)                           # [H, r, C]
-            return q @ up.float(), latent[:, None], null_score
+            up = self.k[path.name].weight.view(path.groups, path.width, -1)                           # [G, r, C]
+            return times_own(q, up.float()), latent[:, None], null_score
         k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
         if path.rotate:
             dtype = k.dtype
@@ -365,6 +384,9 @@ class Attention(nn.Module):
             if self.turn is not None:
                 q, k = q @ self.turn, k @ self.turn
             k = k.to(dtype)
+        if absorb and path.groups > 1:
+            own = torch.eye(path.groups, device=x.device).repeat_interleave(self.n_head // path.groups, 0)
+            q = (q[..., None, :] * own[:, None, :, None]).flatten(3)            # [B, H, T, G·p]
         return q, k, null_score
 
     def forward(self, x, cache=None, layer=None, span=None):
@@ -372,7 +394,7 @@ class Attention(nn.Module):
         shape = self.shape
         absorb = cache is not None and shape.latent > 0
         pos = torch.arange(x.size(1), device=x.device)[None] if cache is None else span.pos           # [B or 1, T]
-        latent = self.latent(x)                            # x itself, except in MLA
+        latent = self.latent(x)                            # x itself where there is none
         v = latent if absorb else self.v(latent)           # [B, T, G·v]
         q, k, null_score = zip(*(self.project(path, x, latent, pos, absorb) for path in shape.paths))
         null_v = None
@@ -391,7 +413,8 @@ class Attention(nn.Module):
             null = (sum(null_score), null_v) if self.null else None
             y = cache.attend(layer, span, torch.cat(q, -1), null, recent).to(v.dtype)
             if absorb:
-                y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
+                up = self.v.weight.view(shape.v_groups, shape.v_width, -1).mT                         # [G, C, v]
+                y = times_own(y, up.to(v.dtype))                                                      # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
 
 
@@ -534,7 +557,7 @@ def count_params(cfg, vocab_size):
     attention = sum(D * H * p.width for p in shape.paths)                                             # W_q
     attention += sum((source if p.name == "sem" else D) * p.groups * p.width for p in shape.paths if not p.tied)  # W_k
     attention += source * shape.v_groups * shape.v_width + H * shape.v_width * D                      # W_v, W_o
-    attention += D * shape.latent + shape.latent + H * cfg.learned_temp
+    attention += D * shape.latent + shape.latent * shape.latent_norm + H * cfg.learned_temp
     parts = {
         "embedding": -(-vocab_size // 64) * 64 * cfg.embed_dim + 2 * D * cfg.embed_dim * (cfg.embed_dim != D),
         "attention": L * attention,
@@ -1124,6 +1147,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if device.type == "cpu" else None
 
 
+def free_memory(device):
+    """Free bytes of a CUDA device. Raises UserError on others: a system that lends more than it has can't tell."""
+    if device.type != "cuda":
+        raise UserError(f"--micro-batch auto asks a CUDA device for its free memory; give a number on {device.type}")
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def keep_freed_memory():
     """Ask glibc to reuse freed memory rather than return it: a third of a CPU step is page faults otherwise."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
@@ -1446,8 +1476,8 @@ def find_run(cfg, given):
         cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
     widths = ("sem_dim", "geo_dim", "attn_dim")            # which didn't follow --size always
     cfg = dataclasses.replace(cfg, **{name: saved[name] for name in widths if name not in given and cfg.size})
-    if cfg.dtype == "auto":                                # a run keeps the type that it began with
-        cfg = dataclasses.replace(cfg, dtype=saved["dtype"])
+    for name, auto in (("dtype", "auto"), ("micro_batch", 0)):                  # a run keeps what it began with
+        cfg = dataclasses.replace(cfg, **{name: saved[name]}) if getattr(cfg, name) == auto else cfg
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
     may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
@@ -1636,6 +1666,47 @@ def build(cfg, vocab_size, device):
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
 
 
+def lacks_memory(cfg, vocab_size, ranks, dtype):
+    """Whether any rank's memory runs out in two steps of a model that is then forgotten; the second step has the
+    optimiser's state, and gradients beside a micro-batch's activations where the run's steps have them. With --shard
+    ranks wait for each other within a step: there all run out, or none."""
+    lacking, parts = False, range(2 if cfg.micro_batch < cfg.batch_size * cfg.grad_accum else 1)
+    try:
+        model, optimizer, _ = build(cfg, vocab_size, ranks.device)
+        batch = torch.zeros(2, len(parts) * cfg.micro_batch, cfg.block, dtype=torch.int64)
+        for _ in range(2):
+            step_gradients(model, batch, cfg, 1, cfg.micro_batch, parts, ranks, dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        lacking = True
+    model = optimizer = None
+    gc.collect()                                           # a compiled model is part of a cycle
+    torch.cuda.empty_cache()
+    return ranks.sum(lacking)[0] > 0
+
+
+def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
+    """What --micro-batch auto stands for, on every rank: the first part of a batch that fits by formula, or the next of
+    at most half its size that does when it is tried."""
+    free = free_memory(ranks.device)
+    try:
+        from estimate import fits_by_formula
+    except ModuleNotFoundError as e:
+        raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
+    sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
+             and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
+    shards = mesh_sizes()[1] if cfg.shard else 1
+    first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
+    sizes = [size for size in sizes if size <= first]
+    while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
+        if not (smaller := [size for size in sizes if size <= sizes[0] // 2]):
+            raise UserError(f"no memory for --micro-batch {sizes[0]} (auto); --activation-checkpointing takes less, "
+                            "and --shard on several GPUs")
+        sizes = smaller
+    return sizes[0]
+
+
 def restore(ckpt, model, optimizer, rng):
     """Put them where a checkpoint left them. Of the optimiser only its state is taken: its settings are the run's."""
     groups, saved = optimizer.state_dict()["param_groups"], ckpt["optimizer"]
@@ -1687,6 +1758,9 @@ def train(cfg, given, argv):
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg)
+    if cfg.micro_batch == 0:
+        cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
+    micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
 
     # --- model, optimiser, data order
@@ -1802,11 +1876,11 @@ def train(cfg, given, argv):
 # Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
 
 FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0", "latent": "q4_0"}      # the papers' policy; decoupled only
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
-EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1}                # what a block's largest value becomes
+EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}  # of a block's largest value
 
 
 def stream_bytes(fmt, C):
@@ -1815,18 +1889,44 @@ def stream_bytes(fmt, C):
     return -(-C * bits // 8) + scale * -(-C // 32)
 
 
-def quantize(x, fmt):
-    """x [N, C] -> codes [N, C] int8 (q8_0) or [N, ceil(C / 2)] uint8 (4 bits, the even channel in the low half of a
-    byte), scales [N, ceil(C / 32)] float16.
+def whole_bytes(bits):
+    """The fewest channels whose codes fill whole bytes, and how many bytes that is."""
+    return 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
 
-    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale. A block
-    that holds an infinity or a NaN, or needs a scale above float16's largest, has a NaN scale and reads as NaN
-    throughout; one whose scale rounds to zero reads as zeros.
+
+def pack(codes, bits):
+    """codes [N, C] uint8 of so many bits -> bytes [N, ceil(C · bits / 8)], the first channel in the lowest bits."""
+    (group, length), C = whole_bytes(bits), codes.size(1)
+    first, *others = F.pad(codes, (0, -C % group)).unflatten(1, (-1, group)).to(
+        torch.uint8 if length == 1 else torch.int32).unbind(2)
+    for i, code in enumerate(others, 1):
+        first = first | code << bits * i
+    return torch.stack([first >> 8 * i & 255 for i in range(length)], 2).byte().flatten(1)[:, :-(-C * bits // 8)]
+
+
+def unpack(packed, bits, C):
+    """The codes [B, C, S] of bytes [B, ceil(C · bits / 8), S]."""
+    group, length = whole_bytes(bits)
+    first, *others = F.pad(packed, (0, 0, 0, -packed.size(1) % length)).unflatten(1, (-1, length)).to(
+        torch.uint8 if length == 1 else torch.int32).unbind(2)
+    for i, byte in enumerate(others, 1):
+        first = first | byte << 8 * i
+    shift = bits * torch.arange(group, dtype=first.dtype, device=packed.device)[:, None]
+    return (first[:, :, None] >> shift & 2**bits - 1).flatten(1, 2)[:, :C]
+
+
+def quantize(x, fmt):
+    """x [N, C] -> codes [N, C] int8 (q8_0) or packed, [N, ceil(C · bits / 8)] uint8 (4 bits: the even channel in the
+    low half of a byte), scales [N, ceil(C / 32)] float16.
+
+    q8_0 and q4_0 give the values of ggml: the code from the unrounded scale, the value from the float16 scale; q3_0 and
+    q2_0 are q4_0 in fewer bits. A block that holds an infinity or a NaN, or needs a scale above float16's largest, has
+    a NaN scale and reads as NaN throughout; one whose scale rounds to zero reads as zeros.
     """
     C = x.size(1)
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    extreme = extreme if fmt == "q4_0" else extreme.abs()
+    extreme = extreme if EXTREME_CODES[fmt] < 0 else extreme.abs()
     d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
     fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
     x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
@@ -1837,24 +1937,23 @@ def quantize(x, fmt):
         levels = torch.tensor(NF4, device=x.device)
         codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     else:
-        codes = (x + 8.5).floor().clamp(0, 15).to(torch.uint8)
+        zero = 2 ** (FORMATS[fmt][0] - 1)                  # the code of 0
+        codes = (x + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
     codes = codes.flatten(1)[:, :C]
     if fmt != "q8_0":
-        codes = F.pad(codes, (0, C % 2)).unflatten(1, (-1, 2))                  # [N, C/2, 2]
-        codes = codes[..., 0] | codes[..., 1] << 4
+        codes = pack(codes, FORMATS[fmt][0])
     return codes, torch.where(fits, d, torch.nan)[..., 0].half()
 
 
 def dequantize(codes, scales, fmt, C):
-    """float32 values [B, C, S] of channel-major codes [B, C or ceil(C / 2), S] and scales [B, ceil(C / 32), S]."""
+    """float32 values [B, C, S] of channel-major codes, as quantize() packs them, and scales [B, ceil(C / 32), S]."""
     if fmt in FLOAT_FORMATS:
         return codes.float()
-    if fmt != "q8_0":
-        shift = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)[:, None]
-        codes = (codes[:, :, None] >> shift & 15).flatten(1, 2)[:, :C]          # [B, C, S]
+    bits = FORMATS[fmt][0]
+    codes = codes if fmt == "q8_0" else unpack(codes, bits, C)                  # [B, C, S]
     x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
-    if fmt in ("q4_0", "q4_sym"):
-        x -= 8
+    if fmt not in ("q8_0", "nf4"):
+        x -= 2 ** (bits - 1)
     for block, scale in zip(x.split(32, 1), scales.float().split(1, 1)):
         block *= scale
     return x
@@ -1872,7 +1971,7 @@ def cache_formats(cfg, policy):
     already such a dict."""
     streams = cfg.attention.streams
     if policy == "hetero":
-        return HETERO if HETERO.keys() == streams.keys() else None
+        return {name: HETERO[name] for name in streams} if "k_geo" in streams else None
     return policy if isinstance(policy, dict) else dict.fromkeys(streams, policy)
 
 
@@ -2145,11 +2244,12 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
 @dataclass(frozen=True)
 class Kernel:
     """Back-end of the cache. attention and append: as decode_attention() and append() above; most_queries: how many
-    queries that share a key it takes at once."""
+    queries that share a key it takes at once; formats: those that it reads."""
     name: str
     attention: Callable
     append: Callable = append
     most_queries: float = math.inf
+    formats: tuple = tuple(FORMATS)
 
 
 TORCH = Kernel("torch", decode_attention)
@@ -2311,6 +2411,7 @@ def auto_policy(cfg, model_cfg):
     again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
+
     def known_format(value):
         return type(value) is str and value in FORMATS
 
@@ -2368,9 +2469,9 @@ def compare_bytes(cfg, formats):
 KERNEL_TEST = Config(attn_mode="decoupled", layers=1, n_head=8, kv_head=4, sem_dim=32, geo_dim=72, attn_dim=104)
 
 
-def resolve_kernel(name, device):
-    """(Kernel, why) of --kernel. None is trusted before it agreed with TORCH over a small cache. Raises UserError where
-    a kernel asked for by name can't serve; auto says so and takes TORCH."""
+def resolve_kernel(name, device, formats=()):
+    """(Kernel, why) of --kernel for a cache of these formats. None is trusted before it agreed with TORCH over a small
+    cache. Raises UserError where a kernel asked for by name can't serve; auto says so and takes TORCH."""
     if name == "torch":
         return TORCH, "asked for"
     try:
@@ -2385,6 +2486,10 @@ def resolve_kernel(name, device):
     if module is None:
         return TORCH, why
     kernel = Kernel(**module.KERNEL)
+    if unread := [fmt for fmt in dict.fromkeys(formats) if fmt not in kernel.formats]:
+        if name != "auto":
+            raise UserError(f"--kernel {name} doesn't read {' and '.join(unread)}; use --kernel torch")
+        return TORCH, f"{kernel.name} doesn't read {' and '.join(unread)}"
     try:
         caches = [KVCache(KERNEL_TEST, 2, 640, "hetero", 32, device, each) for each in (kernel, TORCH)]
         error = kernels.difference(*caches, KERNEL_TEST.n_head)
@@ -2410,7 +2515,7 @@ def sample(cfg):
     dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     formats = stream_formats(cfg, model.cfg)
-    kernel, why_kernel = resolve_kernel(cfg.kernel, device)
+    kernel, why_kernel = resolve_kernel(cfg.kernel, device, formats.values())
     if cfg.kv_rotate:
         rotate_cache(model)
     header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "
@@ -2506,7 +2611,9 @@ def width_problems(c):
         yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
     if H % G:
         yield f"--kv-head {G} must divide --n-head {H}"
-    if c.tie_qk and G != H:
+    if c.tie_qk and c.kv_lora_rank:
+        yield f"--tie-qk can't tie keys that come from a latent; leave out --kv-lora-rank {c.kv_lora_rank} or --tie-qk"
+    elif c.tie_qk and G != H:
         yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
 
 
@@ -2571,9 +2678,10 @@ def make_config(**given):
     return cfg
 
 
-def settings_of(path):
+def settings_of(path, attn_mode=None):
     """What a resolved_config.json says, as flags would: not where a run lay and on what device, nor what would follow
-    from the rest. {} without a path. Raises UserError for a file that is none."""
+    from the rest, nor the widths of its attention where another mode is asked for. {} without a path. Raises UserError
+    for a file that is none."""
     if path is None:
         return {}
     try:
@@ -2582,8 +2690,11 @@ def settings_of(path):
             raise ValueError(problem)
     except (*BROKEN, OSError) as e:
         raise UserError(f"--config {path} is no resolved_config.json ({brief(e)})") from None
-    sampling = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "sampling"}
-    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"} | sampling
+    own = {"mode", "device", "config", "out_dir", "overwrite", "size", "exp"}
+    fields = dataclasses.fields(Config)
+    own |= {f.name for f in fields if f.metadata["group"] == "sampling"}
+    if attn_mode not in (None, settings["attn_mode"]):
+        own |= {"attn_dim"} | {f.name for f in fields if f.metadata["modes"] and attn_mode not in f.metadata["modes"]}
     given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
     for name in reversed(given):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
@@ -2604,16 +2715,18 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """Command line -> dict of the flags that were given."""
     parser = Parser(prog="train_dba.py", usage="train_dba.py [flags]", description=__doc__,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(Config)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
         m = f.metadata
         kind = next(t for t in (bool, int, float, str) if hints[f.name] in (t, t | None))
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=m["choices"])
+        reading = dict(type=m["read"] or kind, choices=m["choices"])
+        if kind is bool:
+            reading = dict(action=argparse.BooleanOptionalAction)
         default = "" if f.default is None or kind is bool else f" ({f.default})"
-        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **how)
+        groups[m["group"]].add_argument(flag_name(f.name), help=m["help"] + default, **reading)
     return vars(parser.parse_args(argv))
 
 
@@ -2630,7 +2743,7 @@ def main(argv=None):
         if "config" in given and (both := {"size", "exp"} & given.keys()):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         if given.get("mode") != "sample":
-            given = {**settings_of(given.get("config")), **given}
+            given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":

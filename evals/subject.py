@@ -142,11 +142,14 @@ def held_out(subject: Subject, path: str | None, most: int | None = None) -> Hel
 # Caches
 
 def formats_of(subject: Subject, name: str) -> dict[str, str]:
-    """{stream: format} of a --kv-cache. Raises UserError where it doesn't fit the model."""
-    formats = cache_formats(subject.cfg, name)
-    if formats is None:
-        raise UserError(f"--kv-cache {name} doesn't fit {subject.cfg.attn_mode} attention")
-    return formats
+    """{stream: format} of a --kv-cache: one format for all, hetero, or k=q4_0,v=q3_0, which names every stream. Raises
+    UserError where it doesn't fit the model."""
+    streams = subject.cfg.attention.streams
+    formats = dict(pair.split("=") for pair in name.split(",")) if "=" in name else cache_formats(subject.cfg, name)
+    if formats is None or formats.keys() != streams.keys():
+        raise UserError(f"--kv-cache {name} doesn't fit {subject.cfg.attn_mode} attention, which caches "
+                        f"{', '.join(streams)}")
+    return {stream: formats[stream] for stream in streams}
 
 
 def cache_name(kv_cache: str, rotated: bool, residual: int) -> str:

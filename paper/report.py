@@ -177,8 +177,10 @@ def find_contrasts(results: dict) -> str | None:
     if not rows:
         return None
     counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
-    return (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts} (the first: "
-            f"{rows[0]['name']}).")
+    answers = [f"{row['name']}: {signed(row)} nats, {row['verdict']}" for row in rows
+               if row["kind"] == "no_worse" and row["mean"] is not None]
+    first = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts}"
+    return "; ".join([first, *answers]) + "."
 
 
 def find_arithmetic(results: dict) -> str | None:
@@ -351,7 +353,20 @@ def contrast_lines(results: dict) -> list[str]:
     return [*beside_ranking(results),
             "Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
             "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
-            *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), ""]
+            *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), "",
+            *trend_lines(results)]
+
+
+def trend_lines(results: dict) -> list[str]:
+    """The contrasts' differences in other sets, of other lengths."""
+    rows = []
+    for row in results["contrasts"]:
+        for other in row.get("elsewhere", []):
+            rows.append((row["name"], signed(row), f"{other['set']}: {signed(other)}", other["pairs"]))
+    if not rows:
+        return []
+    return ["The same differences in other sets, which are not tested: what becomes of them in longer runs.", "",
+            *markdown(("contrast", "a - b", "elsewhere", "seeds"), rows), ""]
 
 
 def scale_lines(results: dict) -> list[str]:
