@@ -45,6 +45,7 @@ WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in 
 DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
 SHIFTS = 3.0                                               # nats around the thresholds within which a KL is sought
 HALVINGS = 6
+GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
 SAVE_EVERY = 4                                             # steps
 
 
@@ -293,6 +294,14 @@ def point_of(gates: Gates, record: dict) -> Point:
     return Point(record["shift"], drops.to(gates.thresholds.device))
 
 
+def by_block(gates: Gates) -> Gates:
+    """The same gates for reading a prompt, where the queries of a block choose together."""
+    gate = gates.layers[0]
+    together = Gates(len(gates.layers), gate.mean.size(0), gate.mean.size(2), gates.block, gates.block)
+    together.load_state_dict(gates.state_dict())
+    return together.to(gates.thresholds.device).requires_grad_(False)
+
+
 def dropped_bytes(gates: Gates, record: dict, tokens: int) -> float:
     """The share of a cache of so many tokens that is kept: heads that drop old keys hold the sink, the block before and
     their own."""
@@ -309,8 +318,11 @@ def choices_of(kinds: list[str], gates: Gates, points: list[dict], budgets: list
     if "controls" in kinds:
         choices |= controls(gates.block, budgets)
     if "gates" in kinds:
+        together = by_block(gates)
         for record in points:
-            choices[f"gates KL {record['target']:g}"] = partial(gate_point, gates, point_of(gates, record))
+            name, point = f"gates KL {record['target']:g}", point_of(gates, record)
+            choices[name] = partial(gate_point, gates, point)
+            choices[f"{name}, by block"] = partial(gate_point, together, point)
         for budget in budgets:
             choices[f"gates top {budget}"] = partial(gate_top, gates, budget)
     return choices
@@ -365,11 +377,11 @@ def measure_all(host: Host, gates: Gates, points: list[dict], texts: dict, folde
     result = dict(summary=summary(records), records=records)
     for row in result["summary"]:
         for record in points:
-            if row["choice"] == f"gates KL {record['target']:g}":
+            if row["choice"].split(",")[0] == f"gates KL {record['target']:g}":
                 row["kv_kept"] = dropped_bytes(gates, record, row["length"])
     if "gradients" in kinds:
-        choices.pop("bfloat16", None)
-        result["gradients"] = measure_gradients(host, texts, shortest, windows[shortest], choices, gates.block)
+        looked_at = {name: choice for name, choice in choices.items() if name.startswith(GRADIENTS)}
+        result["gradients"] = measure_gradients(host, texts, shortest, windows[shortest], looked_at, gates.block)
     if "costs" in kinds:
         result["costs"] = costs(host, next(iter(texts.values())), list(windows), gates, points, times=5)
     return result
@@ -428,18 +440,16 @@ def inputs_of(host: Host, ids: torch.Tensor, layer: int) -> tuple:
     return seen[layer]
 
 
-def timed_peak(device, run: Callable[[], object], times: int) -> tuple[float, int | None]:
-    """(median ms, extra bytes at the peak) of run(), after one that isn't counted."""
-    run()
+def timed_peak(device: torch.device, run: Callable[[], object], times: int) -> tuple[float, int | None]:
+    """(median ms of run(), extra bytes at its peak); on a CPU ms of its own time, whatever else the machine does."""
+    clock, spans = time.process_time if device.type == "cpu" else time.perf_counter, []
     before = forget_peak(device)
-    run()
-    extra = None if before is None else peak_since(device) - before
-    spans = []
     for _ in range(times):
-        started = time.perf_counter()
+        started = clock()
         run()
-        spans.append(1000 * (time.perf_counter() - started))
-    return statistics.median(spans), extra
+        train_dba.synchronize(device)
+        spans.append(1000 * (clock() - started))
+    return statistics.median(spans), None if before is None else peak_since(device) - before
 
 
 @torch.no_grad()
@@ -448,9 +458,7 @@ def costs(host: Host, ids: torch.Tensor, lengths: list[int], gates: Gates, point
     """For each length and attention: ms and peak bytes of one layer's attention alone and of the whole forward pass
     without logits, with rows of whole blocks that choose together, as a prompt is read. kept is of all blocks in
     reach."""
-    rows, middle = [], len(host.attentions) // 2
-    prompt = Gates(len(gates.layers), host.heads, host.width, gates.block, gates.block).to(host.device)
-    prompt.load_state_dict(gates.state_dict())
+    rows, middle, prompt = [], len(host.attentions) // 2, by_block(gates)
     for length in lengths:
         attentions = {"eager": eager_attention, "sdpa": fused_attention}
         for record in points:

@@ -242,6 +242,18 @@ def test_learning_brings_gates_closer_and_leaves_the_model_alone():
     assert all(torch.isfinite(p.grad).all() for p in gates.parameters())
 
 
+def test_the_floor_is_the_model_in_bfloat16_all_but_its_positions():
+    host = ours(**OTHERS["decoupled"])
+    ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))
+    rounded = host.rounded()
+    with torch.no_grad():
+        own, other = host.hidden(ids), rounded.hidden(ids)
+    assert own.dtype == torch.float32 and other.dtype == torch.bfloat16
+    assert torch.equal(host.model.blocks[0].attn.inv_freq, rounded.model.blocks[0].attn.inv_freq)
+    difference = (own - other).square().mean() / own.square().mean()
+    assert 1e-6 < difference < 0.02
+
+
 def test_heads_that_drop_read_nothing_far():
     shape = SHAPES[0]
     q, k, v, visible, grid = drawn(shape)
@@ -343,6 +355,7 @@ def test_gates_of_every_family_by_the_command_line(tmp_path, kind):
     assert rows["oracle top 4"]["kept"] == rows["quest top 4"]["kept"] == rows["gates top 4"]["kept"]
     assert rows["oracle top 4"]["kl"] < rows["quest top 4"]["kl"]
     assert rows["gates KL 0.001"]["kept"] >= rows["gates KL 0.01"]["kept"]
+    assert "gates KL 0.001, by block" in rows
     assert {row["windows"] for row in written["summary"]} == {2}
     assert {row["attention"] for row in written["costs"]} == {"eager", "sdpa", "gates KL 0.001", "gates KL 0.01"}
     assert all(-1 <= row["least"] <= row["median"] <= 1 + 1e-6 for row in written["gradients"])
