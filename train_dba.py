@@ -316,6 +316,7 @@ def times_own(x, weight):
 
 class Attention(nn.Module):
     """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
+    attend = staticmethod(attend)                          # without a cache; surgery/mask.py gives a layer another
 
     def __init__(self, cfg):
         super().__init__()
@@ -388,7 +389,7 @@ class Attention(nn.Module):
             if self.null:
                 q += (sum(null_score)[..., None],)
             k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
-            y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
+            y = self.attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
             entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
             recent = cache.append(layer, span, {**entry, shape.v_stream: v})

@@ -43,7 +43,7 @@ TEXT = "The list — naïve\n\n 日本 <b> & 3.14\tend  of it\n"
 def saved(path, settings, tokenizer=None, seed=0):
     """A checkpoint of a random model whose scores are of order 1, and that model."""
     tokenizer = tokenizer or make_tokenizer("byte", None)
-    cfg = make_config(**D, **settings)
+    cfg = make_config(**dict(D, **settings))
     torch.manual_seed(seed)
     model = GPT(cfg, tokenizer.vocab_size).eval()
     with torch.no_grad():
