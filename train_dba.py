@@ -316,7 +316,6 @@ def times_own(x, weight):
 
 class Attention(nn.Module):
     """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
-    attend = staticmethod(attend)                          # without a cache; surgery/mask.py gives a layer another
 
     def __init__(self, cfg):
         super().__init__()
@@ -399,6 +398,10 @@ class Attention(nn.Module):
                 up = self.v.weight.view(shape.v_groups, shape.v_width, -1).mT                         # [G, C, v]
                 y = times_own(y, up.to(v.dtype))                                                      # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
+
+    @staticmethod
+    def attend(q, k, v, null_v):                           # without a cache; surgery/mask.py gives a layer another
+        return attend(q, k, v, null_v)
 
 
 def attend(q, k, v, null_v=None):
