@@ -14,6 +14,7 @@ the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem
     bottleneck   -                 a                   a          H            2a
     gqa          -                 a                   a          kv_head      2a · kv_head / H
     decoupled    s                 p                   a          H / kv_head  (s + p + a) · groups / H
+      + latent   s, from a latent  p                   a, latent  H / kv_head  kv_lora_rank + p · groups / H
     mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
 
 Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
@@ -138,11 +139,12 @@ class AttentionShape:
     v_width: int
     v_groups: int
     v_stream: str
-    latent: int                                            # width of MLA's latent, 0 in the other modes
+    latent: int                                            # width of the latent, 0 where there is none
+    latent_norm: bool = False                              # MLA's has an RMSNorm
 
     @property
     def streams(self):
-        """{name: channels} of what is cached per token and layer; MLA's latent stands for semantic keys and values."""
+        """{name: channels} of what is cached per token and layer; a latent stands for semantic keys and values."""
         widths = {path.stream: path.groups * path.width for path in self.paths}
         widths[self.v_stream] = self.v_groups * self.v_width
         return {name: self.latent if name == "latent" else width for name, width in widths.items()}
@@ -182,7 +184,8 @@ class Config:
     sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
     geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
     kv_head: int | None = flag("model", None, "key/value groups (decoupled: n_head)", low=1, modes=("gqa", "decoupled"))
-    kv_lora_rank: int | None = flag("model", None, "width of MLA's latent (d_model / 4)", low=1, modes=("mla",))
+    kv_lora_rank: int | None = flag("model", None, "width of one latent for all semantic keys and values (mla: d_model "
+                                    "/ 4; decoupled: none)", low=1, modes=("mla", "decoupled"))
     rope_dim: int | None = flag("model", None, "width of MLA's one rotated key (half a head)", low=1, modes=("mla",))
     null_attn: bool = flag("model", False, "a learned null token that every query may attend to")
     tie_qk: bool = flag("model", False, "one projection for queries and keys (decoupled: of the semantic path only)",
@@ -231,13 +234,13 @@ class Config:
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_sem q4_0, k_geo q8_0, v q4_0; auto: "
-                         "as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_geo q8_0, k_sem, v, latent q4_0; "
+                         "auto: as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
     kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
     kv_cache_k_geo: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
     kv_cache_v: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
-    kv_cache_latent: str | None = flag("sampling", None, "the same, mla's latent", choices=(*FORMATS,))
+    kv_cache_latent: str | None = flag("sampling", None, "the same, where the mode has a latent", choices=(*FORMATS,))
     kv_cache_k_rope: str | None = flag("sampling", None, "the same, mla's rotated key", choices=(*FORMATS,))
     kv_residual: int = flag("sampling", 0, "keep so many of the newest tokens in fp16 instead of quantised", low=0)
     kv_rotate: bool = flag("sampling", False, "spread outliers before quantising: rotate keys and values")
@@ -247,23 +250,24 @@ class Config:
     def attention(self):
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
-        G = self.kv_head or H
+        G, mla = self.kv_head or H, self.attn_mode == "mla"
+        latent = (self.kv_lora_rank or 0) if self.attn_mode in ("mla", "decoupled") else 0
+        of_decoupled = ("latent", "k_geo", "latent") if latent else ("k_sem", "k_geo", "v")
         sem, geo, v, groups, geo_groups, streams = {       # widths over all query heads
             "standard":   (0, d, d, H, H, ("", "k", "v")),
             "bottleneck": (0, a, a, H, H, ("", "k", "v")),
             "gqa":        (0, a, a, G, G, ("", "k", "v")),
-            "decoupled":  (self.sem_dim, self.geo_dim, a, G, G, ("k_sem", "k_geo", "v")),
+            "decoupled":  (self.sem_dim, self.geo_dim, a, G, G, of_decoupled),
             "mla":        (a, (self.rope_dim or 0) * H, a, H, 1, ("latent", "k_rope", "latent")),
         }[self.attn_mode]
         r, p = sem // H, geo // H
-        joint = self.one_temperature or self.attn_mode == "mla"
+        joint = self.one_temperature or mla
         paths = [ScorePath("geo", p, geo_groups, (r + p if joint else p) ** -0.5, self.rope, self.tie_qk and not sem,
                            streams[1])]
         if sem:
             scale = (r + p if joint else r) ** -0.5
             paths.insert(0, ScorePath("sem", r, groups, scale, False, self.tie_qk, streams[0]))
-        latent = self.kv_lora_rank if self.attn_mode == "mla" else 0
-        return AttentionShape(tuple(paths), v // H, groups, streams[2], latent)
+        return AttentionShape(tuple(paths), v // H, groups, streams[2], latent, mla)
 
     @property
     def tokens_per_step(self):
@@ -282,11 +286,122 @@ def flag_name(field_name):
 
 def rope(x, pos, inv_freq):
     """Rotate x [B, n, T, p] to the positions pos [B or 1, T]; halves form pairs. inv_freq [1 or G, p/2]. float32."""
-    theta = pos[:, None, :, None] * inv_freq[:, None]                           # [B, G, T, p/2]
-    theta = theta.repeat_interleave(x.size(1) // theta.size(1), 1) if theta.size(1) > 1 else theta
+    theta = pos[:, None, None, :, None] * inv_freq[:, None, None]               # [B, G, 1, T, p/2]
     cos, sin = theta.cos(), theta.sin()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x.float().unflatten(1, (len(inv_freq), -1)).chunk(2, -1)             # [B, G, n/G, T, p/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(1, 2)
+
+
+def linear(n_in, n_out):
+    return nn.Linear(n_in, n_out, bias=False)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
+        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
+        # cast here, once: each product that reads it would make, and keep, a copy of its own
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
+
+
+def split_heads(x, n):
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
+
+
+def times_own(x, weight):
+    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
+    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
+    return y.view(*x.shape[:3], -1)
+
+
+class Attention(nn.Module):
+    """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.shape = shape = cfg.attention
+        self.n_head, D, H = cfg.n_head, cfg.d_model, cfg.n_head
+        source = shape.latent or D                         # what semantic keys and values are projected from
+        self.latent = nn.Identity()
+        if shape.latent:
+            norm = RMSNorm(source, cfg.norm_eps) if shape.latent_norm else nn.Identity()
+            self.latent = nn.Sequential(linear(D, source), norm)
+        self.q, self.k = nn.ModuleDict(), nn.ModuleDict()
+        for path in shape.paths:
+            n_in, n_out = source if path.name == "sem" else D, path.groups * path.width
+            self.q[path.name] = linear(D, H * path.width)
+            self.k[path.name] = self.q[path.name] if path.tied else linear(n_in, n_out)
+        self.v = linear(source, shape.v_groups * shape.v_width)
+        self.o = linear(H * shape.v_width, D)
+        null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
+        self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
+        self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
+        self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
+        geo = shape.paths[-1]
+        inv_freq = cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2))
+        rows = geo.groups if shape.latent else 1           # a converted model has a latent, and frequencies per group
+        self.register_buffer("inv_freq", inv_freq.repeat(rows, 1))
+
+    def project(self, path, x, latent, pos, absorb):
+        """Scaled queries [B, H, T, w], keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
+
+        absorb: leave semantic keys in latent space, and bring the queries there instead. All heads then share all that
+        is cached; a query is zero where it holds the geometric keys of other groups.
+        """
+        temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]            # [H, 1, 1]
+        q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
+        null_score = 0.0
+        if self.null:                                      # with q unrotated: the score must not depend on position
+            null_k = self.null[path.stream]
+            null_k = (self.k[path.name](null_k) if path.stream == "latent" else null_k).float()       # [G·w]
+            null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
+            null_score = (q * null_k).sum(-1)
+        if absorb and path.stream == "latent":
+            up = self.k[path.name].weight.view(path.groups, path.width, -1)                           # [G, r, C]
+            return times_own(q, up.float()), latent[:, None], null_score
+        k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
+        if path.rotate:
+            dtype = k.dtype
+            q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq)
+            if self.turn is not None:
+                q, k = q @ self.turn, k @ self.turn
+            k = k.to(dtype)
+        if absorb and path.groups > 1:
+            own = torch.eye(path.groups, device=x.device).repeat_interleave(self.n_head // path.groups, 0)
+            q = (q[..., None, :] * own[:, None, :, None]).flatten(3)            # [B, H, T, G·p]
+        return q, k, null_score
+
+    def forward(self, x, cache=None, layer=None, span=None):
+        """x [B, T, D] -> [B, T, D]. cache: a KVCache, whose layer is given the T tokens of the span."""
+        shape = self.shape
+        absorb = cache is not None and shape.latent > 0
+        pos = torch.arange(x.size(1), device=x.device)[None] if cache is None else span.pos           # [B or 1, T]
+        latent = self.latent(x)                            # x itself where there is none
+        v = latent if absorb else self.v(latent)           # [B, T, G·v]
+        q, k, null_score = zip(*(self.project(path, x, latent, pos, absorb) for path in shape.paths))
+        null_v = None
+        if self.null:
+            null_v = self.null[shape.v_stream]
+            null_v = self.v(null_v) if shape.latent and not absorb else null_v
+            null_v = null_v.view(1 if absorb else shape.v_groups, -1)
+        if cache is None:
+            if self.null:
+                q += (sum(null_score)[..., None],)
+            k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
+            y = self.attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
+        else:
+            entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
+            recent = cache.append(layer, span, {**entry, shape.v_stream: v})
+            null = (sum(null_score), null_v) if self.null else None
+            y = cache.attend(layer, span, torch.cat(q, -1), null, recent).to(v.dtype)
+            if absorb:
+                up = self.v.weight.view(shape.v_groups, shape.v_width, -1).mT                         # [G, C, v]
+                y = times_own(y, up.to(v.dtype))                                                      # [B, H, T, v]
+        return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
+
+    @staticmethod
+    def attend(q, k, v, null_v):                           # without a cache; surgery/mask.py gives a layer another
+        return attend(q, k, v, null_v)
 
 
 def attend(q, k, v, null_v=None):
@@ -308,98 +423,6 @@ def attend(q, k, v, null_v=None):
     with torch.autocast(q.device.type, enabled=False):
         y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
     return y[:, :, int(null_v is not None):, :u].to(v.dtype)
-
-
-def linear(n_in, n_out):
-    return nn.Linear(n_in, n_out, bias=False)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
-
-
-def split_heads(x, n):
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
-
-
-class Attention(nn.Module):
-    """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.shape = shape = cfg.attention
-        self.n_head, D, H = cfg.n_head, cfg.d_model, cfg.n_head
-        source = shape.latent or D                         # what semantic keys and values are projected from
-        self.latent = nn.Identity()
-        if shape.latent:
-            self.latent = nn.Sequential(linear(D, source), RMSNorm(source, cfg.norm_eps))
-        self.q, self.k = nn.ModuleDict(), nn.ModuleDict()
-        for path in shape.paths:
-            n_in, n_out = source if path.name == "sem" else D, path.groups * path.width
-            self.q[path.name] = linear(D, H * path.width)
-            self.k[path.name] = self.q[path.name] if path.tied else linear(n_in, n_out)
-        self.v = linear(source, shape.v_groups * shape.v_width)
-        self.o = linear(H * shape.v_width, D)
-        null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
-        self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
-        self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
-        self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
-        geo = shape.paths[-1]
-        self.register_buffer("inv_freq", cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2)))
-
-    def project(self, path, x, latent, pos, absorb):
-        """Scaled queries [B, H, T, w], keys [B, G, T, w] and null scores [B, H, T] (or 0) of one score path.
-
-        absorb: leave MLA's semantic keys in latent space, and bring the queries there instead.
-        """
-        temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]            # [H, 1, 1]
-        q = split_heads(self.q[path.name](x), self.n_head).float() * (path.scale * temperature)       # [B, H, T, w]
-        null_score = 0.0
-        if self.null:                                      # with q unrotated: the score must not depend on position
-            null_k = self.null[path.stream]
-            null_k = (self.k[path.name](null_k) if path.stream == "latent" else null_k).float()       # [G·w]
-            null_k = null_k.view(path.groups, 1, -1).repeat_interleave(self.n_head // path.groups, 0)
-            null_score = (q * null_k).sum(-1)
-        if absorb and path.stream == "latent":
-            up = self.k[path.name].weight.view(self.n_head, path.width, -1)                           # [H, r, C]
-            return q @ up.float(), latent[:, None], null_score
-        k = split_heads(self.k[path.name](latent if path.name == "sem" else x), path.groups)          # [B, G, T, w]
-        if path.rotate:
-            dtype = k.dtype
-            q, k = rope(q, pos, self.inv_freq), rope(k, pos, self.inv_freq)
-            if self.turn is not None:
-                q, k = q @ self.turn, k @ self.turn
-            k = k.to(dtype)
-        return q, k, null_score
-
-    def forward(self, x, cache=None, layer=None, span=None):
-        """x [B, T, D] -> [B, T, D]. cache: a KVCache, whose layer is given the T tokens of the span."""
-        shape = self.shape
-        absorb = cache is not None and shape.latent > 0
-        pos = torch.arange(x.size(1), device=x.device)[None] if cache is None else span.pos           # [B or 1, T]
-        latent = self.latent(x)                            # x itself, except in MLA
-        v = latent if absorb else self.v(latent)           # [B, T, G·v]
-        q, k, null_score = zip(*(self.project(path, x, latent, pos, absorb) for path in shape.paths))
-        null_v = None
-        if self.null:
-            null_v = self.null[shape.v_stream]
-            null_v = self.v(null_v) if shape.latent and not absorb else null_v
-            null_v = null_v.view(1 if absorb else shape.v_groups, -1)
-        if cache is None:
-            if self.null:
-                q += (sum(null_score)[..., None],)
-            k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
-            y = attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
-        else:
-            entry = {path.stream: part.transpose(1, 2).flatten(2) for path, part in zip(shape.paths, k)}
-            recent = cache.append(layer, span, {**entry, shape.v_stream: v})
-            null = (sum(null_score), null_v) if self.null else None
-            y = cache.attend(layer, span, torch.cat(q, -1), null, recent).to(v.dtype)
-            if absorb:
-                y = y @ self.v.weight.view(self.n_head, shape.v_width, -1).mT.to(v.dtype)             # [B, H, T, v]
-        return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
 
 
 # -----------------------------------------------------------------------------
@@ -541,7 +564,7 @@ def count_params(cfg, vocab_size):
     attention = sum(D * H * p.width for p in shape.paths)                                             # W_q
     attention += sum((source if p.name == "sem" else D) * p.groups * p.width for p in shape.paths if not p.tied)  # W_k
     attention += source * shape.v_groups * shape.v_width + H * shape.v_width * D                      # W_v, W_o
-    attention += D * shape.latent + shape.latent + H * cfg.learned_temp
+    attention += D * shape.latent + shape.latent * shape.latent_norm + H * cfg.learned_temp
     parts = {
         "embedding": -(-vocab_size // 64) * 64 * cfg.embed_dim + 2 * D * cfg.embed_dim * (cfg.embed_dim != D),
         "attention": L * attention,
@@ -1904,7 +1927,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
 # Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
 
 FLOAT_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0"}   # the papers' policy; decoupled only
+HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0", "latent": "q4_0"}      # the papers' policy; decoupled only
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
@@ -1999,7 +2022,7 @@ def cache_formats(cfg, policy):
     already such a dict."""
     streams = cfg.attention.streams
     if policy == "hetero":
-        return HETERO if HETERO.keys() == streams.keys() else None
+        return {name: HETERO[name] for name in streams} if "k_geo" in streams else None
     return policy if isinstance(policy, dict) else dict.fromkeys(streams, policy)
 
 
@@ -2643,7 +2666,9 @@ def width_problems(c):
         yield f"RoPE turns pairs: the geometric width per head must be even, not {p}; change it, or give --no-rope"
     if H % G:
         yield f"--kv-head {G} must divide --n-head {H}"
-    if c.tie_qk and G != H:
+    if c.tie_qk and c.kv_lora_rank:
+        yield f"--tie-qk can't tie keys that come from a latent; leave out --kv-lora-rank {c.kv_lora_rank} or --tie-qk"
+    elif c.tie_qk and G != H:
         yield f"--tie-qk needs a key per query head; leave out --kv-head {G} or --tie-qk"
 
 

@@ -462,8 +462,12 @@ def keep_sweep(result: dict) -> dict:
     return keep(result, "formats", "rows")
 
 
+def keep_mask(result: dict) -> dict:
+    return {name: result.get(name, []) for name in ("summary", "gradients", "costs")}
+
+
 KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": keep_rank, "policy": keep_policy,
-        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep}
+        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep, "mask": keep_mask}
 
 
 def read_evals(root: Path) -> tuple[dict, list]:
@@ -532,13 +536,13 @@ def read_benchmarks(folder: Path) -> tuple[dict, list]:
 
 
 def read_devices(folder: Path) -> tuple[list, list]:
-    """(blocks of bench_dba.py that were measured, rehearsals left out: name, block, env, rows; a line on each damaged
-    one)."""
+    """(blocks of bench_dba.py that were measured on GPUs, rehearsals left out: name, block, env, rows; a line on each
+    damaged one)."""
     devices, problems = [], []
     for path in sorted(folder.glob("*/*.json")):
         try:
             document = read_json(path, DEVICE)
-            if document["block"] in BLOCKS and not document["toy"]:
+            if document["block"] in BLOCKS and not document["toy"] and document["env"]["device"] != "cpu":
                 read_json(path, dict(rows=BLOCKS[document["block"]]))
                 devices.append(dict(keep(document, "block", "env", "rows"), name=f"{path.parent.name}/{path.stem}"))
         except UserError as e:

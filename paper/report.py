@@ -37,6 +37,7 @@ SECTIONS = {                                               # of the ledger: {tit
     "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
     "Quantised caches and ranks": ("cache_quality", "geometric_bits", "stream_sensitivity", "effective_rank"),
+    "Learned masks": ("mask_bound", "mask_gradient", "mask_memory"),
     "Announced without results": ("not_run",),
 }
 FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
@@ -724,11 +725,41 @@ def policy_lines(evals: dict) -> list[str]:
                        "kernel"), rows), ""]
 
 
+def mask_lines(evals: dict) -> list[str]:
+    rows, costs = [], []
+    for run, _, result in of_command(evals, "mask"):
+        for row in result["summary"]:
+            half = "" if row["kl_half"] is None else f" ± {row['kl_half']:.2g}"
+            mass = f"{row['mass']:.3f}" if "mass" in row else "-"
+            mse = f"{row['mse']:.1e}" if "mse" in row else "-"
+            accuracy = "-" if row["accuracy_kept"] is None else f"{row['accuracy_kept']:.1f} %"
+            kv = f"{100 * row['kv_kept']:.0f} %" if "kv_kept" in row else "-"
+            rows.append((f"`{run}`", row["text"], f"{row['windows']} x {row['length']:,}", row["choice"],
+                         f"{100 * row['kept']:.1f} %", mass, mse, f"{row['kl']:.5f}{half}", f"{row['delta_nll']:+.4f}",
+                         accuracy, kv))
+        for row in result["costs"]:
+            costs.append((f"`{run}`", f"{row['length']:,}", row["attention"], f"{row['layer_ms']:.0f}",
+                          mib(row["layer_bytes"], 1), f"{row['ms_per_token']:.2f}", mib(row["forward_bytes"], 0)))
+    lines = []
+    if rows:
+        lines += ["Sparse attention (`convert_dba.py mask`), over the second half of each window: keys read of those "
+                  "in reach, attention's mass on them, mean square of its difference, KL divergence of the next token "
+                  "in nats ± 95 % interval over windows, accuracy of the next token against the model's own, cache "
+                  "held. bfloat16 is the model itself, rounded:", "",
+                  *markdown(("run", "text", "windows", "choice", "read", "mass", "MSE", "KL", "ΔNLL", "accuracy kept",
+                             "KV held"), rows), ""]
+    if costs:
+        lines += ["What a prompt costs, queries of a block choosing together; one layer's attention, and the whole "
+                  "pass without logits, memory in MiB beside what was held before:", "",
+                  *markdown(("run", "tokens", "attention", "layer ms", "layer MiB", "ms/token", "pass MiB"), costs), ""]
+    return lines
+
+
 def eval_lines(results: dict) -> list[str]:
     """Everything that eval_dba.py measured; what was not measured is left out."""
     evals = results["evals"]
     lines = [*loss_lines(results), *task_lines(evals, results["benchmarks"]), *rank_lines(evals), *probe_lines(evals),
-             *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals), *memory_lines(evals)]
+             *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals), *memory_lines(evals), *mask_lines(evals)]
     sources = set()
     for files in evals.values():
         for file in files.values():

@@ -57,7 +57,7 @@ def dba_folder(cfg: Config, weights: dict, vocab_size: int, bos: int, eot: int) 
     tied = [path.name for path in cfg.attention.paths if path.tied]
     tensors = {}
     for name, tensor in weights.items():
-        if not name.endswith("inv_freq") and not any(name.endswith(f"attn.k.{path}.weight") for path in tied):
+        if not any(name.endswith(f"attn.k.{path}.weight") for path in tied):
             tensors[name] = tensor
     tensors["embed.weight"] = weights["embed.weight"][:vocab_size]
     return config, tensors

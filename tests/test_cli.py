@@ -55,6 +55,9 @@ BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--
 WRONG = {
     "--kv-head 2": "--kv-head",
     "--attn-mode gqa --sem-dim 16": "--sem-dim",
+    "--attn-mode gqa --kv-head 1 --kv-lora-rank 16": "--kv-lora-rank",
+    "--attn-mode decoupled --kv-lora-rank 16 --rope-dim 4": "--rope-dim",
+    "--attn-mode decoupled --kv-lora-rank 16 --tie-qk": "--kv-lora-rank 16",
     "--attn-mode mla --geo-dim 16": "--geo-dim",
     "--kv-lora-rank 8": "--kv-lora-rank",
     "--rope-dim 8": "--rope-dim",

@@ -28,6 +28,9 @@ OTHERS = {
                            learned_temp=True),
     "groups, one temperature": dict(attn_mode="decoupled", sem_dim=8, geo_dim=16, kv_head=2, one_temperature=True,
                                     null_attn=True),
+    "latent": dict(attn_mode="decoupled", sem_dim=12, geo_dim=24, kv_head=2, kv_lora_rank=20),
+    "latent, null": dict(attn_mode="decoupled", sem_dim=12, geo_dim=24, attn_dim=20, kv_lora_rank=9, null_attn=True,
+                         learned_temp=True, one_temperature=True),
     "mla": dict(attn_mode="mla", kv_lora_rank=20, rope_dim=6, attn_dim=32),
     "mla, null": dict(attn_mode="mla", kv_lora_rank=20, rope_dim=6, null_attn=True, learned_temp=True),
     "standard, tied": dict(attn_mode="standard", tie_qk=True),
@@ -40,7 +43,7 @@ TEXT = "The list — naïve\n\n 日本 <b> & 3.14\tend  of it\n"
 def saved(path, settings, tokenizer=None, seed=0):
     """A checkpoint of a random model whose scores are of order 1, and that model."""
     tokenizer = tokenizer or make_tokenizer("byte", None)
-    cfg = make_config(**D, **settings)
+    cfg = make_config(**dict(D, **settings))
     torch.manual_seed(seed)
     model = GPT(cfg, tokenizer.vocab_size).eval()
     with torch.no_grad():

@@ -210,7 +210,7 @@ def test_a_visible_nan_shows(name, device):
     assert out[0, :2].isfinite().all() and out[0, 2:].isnan().all()
 
 
-@pytest.mark.parametrize("mode", ["decoupled_gqa", "mla"])
+@pytest.mark.parametrize("mode", ["decoupled_gqa", "decoupled_latent", "mla"])
 def test_in_a_model(mode, device, monkeypatch):
     """Logits of a prompt and of tokens decoded one by one are those of torch's path over the same cache."""
     monkeypatch.setitem(metal_decode.KERNEL, "attention", attention := Counted(metal_decode.attention))

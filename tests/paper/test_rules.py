@@ -311,3 +311,49 @@ def test_the_first_page_holds_every_claim_under_its_verdict():
     lines = report.first_page(results)
     assert sum(line.startswith("- ") for line in lines) == len(ledger) + 1      # and what follows from all of them
     assert any(line.startswith("### Where the papers contradict themselves (") for line in lines)
+
+
+# -----------------------------------------------------------------------------
+# Learned masks
+
+def masks(summary=(), gradients=(), costs=()):
+    result = dict(summary=list(summary), gradients=list(gradients), costs=list(costs))
+    return dict(evals=dict(r=dict(mask=dict(result=result))))
+
+
+@pytest.mark.parametrize("side", ("below", "above"))
+def test_masks_are_held_to_a_bound_by_intervals_over_windows(side):
+    def rows(*cases, choice="gates"):
+        return [dict(text="t", length=1024, windows=windows, choice=choice, kl=value, kl_half=half, kept=0.5)
+                for value, half, windows in cases]
+    sign = 1 if side == "below" else -1
+    far = {name: 1.0 + sign * shift for name, shift in dict(good=-0.5, bad=0.5).items()}
+    good, bad = (far["good"], 0.2, 3), (far["bad"], 0.2, 3)
+    cases = dict(yes=rows(good, good), no=rows(good, bad), mixed=rows(good, (far["good"], 0.7, 3)), none=[])
+    claim = dict(run="r", choice="gates", field="kl", side=side, bound=1.0, beside="floor")
+    for name, summary in cases.items():
+        assert verdict_of("mask_bound", masks(summary), **claim)[0] == EVERY[name]
+    alone = rows((far["good"], None, 1))                   # one window has no interval
+    assert verdict_of("mask_bound", masks(alone), **claim)[0] == EVERY["none"]
+    assert verdict_of("mask_bound", masks(rows(good, choice="other")), **claim)[0] == EVERY["none"]
+    finding = verdict_of("mask_bound", masks(cases["no"] + rows(good, choice="floor")), **claim)[1]
+    assert finding.value == far["bad"] and "floor" in finding.where
+    assert verdict_of("mask_bound", **claim)[0] == EVERY["none"]
+
+
+def test_gradients_through_masks():
+    cases = dict(yes=(0.96, 0.961, 0.962), no=(0.9, 0.901, 0.902), mixed=(0.9, 0.99, 0.96), one=(0.96,), none=())
+    for name, values in cases.items():
+        rows = [dict(choice="gates", length=512, least=value, median=0.99) for value in values]
+        rows.append(dict(choice="other", length=512, least=0.1, median=0.99))
+        assert verdict_of("mask_gradient", masks(gradients=rows), run="r", choice="gates", bound=0.95)[0] == EVERY[name]
+
+
+@pytest.mark.parametrize("eager, sdpa, verdict", ((100, 100, "yes"), (50, 50, "no"), (100, 50, "mixed")))
+def test_memory_of_masks_against_both_attentions(eager, sdpa, verdict):
+    held = dict(eager=eager, sdpa=sdpa, gates=60)
+    rows = [dict(length=1024, attention=name, forward_bytes=value) for name, value in held.items()]
+    rows += [dict(length=512, attention=name, forward_bytes=100) for name in held]
+    claim = dict(run="r", choice="gates", bound=0.7)
+    assert verdict_of("mask_memory", masks(costs=rows), **claim)[0] == EVERY[verdict]
+    assert verdict_of("mask_memory", masks(costs=rows[3:]), **claim)[0] == EVERY["none"]
