@@ -1694,6 +1694,17 @@ def describe(cfg, data, ranks, dtype, why):
                 data=data.identity)
 
 
+def share_of_peak(cfg, vocab_size, ranks, env):
+    """What a token per second is of the FLOP/s of all ranks' devices, by estimate.py's data sheets, which are of dense
+    bfloat16; None where the device isn't among them, or estimate.py isn't here."""
+    try:
+        import estimate
+    except ModuleNotFoundError:
+        return None
+    peak = estimate.peak_of(env["device"]) if cfg.dtype == "bfloat16" else None
+    return peak and estimate.model_flops(cfg, vocab_size) / (peak * ranks.world)
+
+
 def build(cfg, vocab_size, device, source=None):
     """Model, compiled and sharded if it is to be, optimiser and the generator that decides the order of the data, all
     from the seed. source: a model of the same shape whose weights it gets."""
@@ -1808,7 +1819,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     if cfg.micro_batch == 0:
         cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
     micro, mine = share_out(cfg, ranks)
-    meta = describe(cfg, data, ranks, dtype, why)
+    meta, of_peak = describe(cfg, data, ranks, dtype, why), share_of_peak(cfg, data.tokenizer.vocab_size, ranks, env)
 
     # --- model, optimiser, data order
     source = None if ckpt else source
@@ -1887,7 +1898,8 @@ def train(cfg, given, argv, source=None, tokenizer=None):
         # log, evaluate, save
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == 1 or last:
-            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=timed_steps * cfg.tokens_per_step / seconds,
+            tok_s = timed_steps * cfg.tokens_per_step / seconds
+            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=tok_s, mfu=of_peak and of_peak * tok_s,
                 step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
