@@ -28,6 +28,7 @@ from train_dba import (
     DEFAULTS,
     GPT,
     Config,
+    PretrainedTokenizer,
     UserError,
     bytes_per_token,
     count_params,
@@ -99,6 +100,12 @@ class LlamaTokenizer:
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids if i < len(self.bytes))
+
+    def portable(self):
+        """The same tokenizer for a checkpoint, which needs no transformers."""
+        spelled = [token.decode("latin-1") for token in self.bytes]
+        rows = [*spelled, *[""] * (self.vocab_size - len(spelled))]
+        return PretrainedTokenizer([self.hf.backend_tokenizer.to_str(), [self.eot, self.bos, *self.prefix], *rows])
 
 
 # How text is cut into words before byte pairs are merged, by the name in tokenizer.ggml.pre. llama.cpp holds the same

@@ -783,7 +783,32 @@ class BPETokenizer:
         return b"".join(spelled[i] for i in ids if i < self.eot)
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
+class PretrainedTokenizer:
+    """That of a model by convert_dba.py dba. `words`: its tokenizer.json; the ids that end a document, that an empty
+    text goes on from and that come before every text; then of each id the bytes, as characters of these numbers."""
+    name = "pretrained"
+
+    def __init__(self, words):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError("a pretrained model's tokenizer needs tokenizers: pip install tokenizers") from None
+        self.words, (text, (self.eot, self.bos, *self.prefix), *tokens) = words, words
+        self.encoder, self.tokens = Tokenizer.from_buffer(text.encode()), [token.encode("latin-1") for token in tokens]
+        self.vocab_size = len(tokens)                      # rows of the embedding, maybe more than there are tokens
+        ids = [self.eot, self.bos, *self.prefix, self.encoder.get_vocab_size() - 1]
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"a pretrained tokenizer has ids outside 0 to {self.vocab_size - 1}")
+
+    def encode(self, text):
+        return np.array(self.encoder.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer,
+              "pretrained": PretrainedTokenizer}
 AGAIN = "make it again with prepare_fineweb.py"
 SIDECAR = {"tokenizer": str, "vocab_size": whole_number, "tokens": whole_number, "sha256": str,
            "text_bytes": whole_number, "val": file_name, "vocab?": file_name}
