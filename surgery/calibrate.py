@@ -19,7 +19,7 @@ class Moments:
     """Of one layer. D: width of the stream, H: query heads, v: width of a value, T: tokens of a calibration window."""
     inputs: Tensor                                         # [D, D]: E x xᵀ of attention's input, after its norm
     mean: Tensor                                           # [D]: E x
-    values: Tensor                                         # [H, v, v]: E z zᵀ of the averaged values of a head
+    values: Tensor                                         # [H·v, H·v]: E z zᵀ of the heads' averaged values
     mass: Tensor                                           # [H, T]: attention at each distance, from 0; sums to 1
     fisher: Tensor                                         # [D, D]
 
@@ -45,7 +45,7 @@ class Recorder:
         distance = torch.arange(T)[:, None] - torch.arange(T)
         self.distance = distance.clamp(min=0).flatten()    # of attention that no query has, 0
         self.sums = Moments(*(torch.zeros(size, dtype=torch.float64) for size in (
-            (D, D), (D,), (H, shape.v_width, shape.v_width), (H, T), (D, D))))
+            (D, D), (D,), (H * shape.v_width, H * shape.v_width), (H, T), (D, D))))
 
     def hook(self, module, args, output):
         """A forward hook of an Attention: x [B, T, D] -> [B, T, D]."""
@@ -64,10 +64,10 @@ class Recorder:
         v = split_heads(attn.v(x[None]), G)
         k, v = k.repeat_interleave(H // G, 1)[0], v.repeat_interleave(H // G, 1)[0]
         p = (q[0] @ k.mT).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)        # [H, T, T]
-        z = p @ v                                          # [H, T, v]
+        z = (p @ v).transpose(0, 1).flatten(1)             # [T, H·v]
         sums.inputs += x.T @ x
         sums.mean += x.sum(0)
-        sums.values += z.mT @ z
+        sums.values += z.T @ z
         for head, row in enumerate(p.double()):
             sums.mass[head].index_add_(0, self.distance, row.flatten())
         self.tokens += T

@@ -61,8 +61,9 @@ class Layer:
     @cached_property
     def energies(self) -> Tensor:
         """[H]: how many nats the output of a head is worth, E |F^½ W_o z|²."""
-        wo = self.weighted_outputs
-        return torch.einsum("hdv,hdu,hvu->h", wo, wo, self.moments.values)
+        wo, H = self.weighted_outputs, len(self.wo)
+        own = self.moments.values.unflatten(0, (H, -1)).unflatten(2, (H, -1))[range(H), :, range(H)]  # [H, v, v]
+        return torch.einsum("hdv,hdu,hvu->h", wo, wo, own)
 
     @cached_property
     def stand_ins(self) -> Tensor:

@@ -108,12 +108,15 @@ def to_tokenizers(tokenizer):
         made = byte_level({character: byte for byte, character in enumerate(BYTE_CHARS)}, [], words=False)
     elif tokenizer.name == "gpt2":
         made = byte_level(*gpt2_pairs(tokenizer), words=True)
+    elif tokenizer.name == "pretrained":
+        made = tokenizer.encoder
+        return made, made.id_to_token(tokenizer.eot)
     elif tokenizer.name == "bpe":
         tokenizer.start_encoder()
         merges = json.loads(tokenizer.encoder.to_str())["model"]["merges"]
         made = byte_level(tokenizer.encoder.get_vocab(), [tuple(pair) for pair in merges], words=True)
     else:
-        raise UserError(f"a {tokenizer.name} tokenizer can't be exported; only byte, word, gpt2 and bpe can")
+        raise UserError(f"a {tokenizer.name} tokenizer can't be exported; byte, word, gpt2, bpe and pretrained can")
     made.add_special_tokens([end])
     return made, end
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from train_dba import (
     GPT,
+    MAY_CHANGE,
     Config,
     UserError,
     append_line,
     autocast,
     catch_signals,
+    flag_name,
     load_checkpoint,
     lr_at,
     make_optimizer,
@@ -50,9 +52,9 @@ class Texts:
 
 
 @torch.no_grad()
-def distance(teacher: GPT, student: GPT, windows: Tensor, skip: int = 0, report=lambda done, total: None) -> dict:
+def distance(teacher, student, windows: Tensor, skip: int = 0, report=lambda done, total: None) -> dict:
     """{"kl": KL(teacher ‖ student), "nll", "teacher_nll"}: nats per token of windows [n, T + 1] in float32, leaving out
-    the first `skip` predictions of each, and "tokens", their number."""
+    the first `skip` predictions of each, and "tokens", their number. The models take ids [1, T]."""
     sums = dict(kl=0.0, nll=0.0, teacher_nll=0.0)
     for n, window in enumerate(windows):
         t, s = (model(window[None, :-1])[0, skip:].log_softmax(-1) for model in (teacher, student))   # [T, V]
@@ -120,15 +122,20 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
     ckpt = load_checkpoint(folder / "last.pt")
     if ckpt.get("data") != identity:
         raise UserError(f"{folder}/last.pt was healed on other text; use another --out-dir, or --overwrite")
-    if ckpt["config"] != cfg:
-        raise UserError(f"{folder}/last.pt was healed with other settings; use another --out-dir, or --overwrite")
+    before = vars(ckpt["config"])
+    differ = [f"{flag_name(name)} was {before[name]!r}, is {value!r}" for name, value in vars(cfg).items()
+              if name not in MAY_CHANGE | {"steps"} and before[name] != value]
+    if differ:
+        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); use another --out-dir, or "
+                        "--overwrite")
     restore(ckpt, student, optimizer, rng)
     return ckpt["step"], ckpt["best_val_loss"], [factor for factor in ckpt[LATENT_SCALE]]
 
 
-def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, window: int, folder: Path, dtype, meta: dict) -> int:
-    """Train the student until its config's `steps`, on from last.pt if there is one; the student, whose config is that
-    of the run, ends as the last step left it. Returns the exit code."""
+def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window: int, folder: Path, dtype,
+         meta: dict) -> int:
+    """Train the student, whose config is that of the run, for so many steps (0: it is only measured and saved), on from
+    the folder's last.pt if there is one. Returns the exit code."""
     cfg, device = student.cfg, student.embed.weight.device
     teacher.requires_grad_(False)
     freeze_all_but_attention(student)
@@ -167,10 +174,10 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, window: int, folde
     if step == 0:
         evaluate()
     caught = catch_signals(lambda: f"\nfinishing step {step}, then saving\n")
-    bar = progress(cfg.steps * per_step, "tok", "healing", initial=step * per_step)
+    bar = progress(steps * per_step, "tok", "healing", initial=step * per_step)
     seconds, timed, stop_with = 0.0, 0, 0
     student.train()
-    while step < cfg.steps and not stop_with:
+    while step < steps and not stop_with:
         step += 1
         started = time.perf_counter()
         rate = lr_at(step, cfg)
@@ -187,7 +194,7 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, window: int, folde
         seconds, timed = seconds + time.perf_counter() - started, timed + 1
         bar.set_postfix_str(f"step {step} KL {kl:.4f}", refresh=False)
         bar.update(per_step)
-        last = step == cfg.steps
+        last = step == steps
         if step % cfg.log_every == 0 or step == 1 or last:
             log("train", loss=loss, kl=kl, lr=rate, grad_norm=grad_norm, tok_s=timed * per_step / seconds,
                 step_ms=1000 * seconds / timed, mem_bytes=peak_memory(device))
