@@ -3,6 +3,9 @@ Models in and out: pretrained Llamas as models of train_dba.py, trained models a
 
     python3 convert_dba.py show SmolLM2.gguf                                # what model it is, or why it can't be read
     python3 convert_dba.py export --ckpt runs/tiny --out-dir exported/tiny
+    python3 convert_dba.py advise --model SmolLM2.gguf --cache-share 0.28 --data train.txt   # what to spend bytes on
+    python3 convert_dba.py dba --model SmolLM2.gguf --cache-share 0.5 --data train.txt --out-dir runs/smol  # attention
+    python3 convert_dba.py mask --model SmolLM2.gguf --data train.txt --out-dir runs/mask   # learned sparse attention
 
 A Llama is our standard attention, or gqa where query heads share keys, or bottleneck where its heads aren't as wide as
 the model, with RMSNorm, SwiGLU, RoPE on halves and a tied embedding. load_llama() reads a .gguf file or a Hugging Face
@@ -32,7 +35,6 @@ from train_dba import (
     bytes_per_token,
     count_params,
     derived,
-    load_checkpoint,
     out_of_range,
     read_bytes,
     width_problems,
@@ -93,6 +95,16 @@ class LlamaTokenizer:
         if self.prefix not in ([], [hf.bos_token_id]):
             raise UserError(f"its tokenizer puts {self.prefix} around a text; at most a token before it is understood")
         self.bytes = token_bytes(hf)
+        self.words = [hf.backend_tokenizer.to_str(), hf.bos_token, hf.eos_token, vocab_size]      # for checkpoints
+
+    @classmethod
+    def of_words(cls, words):
+        """The tokenizer of a checkpoint. Raises ValueError for words that are none."""
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+        text, bos, eos, vocab_size = words
+        made = Tokenizer.from_buffer(text.encode())
+        return cls(PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos), vocab_size)
 
     def encode(self, text):
         return np.array(self.hf.encode(text, add_special_tokens=False), dtype=np.uint32)
@@ -472,14 +484,71 @@ def show(path: Path) -> None:
 
 
 def export_run(ckpt: Path, out: Path) -> None:
-    """Write a run's best.pt as a folder for transformers, and print how it is loaded."""
-    from surgery.export import export, no_llama
-    kind, reasons = export(ckpt, out), no_llama(load_checkpoint(ckpt)["config"])
-    if kind == "Llama":
+    """Write a model as a folder for transformers, and print how it is loaded."""
+    from surgery.export import export
+    reasons = export(ckpt, out)
+    if not reasons:
         print(f"{out}: a Llama, AutoModelForCausalLM.from_pretrained({str(out)!r})")
     else:
         print(f"{out}: no Llama ({', '.join(reasons)}), but modeling_dba.py is in it, "
               f"AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+
+
+def mask_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="run folder, checkpoint, .gguf file, or Hugging Face folder (of the "
+                   "Llama or GPT-2 family); its weights stay as they are")
+    p.add_argument("--data", type=Path, required=True, help="text, or .npy of tokens, to learn from")
+    p.add_argument("--out-dir", type=Path, required=True, help="folder of the gates; what it has is gone on with")
+    p.add_argument("--block", type=int, choices=(16, 32, 64), default=32, help="keys in a block (%(default)s)")
+    p.add_argument("--rows", type=int, default=1, help="queries that choose together, a divisor of --block "
+                   "(%(default)s, as in decoding)")
+    p.add_argument("--lengths", type=int, nargs="+", default=[1024], help="tokens of the windows of the "
+                   "first kind, in turn")
+    p.add_argument("--mass-steps", type=int, default=32, help="windows from which gates learn the model's own "
+                   "attention (%(default)s)")
+    p.add_argument("--updates", type=int, default=4, help="of each layer's gates by such a window (%(default)s)")
+    p.add_argument("--logits-steps", type=int, default=16, help="windows from which gates and thresholds learn by the "
+                   "KL of the next token (%(default)s)")
+    p.add_argument("--logits-length", type=int, default=512, help="tokens of those (%(default)s)")
+    p.add_argument("--kl", type=float, nargs="+", default=[0.001, 0.01], help="the KL in nats that is to be kept to; "
+                   "the last is learned with")
+    p.add_argument("--calibration", type=int, default=2, help="windows that each KL is sought on (%(default)s)")
+    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--eval-data", type=Path, nargs="*", default=[], help="texts to measure on")
+    p.add_argument("--eval-lengths", type=int, nargs="+", default=[1024])
+    p.add_argument("--windows", type=int, nargs="+", default=[4], help="windows of each text: a number for all "
+                   "lengths, or one for each")
+    p.add_argument("--measure", nargs="+", choices=("floor", "controls", "gates", "gradients", "costs"),
+                   default=["floor", "controls", "gates"], help="what is measured there")
+    p.add_argument("--budgets", type=int, nargs="+", default=[8], help="blocks that choices by rank keep")
+
+
+def make_mask(args: argparse.Namespace) -> None:
+    """Learn gates, or go on with those of a folder; measure them; print what came out."""
+    from evals.subject import Progress, read_data, text_table
+    from surgery import learn_mask
+    host, subject = learn_mask.open_host(args.model, args.device)
+    plan = learn_mask.plan_of(vars(args), host, subject)
+    folder = args.out_dir
+    ids = read_data(subject, args.data).ids
+    texts = {path.name: read_data(subject, path).ids for path in args.eval_data}
+    learn_mask.check_lengths(plan, host, ids, texts, learn_mask.windows_of(vars(args)))
+    with learn_mask.held(folder):
+        with Progress("step", "gates") as report:
+            gates = learn_mask.learn(host, ids, plan, folder, report)
+        with Progress("pass", "thresholds") as report:
+            facts = learn_mask.points_of_folder(host, gates, ids, plan, folder, args.calibration, report)
+        print(f"{folder}: gates of {plan.steps} steps, {sum(p.numel() for p in gates.parameters()):,} parameters")
+        for point in facts["points"]:
+            print(f"KL {point['target']:g}: {100 * point['kept']:.1f} % of tokens read, KL {point['kl']:.2g} on the "
+                  f"training text, {len(point['drops'])} of {gates.thresholds.numel()} heads drop old keys")
+        if texts:
+            with Progress("pass", "measuring") as report:
+                result = learn_mask.measure_all(host, gates, facts["points"], texts, folder, vars(args), report)
+            print(text_table(learn_mask.table(result["summary"])))
+            print(f"written to {learn_mask.write(host, subject, vars(args), plan, facts, result)}")
 
 
 def main(argv=None):
@@ -488,14 +557,27 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("show", help="what a pretrained Llama is as a model of train_dba.py")
     p.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
-    p = commands.add_parser("export", help="write a trained model as a folder for transformers")
-    p.add_argument("--ckpt", type=Path, required=True, help="run folder or checkpoint")
+    p = commands.add_parser("export", help="write a model as a folder for transformers")
+    p.add_argument("--ckpt", type=Path, required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
+    from surgery import command
+    command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention with one latent"))
+    command.advise_flags(commands.add_parser("advise", help="what a share of a cache's bytes is best spent on"))
+    mask_flags(commands.add_parser("mask", help="learned block-sparse attention on a frozen model"))
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
     args = parser.parse_args(argv)
     try:
-        show(args.path) if args.command == "show" else export_run(args.ckpt, args.out_dir)
+        if args.command == "dba":
+            return command.make_dba(args, sys.argv[1:] if argv is None else argv)
+        elif args.command == "advise":
+            command.advise(args)
+        elif args.command == "mask":
+            make_mask(args)
+        elif args.command == "show":
+            show(args.path)
+        else:
+            export_run(args.ckpt, args.out_dir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -48,14 +48,14 @@ def kept_by_block(cfg: Config, on_gpu: bool) -> int:
         attention += (HALF if cfg.compile else FULL) * H * sum(path.width for path in shape.paths)
     if cfg.compile:
         stream = FULL * D + HALF * 3 * D                   # a block's input; both norms' outputs; attention's
-        latent = HALF * 2 * shape.latent                   # of MLA, before its norm and after
+        latent = HALF * (1 + shape.latent_norm) * shape.latent                  # before its norm, if any, and after
         mlp = HALF * (3 if gated else 2) * cfg.d_ff
     else:
         norm = FULL * (1 if on_gpu else 2)
-        latent = (norm + HALF) * shape.latent
+        latent = (HALF + norm * shape.latent_norm) * shape.latent
         stream = 2 * (norm + HALF) * D
         mlp = HALF * (4 if gated else 2) * cfg.d_ff
-    return stream + latent + mlp + attention + FULL * (3 if shape.latent else 2)                      # a scale a norm
+    return stream + latent + mlp + attention + FULL * (2 + shape.latent_norm)                         # a scale a norm
 
 
 def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[str, int]:

@@ -10,7 +10,8 @@ Measure a checkpoint.
 command prints a short table and writes a file with its settings, the hash of its data and the hardware, beside the
 checkpoint or where --out says: eval_ppl_<cache>.json for each cache, eval_probes.json (eval_probes_<cache>.json unless
 fp16), kv_policy.json, else eval_<command>.json, with the spectra of rank in eval_rank.npz. <cache> is a --kv-cache,
-with _rotated and _residual<n> where given.
+with _rotated and _residual<n> where given. A --kv-cache is one format for all that is cached, hetero (k_sem q4_0, k_geo
+q8_0, v q4_0), or a format for each stream: k=q4_0,v=q3_0.
 """
 
 import argparse
@@ -50,8 +51,17 @@ def add_data(p):
     p.add_argument("--data", help=".npy or text (the checkpoint's validation part)")
 
 
+def cache(text):
+    """Type of a flag: the format of a cache, or of each of its streams."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if text not in CACHES and not all(stream and fmt in FORMATS for stream, _, fmt in pairs):
+        raise argparse.ArgumentTypeError(f"{text} is neither a format ({', '.join(CACHES)}) nor one for each stream, "
+                                         "such as k=q4_0,v=q3_0")
+    return text
+
+
 def add_caches(p, **kwargs):
-    p.add_argument("--kv-cache", choices=CACHES, **kwargs)
+    p.add_argument("--kv-cache", type=cache, metavar="FORMAT", **kwargs)
 
 
 def add_cache_changes(p, rotate=True):

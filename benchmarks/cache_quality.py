@@ -3,6 +3,8 @@ What the format of the KV cache costs in quality, against a float32 cache, on va
 
     python3 benchmarks/cache_quality.py runs/checkpoints/standard runs/checkpoints/decoupled \
         --out runs/bench/cache_quality.json
+    python3 benchmarks/cache_quality.py SmolLM2.gguf --data wiki.test.tokens --block 1024 --windows 8 --batch-size 1 \
+        --kv-cache q8_0 q4_0 k=q4_0,v=q3_0 q3_0 q2_0
 
 Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
 window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
@@ -11,16 +13,17 @@ with the standard error over windows), the mean Kullback-Leibler divergence of t
 often the likeliest token is the same.
 """
 
+import copy
 import math
-from pathlib import Path
+import sys
 
 import torch
 from tqdm import tqdm
 
 from common import parser_of, train_dba, write
-from train_dba import FORMATS, KVCache, bytes_per_token, load_checkpoint, load_data, load_model
-
-BATCH = 8
+from evals.policy import calibration_windows
+from evals.subject import formats_of, held_out, load_subject
+from train_dba import FORMATS, KVCache, UserError, bytes_per_token
 
 
 @torch.inference_mode()
@@ -36,18 +39,17 @@ def window_nll(log_p, y):
 
 
 def policies_of(cfg):
-    """{name: cache policy}: what the mode takes of the formats, then each stream alone in q4_0."""
+    """{name: {stream: format}}: what the mode takes of the formats, then each stream alone in q4_0."""
     policies = {name: name for name in (*FORMATS, "hetero") if bytes_per_token(cfg, name)}
     for stream in cfg.attention.streams:
         policies[f"{stream} q4_0"] = {**dict.fromkeys(cfg.attention.streams, "fp32"), stream: "q4_0"}
     return policies
 
 
-def measure(models, batches):
+def measure(models, batches, policies):
     """One row of figures per policy and model. models: {rotate: GPT}; the float32 cache of models[False] is what all
     are compared with."""
     cfg, sums = models[False].cfg, {}
-    policies = policies_of(cfg)
     for x, y in tqdm(batches, desc=cfg.attn_mode):
         p = log_probabilities(models[False], x, "fp32")
         for name, policy in policies.items():
@@ -61,36 +63,45 @@ def measure(models, batches):
     for (name, rotate), (losses, kl, same) in sums.items():
         losses = torch.cat(losses, 1)                                           # [2, windows]
         delta = losses[1] - losses[0]
-        yield dict(policy=name, rotate=rotate, tokens=tokens, bytes_per_token=bytes_per_token(cfg, policies[name]),
-                   nll_fp32=losses[0].mean().item(), delta_nll=delta.mean().item(),
-                   standard_error=delta.std().item() / math.sqrt(len(delta)), kl=kl / tokens, top1=same / tokens)
+        size = bytes_per_token(cfg, policies[name])
+        yield dict(policy=name, rotate=rotate, tokens=tokens, bytes_per_token=size,
+                   share_of_fp16=size / bytes_per_token(cfg, "fp16"), nll_fp32=losses[0].mean().item(),
+                   delta_nll=delta.mean().item(), standard_error=delta.std().item() / math.sqrt(len(delta)),
+                   kl=kl / tokens, top1=same / tokens)
 
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders with a best.pt")
+    parser.add_argument("ckpts", nargs="+", help="run folders, checkpoints, .gguf files or Hugging Face folders")
+    parser.add_argument("--data", help=".npy or text (the validation part that a checkpoint was trained with)")
+    parser.add_argument("--block", type=int, help="tokens of a window (the model's context)")
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at once")
+    parser.add_argument("--kv-cache", nargs="+", help="formats, as eval_dba.py takes them (all, and each stream alone)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = train_dba.pick_device(args.device)
-    rows = []
-    for run in args.runs:
-        ckpt = load_checkpoint(str(run / "best.pt"), device)
-        model, rotated = load_model(ckpt), load_model(load_checkpoint(str(run / "best.pt"), device))
+    rows, sources = [], {}
+    for ckpt in args.ckpts:
+        try:
+            subject = load_subject(ckpt, args.device)
+            held = held_out(subject, args.data)
+            windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
+            policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
+        except UserError as e:
+            return f"error: {e}"
+        rotated = copy.deepcopy(subject.model)
         train_dba.rotate_cache(rotated)
-        data = load_data(model.cfg)
-        starts = torch.linspace(0, len(data.val) - model.cfg.block - 1, args.windows).long().tolist()
-        text = torch.stack([torch.from_numpy(data.val[i:i + model.cfg.block + 1].astype("int64")) for i in starts])
-        batches = [(x[:, :-1].to(device), x[:, 1:].to(device)) for x in text.split(BATCH)]
-        for row in measure({False: model, True: rotated}, batches):
-            label = f"{run.resolve().parent.name}/{run.name}"
-            rows.append(dict(run=label, step=ckpt["step"], mode=model.cfg.attn_mode, **row))
+        batches = [(ids[:, :-1], ids[:, 1:]) for ids in windows.to(subject.device).split(args.batch_size)]
+        label = subject.path.name if subject.step is None else "/".join(subject.folder.resolve().parts[-2:])
+        sources[label] = dict(sha256=subject.sha256, data_sha256=held.sha256, block=windows.size(1) - 1)
+        for row in measure({False: subject.model, True: rotated}, batches, policies):
+            rows.append(dict(run=label, step=subject.step, mode=subject.cfg.attn_mode, **row))
             name = f"{row['policy']} rotated" if row["rotate"] else row["policy"]
-            print(f"{run.name} {name}: {row['bytes_per_token']} B/token, "
+            print(f"{label} {name}: {row['bytes_per_token']} B/token, {100 * row['share_of_fp16']:.0f} % of fp16, "
                   f"ΔNLL {row['delta_nll']:+.5f} ± {row['standard_error']:.5f}, KL {row['kl']:.6f}, "
                   f"top-1 {row['top1']:.4f}", flush=True)
-    write(args.out, device, rows=rows)
+    write(args.out, subject.device, sources=sources, rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

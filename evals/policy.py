@@ -183,7 +183,7 @@ def calibration_windows(ids: torch.Tensor, count: int, length: int) -> torch.Ten
 def kernel_times(subject: Subject, policy: Policy, tokens: int) -> dict[str, float]:
     """{--kernel: median ms of a decode step at the end of so many tokens} for a policy's formats, or {} where `auto`
     is the torch path at that length."""
-    if resolve_kernel("auto", subject.device)[0] == train_dba.TORCH:
+    if resolve_kernel("auto", subject.device, dict(policy.formats).values())[0] == train_dba.TORCH:
         return {}
     times, steps = {}, 16
     prompt = torch.zeros(1, tokens - WARM_UP - steps, dtype=torch.long, device=subject.device)

@@ -195,8 +195,8 @@ def decode_times(subject: Subject, prompt: torch.Tensor, formats: dict[str, dict
     machine's speed meets them all."""
     model, device, runs = subject.model, subject.device, {}
     tokens = prompt.size(1) + WARM_UP + steps
-    resolved, why = resolve_kernel(kernel, device)
     for name, streams in formats.items():
+        resolved, why = resolve_kernel(kernel, device, streams.values())
         runs[name] = Run(new_cache(subject, tokens, streams, kernel=resolved), why)
     turns = list(runs.values())
     done, passes = 0, len(turns) * (prefills + WARM_UP + steps)
@@ -290,7 +290,7 @@ def memory_row(subject: Subject, tokens: int, name: str, formats: dict, *, resid
     """Bytes of a cache of so many tokens, and the peak while they are read and while the last of them are decoded."""
     model, device = subject.model, subject.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    resolved, _ = resolve_kernel(kernel, device)
+    resolved, _ = resolve_kernel(kernel, device, formats.values())
     with autocast(device, subject.dtype):                  # first without a cache of size, so that weights are cast
         warm = ids[:, :2 * train_dba.PREFILL_CHUNK]
         read_prompt(model, warm, new_cache(subject, warm.size(1), formats))
@@ -377,7 +377,7 @@ def sweep_row(subject: Subject, ids: torch.Tensor, plan: Sweep, report: Report =
     wrong."""
     model, device, context, seconds = subject.model, subject.device, ids.size(1) - 1, 0.0
     total = context + plan.steps
-    kernel, _ = resolve_kernel(plan.kernel, device)
+    kernel, _ = resolve_kernel(plan.kernel, device, plan.formats.values())
     cache, times = new_cache(subject, total, plan.formats, plan.residual, kernel), []
     row = dict(context=context, kernel=kernel.name, cache_bytes=cache.nbytes())
     late = f"stopped: --max-seconds {plan.max_seconds} were over"

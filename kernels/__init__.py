@@ -2,7 +2,8 @@
 
 A back-end is a module with KERNEL, the settings of train_dba.Kernel, and FAILURES, the exceptions that its first use on
 a machine may raise. Its attention() and append() have the arguments and results of decode_attention() and append() of
-train_dba.py; none of them dequantises the cache. What they need of a format, a stream of the cache carries.
+train_dba.py; none of them dequantises the cache. What they need of a format, a stream of the cache carries; of one that
+is not among KERNEL's formats nothing is asked.
 """
 
 import importlib.util

@@ -101,4 +101,4 @@ def append(stream, rows, pos, x) -> None:
 
 # For more queries that share a key, PyTorch's fused kernel over a dequantised chunk is as fast or faster: measured by
 # benchmarks/prefill_speed.py, which crosses between 64 and some hundreds, by the width of a head.
-KERNEL = dict(name="C++", attention=attention, append=append, most_queries=64)
+KERNEL = dict(name="C++", formats=FORMATS, attention=attention, append=append, most_queries=64)

@@ -16,7 +16,7 @@ constant constexpr uint SPLIT = 256;                // slots that a simdgroup re
 constant constexpr uint PER_LANE = SPLIT / SIMD;
 constant constexpr uint BLOCK = 32;                 // channels that share a scale
 
-enum : uint { FP32, BF16, FP16, Q8_0, Q4_0, Q4_SYM, NF4 };          // in the order of FORMATS of train_dba.py
+enum : uint { FP32, BF16, FP16, Q8_0, Q4_0, Q4_SYM, NF4 };          // in the order of metal_decode.FORMATS
 constant float NF4_LEVELS[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,

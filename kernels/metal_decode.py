@@ -64,4 +64,4 @@ FAILURES = (RuntimeError, SyntaxError)                     # that torch.mps.comp
 
 # A key is decoded again for every query that shares it, and every split of each query has a simdgroup of its own: from
 # some number of queries on, decoding once for a matrix product is faster. 32 is a guess; MLA's heads all share a key.
-KERNEL = dict(name="metal", attention=attention, most_queries=32)
+KERNEL = dict(name="metal", formats=FORMATS, attention=attention, most_queries=32)

@@ -39,14 +39,14 @@ def rotate(tensor: torch.Tensor, groups: int) -> None:
 
 @torch.no_grad()
 def rotate_cache(model: torch.nn.Module) -> None:
-    """Rotate what a model caches, per key head: keys, values and MLA's latent, in place. Queries and output weights are
+    """Rotate what a model caches, per key head: keys, values and the latent, in place. Queries and output weights are
     rotated along, so that nothing but rounding in the cache changes. Only keys with RoPE cost more per token, a product
     with `turn` after it, as llama.cpp has it since April 2026 (pull request 21038).
 
     Raises ValueError, before anything is changed, where a norm's gain of 0 would have to be folded into a null token.
     """
     layers = [block.attn for block in model.blocks]
-    if any(attn.shape.latent and attn.null and not attn.latent[1].weight.all() for attn in layers):
+    if any(attn.shape.latent_norm and attn.null and not attn.latent[1].weight.all() for attn in layers):
         raise ValueError("a norm's gain of 0 can't be folded into a null token; leave the rotation out")
     for attn in layers:
         geo = attn.shape.paths[-1]
@@ -73,16 +73,18 @@ def rotate_heads(attn: torch.nn.Module) -> dict[str, int]:
 
 
 def rotate_latent(attn: torch.nn.Module) -> dict[str, int]:
-    """The same for MLA: its latent, whose norm commutes with a rotation once its gain is folded into what reads it,
-    and its shared key if that is without RoPE."""
+    """The same where there is a latent: that, whose norm (MLA's) commutes with a rotation once its gain is folded into
+    what reads it, and the keys beside it if they are without RoPE."""
     shape, rotated = attn.shape, {attn.shape.v_stream: 1}
     project, norm = attn.latent
     for reader in (attn.k["sem"], attn.v):
-        reader.weight *= norm.weight
+        if shape.latent_norm:
+            reader.weight *= norm.weight
         rotate(reader.weight.T, 1)
-    if attn.null:
-        attn.null[shape.v_stream] /= norm.weight
-    norm.weight.fill_(1.0)
+    if shape.latent_norm:
+        if attn.null:
+            attn.null[shape.v_stream] /= norm.weight
+        norm.weight.fill_(1.0)
     rotate(project.weight, 1)
     for path in shape.paths:
         if not path.rotate and path.stream != shape.v_stream:

@@ -18,6 +18,7 @@ from triton.errors import TritonError
 LOG2E = tl.constexpr(1.4426950408889634)                   # scores are in units of log 2, for exp2
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)      # the top score where no token is visible
 WIDE = tl.constexpr(48)                                    # loops over more channels aren't unrolled: compiling is slow
+FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_sym", "nf4")             # that unpack and quantize_tile know
 BUSY = 2048                                                # programs that keep a GPU busy: 16 warps on each of 128 SMs
 
 
@@ -242,4 +243,4 @@ FAILURES = (RuntimeError, TritonError)                     # that the first laun
 
 # A program reads the codes of its keys for one query; of the queries that share a key all but the first find them in
 # the L2 cache. For more than these (estimated, not measured), dequantising once for a matrix product moves fewer bytes.
-KERNEL = dict(name="triton", attention=attention, append=append, most_queries=32)
+KERNEL = dict(name="triton", formats=FORMATS, attention=attention, append=append, most_queries=32)

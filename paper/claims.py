@@ -108,19 +108,32 @@ def contrast_verdict(row: dict, alpha: float) -> str:
     return UNDECIDED
 
 
+def loss_differences(results: dict, group: str, name: str, contrast: dict) -> list[float]:
+    """Best losses of a contrast's a minus those of its b in the set of that name, by seed."""
+    pairs = pair_runs(results, *(f"{group}/{name}/{contrast[side]}" for side in ("a", "b")), "best_val_loss")
+    return [a["best_val_loss"] - b["best_val_loss"] for a, b in pairs]
+
+
+def difference(values: list[float]) -> dict:
+    mean, half = mean_interval(values) if values else (None, None)
+    return dict(pairs=len(values), mean=mean, half=half)
+
+
 def contrasts(manifest: dict, results: dict) -> list[dict]:
     """Every contrast of the manifest: a - b of best losses in nats, paired by seed, mean and half-width of its 95 %
     t-interval, one-sided p, the same by Holm over the group's whole list, and the verdict. A contrast that was not run
-    counts in the correction, with p = 1."""
+    counts in the correction, with p = 1. elsewhere: the same difference in the group's other sets, untested."""
     rows = []
     for group, content in manifest.items():
         family = []
         for contrast in content.get("contrasts", []):
-            a, b = (f"{group}/{contrast['set']}/{contrast[side]}" for side in ("a", "b"))
-            pairs = pair_runs(results, a, b, "best_val_loss")
-            differences = [left["best_val_loss"] - right["best_val_loss"] for left, right in pairs]
-            mean, half = mean_interval(differences) if differences else (None, None)
-            family.append(dict(contrast, group=group, a=a, b=b, pairs=len(pairs), mean=mean, half=half,
+            differences = loss_differences(results, group, contrast["set"], contrast)
+            elsewhere = []
+            for name in content.get("sets", {}):
+                others = loss_differences(results, group, name, contrast)
+                if others and name != contrast["set"]:
+                    elsewhere.append(dict(difference(others), set=name))
+            family.append(dict(contrast, group=group, **difference(differences), elsewhere=elsewhere,
                                p=contrast_p(differences, contrast["kind"], contrast["margin"])))
         adjusted = holm([1.0 if row["p"] is None else row["p"] for row in family])
         for row, p in zip(family, adjusted):

@@ -462,8 +462,12 @@ def keep_sweep(result: dict) -> dict:
     return keep(result, "formats", "rows")
 
 
+def keep_mask(result: dict) -> dict:
+    return {name: result.get(name, []) for name in ("summary", "gradients", "costs")}
+
+
 KEPT = {"ppl": keep_ppl, "tasks": keep_tasks, "probes": keep_probes, "rank": keep_rank, "policy": keep_policy,
-        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep}
+        "latency": keep_latency, "memory": keep_rows, "sweep": keep_sweep, "mask": keep_mask}
 
 
 def read_evals(root: Path) -> tuple[dict, list]:

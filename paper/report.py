@@ -37,6 +37,7 @@ SECTIONS = {                                               # of the ledger: {tit
     "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
     "Quantised caches and ranks": ("cache_quality", "geometric_bits", "stream_sensitivity", "effective_rank"),
+    "Learned masks": ("mask_bound", "mask_gradient", "mask_memory"),
     "Announced without results": ("not_run",),
 }
 FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
@@ -176,8 +177,10 @@ def find_contrasts(results: dict) -> str | None:
     if not rows:
         return None
     counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
-    return (f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts} (the first: "
-            f"{rows[0]['name']}).")
+    answers = [f"{row['name']}: {signed(row)} nats, {row['verdict']}" for row in rows
+               if row["kind"] == "no_worse" and row["mean"] is not None]
+    first = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts}"
+    return "; ".join([first, *answers]) + "."
 
 
 def find_arithmetic(results: dict) -> str | None:
@@ -350,7 +353,20 @@ def contrast_lines(results: dict) -> list[str]:
     return [*beside_ranking(results),
             "Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
             "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
-            *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), ""]
+            *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), "",
+            *trend_lines(results)]
+
+
+def trend_lines(results: dict) -> list[str]:
+    """The contrasts' differences in other sets, of other lengths."""
+    rows = []
+    for row in results["contrasts"]:
+        for other in row.get("elsewhere", []):
+            rows.append((row["name"], signed(row), f"{other['set']}: {signed(other)}", other["pairs"]))
+    if not rows:
+        return []
+    return ["The same differences in other sets, which are not tested: what becomes of them in longer runs.", "",
+            *markdown(("contrast", "a - b", "elsewhere", "seeds"), rows), ""]
 
 
 def scale_lines(results: dict) -> list[str]:
@@ -709,11 +725,41 @@ def policy_lines(evals: dict) -> list[str]:
                        "kernel"), rows), ""]
 
 
+def mask_lines(evals: dict) -> list[str]:
+    rows, costs = [], []
+    for run, _, result in of_command(evals, "mask"):
+        for row in result["summary"]:
+            half = "" if row["kl_half"] is None else f" ± {row['kl_half']:.2g}"
+            mass = f"{row['mass']:.3f}" if "mass" in row else "-"
+            mse = f"{row['mse']:.1e}" if "mse" in row else "-"
+            accuracy = "-" if row["accuracy_kept"] is None else f"{row['accuracy_kept']:.1f} %"
+            kv = f"{100 * row['kv_kept']:.0f} %" if "kv_kept" in row else "-"
+            rows.append((f"`{run}`", row["text"], f"{row['windows']} x {row['length']:,}", row["choice"],
+                         f"{100 * row['kept']:.1f} %", mass, mse, f"{row['kl']:.5f}{half}", f"{row['delta_nll']:+.4f}",
+                         accuracy, kv))
+        for row in result["costs"]:
+            costs.append((f"`{run}`", f"{row['length']:,}", row["attention"], f"{row['layer_ms']:.0f}",
+                          mib(row["layer_bytes"], 1), f"{row['ms_per_token']:.2f}", mib(row["forward_bytes"], 0)))
+    lines = []
+    if rows:
+        lines += ["Sparse attention (`convert_dba.py mask`), over the second half of each window: keys read of those "
+                  "in reach, attention's mass on them, mean square of its difference, KL divergence of the next token "
+                  "in nats ± 95 % interval over windows, accuracy of the next token against the model's own, cache "
+                  "held. bfloat16 is the model itself, rounded:", "",
+                  *markdown(("run", "text", "windows", "choice", "read", "mass", "MSE", "KL", "ΔNLL", "accuracy kept",
+                             "KV held"), rows), ""]
+    if costs:
+        lines += ["What a prompt costs, queries of a block choosing together; one layer's attention, and the whole "
+                  "pass without logits, memory in MiB beside what was held before:", "",
+                  *markdown(("run", "tokens", "attention", "layer ms", "layer MiB", "ms/token", "pass MiB"), costs), ""]
+    return lines
+
+
 def eval_lines(results: dict) -> list[str]:
     """Everything that eval_dba.py measured; what was not measured is left out."""
     evals = results["evals"]
     lines = [*loss_lines(results), *task_lines(evals, results["benchmarks"]), *rank_lines(evals), *probe_lines(evals),
-             *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals), *memory_lines(evals)]
+             *policy_lines(evals), *latency_lines(evals), *sweep_lines(evals), *memory_lines(evals), *mask_lines(evals)]
     sources = set()
     for files in evals.values():
         for file in files.values():

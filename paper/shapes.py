@@ -85,6 +85,13 @@ SWEEP_ROW = {"context": count, "status": str, "cache_bytes?": number, "prefill_s
              "ms_per_token?": number, "loss?": number}
 TASK = {"n": count, "acc": number, "acc_stderr": number, "acc_norm?": number, "acc_norm_stderr?": number}
 BUDGET = dict(max_delta_nll=maybe(number), max_kv_bytes_per_token=maybe(number), tokens=count, long_factor=number)
+MASK_ROW = {"text": str, "length": count, "choice": str, "windows": count, "tokens": count, "kept": number,
+            "kl": number, "kl_half": maybe(number), "accuracy_kept": maybe(number), "delta_nll": number,
+            "accuracy_kept_half": maybe(number), "mass?": number, "mse?": number, "mse_half?": maybe(number),
+            "kv_kept?": number}
+GRADIENT_ROW = dict(text=str, length=count, start=count, choice=str, least=number, median=number)
+COST_ROW = dict(length=count, attention=str, layer_ms=number, layer_bytes=maybe(number), forward_ms=number,
+                forward_bytes=maybe(number), ms_per_token=number)
 COMMANDS = {                                               # of eval_dba.py: what its results hold beside RESULT
     "ppl": dict(loss=number, ppl=maybe(number), bpb=maybe(number), tokens=count, block=count, stride=count,
                 bytes_per_token=number),
@@ -98,6 +105,7 @@ COMMANDS = {                                               # of eval_dba.py: wha
     "policy": dict(formats=map_of(str), rotate=bool, residual=count, bytes_per_token=number, thresholds=dict,
                    bytes_per_token_with_residual=number, short=MEASURED, long=maybe(MEASURED), kernel=str,
                    kernel_ms=map_of(number), tried=list, settings=BUDGET),
+    "mask": {"summary": list_of(MASK_ROW), "gradients?": list_of(GRADIENT_ROW), "costs?": list_of(COST_ROW)},
 }
 
 TRAINING_ROW = {"name": str, "params": count, "times_naive": number, "share_of_matmul_rate": number,

@@ -6,8 +6,9 @@ The models of train_dba.py for transformers, in one file that a folder by `conve
     model.generate(**tokenizer("The list", return_tensors="pt"), max_new_tokens=50)
 
 Every attention mode is one or two score paths, whose scaled scores add up: `sem` without position, `geo` with RoPE. The
-cache (transformers' own) holds per layer the keys of both paths, concatenated, and the values; of mla the latent in
-place of the keys and the one rotated key in place of the values. Scores are float32, as a matrix.
+cache (transformers' own) holds per layer the keys of both paths, concatenated, and the values; where semantic keys and
+values are read from a latent, that in place of the keys and the rotated keys in place of the values. Scores are
+float32, as a matrix.
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ def split_heads(x, n):
 
 
 def rotate(x, pos, inv_freq):
-    """RoPE on halves: x [B, n, T, p] to the positions pos [B, T], in float32."""
-    theta = pos[:, None, :, None] * inv_freq
+    """RoPE on halves: x [B, n, T, p] to the positions pos [B, T], in float32. inv_freq [1 or G, p/2]."""
+    theta = pos[:, None, :, None] * inv_freq.repeat_interleave(x.size(1) // len(inv_freq), 0)[:, None]
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * theta.cos() - b * theta.sin(), b * theta.cos() + a * theta.sin()], -1)
 
@@ -66,24 +67,31 @@ class Attention(nn.Module):
         self.mla = c.attn_mode == "mla"
         groups = c.kv_head or H
         v = c.attn_dim or D
-        sem, geo = {"decoupled": (c.sem_dim, c.geo_dim), "mla": (v, (c.rope_dim or 0) * H)}.get(c.attn_mode, (0, v))
+        sem, geo = {"standard": (0, v), "bottleneck": (0, v), "gqa": (0, v), "decoupled": (c.sem_dim, c.geo_dim),
+                    "mla": (v, (c.rope_dim or 0) * H)}[c.attn_mode]
         r, p = sem // H, geo // H
         joint = c.one_temperature or self.mla
-        source = c.kv_lora_rank if self.mla else D
+        self.compressed = bool(c.kv_lora_rank)             # semantic keys and values are read from a latent
+        source = c.kv_lora_rank if self.compressed else D
         self.widths = {"sem": r, "geo": p} if sem else {"geo": p}
         self.groups = {"sem": groups, "geo": 1 if self.mla else groups}
         self.scales = {name: (r + p if joint else width) ** -0.5 for name, width in self.widths.items()}
         self.n_head, self.v_groups, self.tied = H, groups, next(iter(self.widths)) if c.tie_qk else None
-        self.latent = nn.Sequential(linear(D, source), nn.RMSNorm(source, c.norm_eps)) if self.mla else nn.Identity()
+        self.latent = nn.Identity()
+        if self.compressed:
+            norm = nn.RMSNorm(source, c.norm_eps) if self.mla else nn.Identity()
+            self.latent = nn.Sequential(linear(D, source), norm)
         self.q = nn.ModuleDict({name: linear(D, H * width) for name, width in self.widths.items()})
         self.k = nn.ModuleDict({name: linear(source if name == "sem" else D, self.groups[name] * width)
                                 for name, width in self.widths.items() if name != self.tied})
         self.v, self.o = linear(source, v // H * groups), linear(v, D)
         self.log_temp = nn.Parameter(torch.zeros(H)) if c.learned_temp else None
-        self.p, self.rope_base = p, c.rope_base
-        cached = {"latent": source, "k_rope": p} if self.mla else {
-            **{f"k_{name}" if sem else "k": groups * width for name, width in self.widths.items()},
-            "v": v // H * groups}
+        rows = self.groups["geo"] if self.compressed else 1                     # a converted model has its own
+        self.register_buffer("inv_freq", (c.rope_base ** (-torch.arange(p // 2) / (p // 2))).repeat(rows, 1))
+        cached = {f"k_{name}" if sem else "k": groups * width for name, width in self.widths.items()}
+        cached = {**cached, "v": v // H * groups}
+        if self.compressed:
+            cached = {"latent": source, "k_rope" if self.mla else "k_geo": self.groups["geo"] * p}
         self.null = nn.ParameterDict({name: torch.zeros(n) for name, n in cached.items()} if c.null_attn else {})
         self.streams = list(cached)                        # keys of the paths in their order, then the values
 
@@ -92,16 +100,15 @@ class Attention(nn.Module):
 
     def null_key(self, name):
         """The null token's key of a path [G, w]."""
-        if self.mla:
-            key = self.key("sem", self.null["latent"]) if name == "sem" else self.null["k_rope"]
-        else:
-            key = self.null[self.streams[list(self.widths).index(name)]]
+        key = self.null[self.streams[list(self.widths).index(name)]]
+        if self.compressed and name == "sem":
+            key = self.key("sem", key)
         return key.float().view(self.groups[name], -1)
 
     def forward(self, x, pos, visible, cache):
         """x [B, T, D] at positions pos [B, T]; visible [B, 1, T, S]: which cached tokens, the new ones included, each
         query may attend to."""
-        H, inv_freq = self.n_head, self.rope_base ** (-torch.arange(self.p // 2, device=x.device) / (self.p // 2))
+        H, inv_freq = self.n_head, self.inv_freq.float()
         temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]
         q = {name: split_heads(self.q[name](x), H).float() * (self.scales[name] * temperature)
              for name in self.widths}
@@ -110,12 +117,12 @@ class Attention(nn.Module):
             for name in self.widths:
                 null_k = self.null_key(name).repeat_interleave(H // self.groups[name], 0)             # [H, w]
                 null_score = null_score + (q[name] * null_k[:, None]).sum(-1, keepdim=True)           # [B, H, T, 1]
-        latent = self.latent(x)                            # x itself, except in mla
+        latent = self.latent(x)                            # x itself where there is none
         k = {"geo": split_heads(self.key("geo", x), self.groups["geo"])}
         if self.rope:
             q["geo"], k["geo"] = rotate(q["geo"], pos, inv_freq), rotate(k["geo"], pos, inv_freq).to(x.dtype)
-        if self.mla:
-            held = latent[:, None], k["geo"]               # [B, 1, T, C], [B, 1, T, p]
+        if self.compressed:
+            held = latent[:, None], k["geo"]               # [B, 1, T, C], [B, G, T, p]
         else:
             if "sem" in self.widths:
                 k["sem"] = split_heads(self.key("sem", x), self.groups["sem"])
@@ -123,16 +130,16 @@ class Attention(nn.Module):
         if cache is not None:
             held = cache.update(*held, self.layer)
         keys, values = held
-        if self.mla:                                       # every head's keys and values from the latent
+        if self.compressed:                                # every head's keys and values from the latent
             latent = keys[:, 0]
-            rotated = values.expand(-1, self.groups["sem"], -1, -1)
+            rotated = values.expand(-1, self.groups["sem"], -1, -1)             # of mla one for all
             keys = torch.cat([split_heads(self.key("sem", latent), self.groups["sem"]), rotated], -1)
             values = split_heads(self.v(latent), self.v_groups)
         keys, values = (part.repeat_interleave(H // part.size(1), 1).float() for part in (keys, values))
         scores = torch.cat([q[name] for name in self.widths], -1) @ keys.mT     # [B, H, T, S]
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         if self.null:                                      # one more key and value, that every query may attend to
-            null_v = self.null[self.streams[-1]] if not self.mla else self.v(self.null["latent"])
+            null_v = self.v(self.null["latent"]) if self.compressed else self.null["v"]
             null_v = null_v.float().view(1, self.v_groups, 1, -1).repeat_interleave(H // self.v_groups, 1)
             scores = torch.cat([null_score, scores], -1)
             values = torch.cat([null_v.expand(len(x), -1, -1, -1), values], 2)

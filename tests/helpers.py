@@ -122,8 +122,8 @@ def losses(folder):
 def last_step(folder):
     """The last step in a log that a running process may be writing to; 0 before there is one."""
     log = folder / "train.jsonl"
-    found = re.findall(r'"step": (\d+), "tokens"', log.read_text()) if log.exists() else []
-    return int(found[-1]) if found else 0
+    steps = re.findall(r'"step": (\d+), "tokens"', log.read_text()) if log.exists() else []
+    return int(steps[-1]) if steps else 0
 
 
 def snapshot(folder):

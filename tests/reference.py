@@ -21,6 +21,8 @@ MODES = {
     "bottleneck":    dict(attn_mode="bottleneck", n_head=4, d_model=24, attn_dim=16),              # 4
     "decoupled":     dict(attn_mode="decoupled", n_head=4, d_model=24, sem_dim=16, geo_dim=32),  # 4, 8, 12
     "decoupled_gqa": dict(attn_mode="decoupled", n_head=4, d_model=24, sem_dim=12, geo_dim=24, attn_dim=20, kv_head=2),
+    "decoupled_latent": dict(attn_mode="decoupled", n_head=6, d_model=24, sem_dim=24, geo_dim=36, attn_dim=42,
+                             kv_head=3, kv_lora_rank=14),  # 4, 6, 7, two heads a group
     "gqa":           dict(attn_mode="gqa", n_head=6, d_model=24, attn_dim=36, kv_head=2),   # 6, three heads a group
     "mla":           dict(attn_mode="mla", n_head=4, d_model=24, attn_dim=32, kv_lora_rank=12, rope_dim=6),
 }
@@ -91,9 +93,12 @@ def attention(w, x, given, see=lambda row, stream, values: values):
     """
     mode, H = given["attn_mode"], given["n_head"]
     mla, null, base = mode == "mla", given.get("null_attn", False), given["rope_base"]
+    latent = "latent.0.weight" in w
     turn = given.get("turn", lambda n: torch.eye(n, dtype=torch.float64))       # [n, n], after RoPE
     names = [name for name in ("sem", "geo") if f"q.{name}.weight" in w]
-    stream = dict(geo="k_rope") if mla else dict(sem="k_sem", geo="k_geo" if len(names) == 2 else "k")
+    stream = dict(sem="k_sem", geo="k_rope" if mla else "k_geo" if len(names) == 2 else "k")
+    if latent:                                             # in place of these keys
+        del stream["sem"]
     G = given.get("kv_head") or H
     width = {name: w[f"q.{name}.weight"].size(0) // H for name in names}
     v_width = w["o.weight"].size(1) // H
@@ -101,8 +106,9 @@ def attention(w, x, given, see=lambda row, stream, values: values):
     for row, sequence in enumerate(x):
         T = len(sequence)
         source = sequence
-        if mla:
-            source = rms_norm(sequence @ w["latent.0.weight"].T, w["latent.1.weight"], given["norm_eps"])
+        if latent:
+            source = sequence @ w["latent.0.weight"].T
+            source = rms_norm(source, w["latent.1.weight"], given["norm_eps"]) if mla else source
             source = see(row, "latent", source)
         keys = {}
         for name in names:
@@ -110,7 +116,7 @@ def attention(w, x, given, see=lambda row, stream, values: values):
             if name == "geo" and given.get("rope", True):
                 k = torch.cat([rotate(head, base) @ turn(width[name]) for head in k.split(width[name], 1)], 1)
             keys[name] = see(row, stream[name], k) if name in stream else k         # [(T,) T, C]
-        merged = source @ w["v.weight"].T if mla else see(row, "v", source @ w["v.weight"].T)
+        merged = source @ w["v.weight"].T if latent else see(row, "v", source @ w["v.weight"].T)
         heads = []
         for h in range(H):
             g = h // (H // G)                              # neighbouring heads share a group
@@ -123,8 +129,8 @@ def attention(w, x, given, see=lambda row, stream, values: values):
                 q = sequence @ wq[h * n:(h + 1) * n].T                              # [T, n]
                 scale = math.sqrt(sum(width.values()) if mla or given.get("one_temperature") else n)
                 if null:
-                    if mla:
-                        null_k = wk[mine] @ w["null.latent"] if name == "sem" else w["null.k_rope"]
+                    if latent and name == "sem":
+                        null_k = wk[mine] @ w["null.latent"]
                     else:
                         null_k = w[f"null.{stream[name]}"][mine]
                     null_total = null_total + q @ null_k / scale                    # [T]
@@ -136,7 +142,7 @@ def attention(w, x, given, see=lambda row, stream, values: values):
             mine = slice(g * v_width, (g + 1) * v_width)
             values = merged[..., mine]                     # [(T,) T, v]
             if null:
-                null_v = w["v.weight"][mine] @ w["null.latent"] if mla else w["null.v"][mine]
+                null_v = w["v.weight"][mine] @ w["null.latent"] if latent else w["null.v"][mine]
                 scores = torch.cat([(null_total * temperature)[:, None], scores], 1)
                 values = torch.cat([null_v.expand(*values.shape[:-2], 1, -1), values], -2)
             seen.append(scores[scores.isfinite()].detach())
@@ -173,13 +179,15 @@ def gpt(w, idx, given, vocab_size, see=lambda layer, row, stream, values: values
 
 # --- quantisers: gguf's, and those that it lacks from their definitions
 
-QUANTISED = ("q8_0", "q4_0", "q4_sym", "nf4")
+QUANTISED = ("q8_0", "q4_0", "q4_sym", "nf4", "q3_0", "q2_0")
 QUANTILES = [torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64))[:-1] for n in (8, 9)]
 LEVELS = {                                                 # of a code, in units of the scale; nf4: of a normal variable
     "q8_0": np.arange(-127, 128), "q4_0": np.arange(-8, 8), "q4_sym": np.arange(-7, 8),
     "nf4": np.sort(np.concatenate([-QUANTILES[0].numpy(), [0], QUANTILES[1].numpy()])) / float(QUANTILES[1].max()),
+    "q3_0": np.arange(-4, 4), "q2_0": np.arange(-2, 2),
 }
-TOP = {"q8_0": 127, "q4_0": 8, "q4_sym": 7, "nf4": 1}      # largest size of a block's values, in units of the scale
+TOP = {"q8_0": 127, "q4_0": 8, "q4_sym": 7, "nf4": 1, "q3_0": 4, "q2_0": 2}     # a block's largest value in its scales
+SIGNED = ("q4_0", "q3_0", "q2_0")                          # whose scale has the sign that makes that the lowest code
 
 
 def quantised(x, fmt):
@@ -199,6 +207,11 @@ def quantised(x, fmt):
 
             kind = gguf.GGMLQuantizationType[fmt.upper()]
             read = gguf.dequantize(gguf.quantize(blocks, kind), kind)
+        elif fmt in SIGNED:                                # as gguf makes q4_0: the first of the largest gives the sign
+            top = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1) / np.float32(-TOP[fmt])
+            units = blocks * np.where(zero, 0, np.float32(1) / top)
+            code = np.trunc(units + np.float32(TOP[fmt] + 0.5)).astype(int).clip(0, 2 * TOP[fmt] - 1)
+            read = LEVELS[fmt][code] * top.astype(np.float16).astype(np.float32)
         else:
             units = np.where(zero, 0, blocks * (1 / d))
             distance = np.abs(units[..., None] - LEVELS[fmt])                       # [N, 32, levels]

@@ -1,6 +1,7 @@
 """Attention modes against an independent float64 reference, RoPE, null token, causality, the KV cache and its bytes."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_rope_takes_positions_per_sequence_and_frequencies_per_group():
     assert (y - dba.rope(x, pos, inv_freq)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ("decoupled", "decoupled_gqa"))
+@pytest.mark.parametrize("mode", ("decoupled", "decoupled_gqa", "decoupled_latent"))
 def test_attention_with_frequencies_per_group(mode):
     """Surgery brings a row of inverse frequencies per group: equal rows change nothing, others do, cached or not."""
     given = settings(mode)
@@ -140,13 +141,25 @@ def test_attention_with_frequencies_per_group(mode):
     x = torch.randn(2, 9, cfg.d_model, generator=torch.Generator().manual_seed(0))
     before = attn(x)
     groups = cfg.kv_head or cfg.n_head
-    attn.inv_freq = attn.inv_freq.repeat(groups, 1)
+    attn.inv_freq = attn.inv_freq[:1].repeat(groups, 1)
     close(attn(x), before, 1e-6)
     attn.inv_freq = attn.inv_freq * (1 + torch.arange(groups))[:, None]
     changed = attn(x)
     assert (changed - before).abs().max() > 0.01
     cache = dba.KVCache(cfg, 2, 9, "fp32")
     close(attn(x, cache, 0, cache.begin(9)), changed, EXACT)
+
+
+def test_a_checkpoint_carries_frequencies_per_group(tmp_path):
+    """Those of a converted model, beside a latent."""
+    model, idx, tokenizer = model_of(settings("decoupled_latent")), tokens(1, 9), dba.make_tokenizer("byte", None)
+    model = dba.GPT(model.cfg, tokenizer.vocab_size).init_weights()
+    for block in model.blocks:
+        block.attn.inv_freq *= 1 + torch.arange(3)[:, None]
+    dba.save_checkpoint(tmp_path / "best.pt", model.cfg, tokenizer, model, step=1)
+    loaded = dba.load_model(dba.load_checkpoint(tmp_path))
+    assert all(torch.equal(a.attn.inv_freq, b.attn.inv_freq) for a, b in zip(loaded.blocks, model.blocks))
+    close(loaded(idx), model(idx), 1e-6)
 
 
 # --- Null token
@@ -159,9 +172,9 @@ def test_null_score_does_not_depend_on_position(mode, cached):
     cfg, T = config(given), 13
     attn = randomize(dba.Attention(cfg))
     with torch.no_grad():
-        for key in attn.k.values() if mode != "mla" else [attn.k["geo"], attn.latent[0]]:
+        for key in attn.k.values() if not attn.shape.latent else [attn.k["geo"], attn.latent[0]]:
             key.weight.zero_()
-        if mode != "mla":
+        if not attn.shape.latent:
             attn.v.weight.zero_()
         attn.o.weight.copy_(torch.randn(attn.o.weight.shape))
     x = torch.randn(1, 1, cfg.d_model, generator=torch.Generator().manual_seed(3)).expand(1, T, -1)
@@ -170,7 +183,7 @@ def test_null_score_does_not_depend_on_position(mode, cached):
         attn.o.register_forward_pre_hook(lambda module, args: merged.append(args[0]))
         cache = dba.KVCache(cfg, 1, T, "fp32")
         attn(x, cache, 0, cache.begin(T)) if cached else attn(x)
-    null_v = attn.v(attn.null["latent"]) if mode == "mla" else attn.null["v"]
+    null_v = attn.v(attn.null["latent"]) if attn.shape.latent else attn.null["v"]
     G = cfg.kv_head or cfg.n_head
     null_v = null_v.view(G, -1).repeat_interleave(cfg.n_head // G, 0)                # [H, v]
     share = merged[0][0].view(T, cfg.n_head, -1) / null_v                            # [T, H, v]: its probability
@@ -290,6 +303,7 @@ def test_online_softmax_over_several_chunks(mode, null, monkeypatch):
     """decode_attention walks the cache 64 tokens at a time."""
     widths = {"standard": dict(d_model=128), "bottleneck": dict(attn_dim=128), "gqa": dict(attn_dim=128, kv_head=8),
               "decoupled": dict(sem_dim=64, geo_dim=128), "decoupled_gqa": dict(sem_dim=64, geo_dim=128, kv_head=8),
+              "decoupled_latent": dict(sem_dim=64, geo_dim=128, kv_head=2, kv_lora_rank=8),
               "mla": dict(attn_dim=64, kv_lora_rank=8, rope_dim=4)}
     given = {**dict(attn_mode=MODES[mode]["attn_mode"], n_head=64, d_model=16, null_attn=null), **widths[mode]}
     cfg = config(given)
@@ -367,14 +381,15 @@ def test_going_past_the_capacity_is_an_error():
     model(tokens(1, 512), cache=cache)
 
 
+@pytest.mark.parametrize("mode, streams", (("mla", dict(latent=12, k_rope=6)),
+                                           ("decoupled_latent", dict(latent=14, k_geo=18))))
 @torch.no_grad()
-def test_mla_decodes_from_its_latent():
-    given = settings("mla")
-    model = model_of(given)
+def test_decoding_from_a_latent(mode, streams):
+    model = model_of(settings(mode))
     cache = dba.KVCache(model.cfg, 2, 37, "fp16")
     for layer in cache.layers:
-        assert {name: stream.codes.shape[1] for name, stream in layer.items()} == dict(latent=12, k_rope=6)
-    assert cache.nbytes() == 2 * 2 * 512 * 2 * (12 + 6)
+        assert {name: stream.codes.shape[1] for name, stream in layer.items()} == streams
+    assert cache.nbytes() == 2 * 2 * 512 * 2 * sum(streams.values())
     calls = []
     for block in model.blocks:
         for projection in (block.attn.k["sem"], block.attn.v):
@@ -411,7 +426,9 @@ def test_bytes_of_odd_widths(total):
         got = dba.kv_bytes_per_token(cfg)
         four_bits = C // 2 + C % 2 + blocks(C)
         assert got == {"fp32": 3 * 8 * C, "bf16": 3 * 4 * C, "fp16": 3 * 4 * C, "q8_0": 3 * 2 * (C + blocks(C)),
-                       "q4_0": 3 * 2 * four_bits, "q4_sym": 3 * 2 * four_bits, "nf4": 3 * 2 * four_bits, "hetero": None}
+                       "q4_0": 3 * 2 * four_bits, "q4_sym": 3 * 2 * four_bits, "nf4": 3 * 2 * four_bits,
+                       "q3_0": 3 * 2 * (math.ceil(3 * C / 8) + blocks(C)),
+                       "q2_0": 3 * 2 * (math.ceil(C / 4) + blocks(C)), "hetero": None}
 
 
 ONE_B = dict(size="1b", layers=1)
@@ -428,6 +445,7 @@ ONE_B = dict(size="1b", layers=1)
     (dict(exp="paper_bottleneck"), "fp16", 2 * 2 * 48 * 32),
     (dict(exp="paper_decoupled"), "fp16", 2 * (512 + 1024 + 1536)),
     (dict(attn_mode="decoupled", sem_dim=512, geo_dim=1024, kv_head=4), "fp16", 2 * 4 * (16 + 32 + 48)),
+    (dict(attn_mode="decoupled", sem_dim=512, geo_dim=1024, kv_head=4, kv_lora_rank=96), "hetero", 48 + 6 + 128 + 8),
     (dict(attn_mode="gqa", kv_head=1), "fp16", 2 * 2 * 64),
     # the claims ledger's corrected 128k figures, in bytes: 32 layers at d_model 4096
     (dict(attn_mode="decoupled", d_model=4096, n_head=32, sem_dim=32, geo_dim=64), "hetero", 18 + 68 + 54),

@@ -20,6 +20,7 @@ from reference import (
     LEVELS,
     MODES,
     QUANTISED,
+    SIGNED,
     TOP,
     cached_and_expected,
     cached_logits,
@@ -35,6 +36,7 @@ from reference import (
     tokens,
 )
 
+BITS = {"q8_0": 8, "q4_0": 4, "q4_sym": 4, "nf4": 4, "q3_0": 3, "q2_0": 2}
 EXACT = 5e-5                                               # queries, rotated keys and cached values are float32
 QUICK = limits(max_examples=120, deadline=None, derandomize=True)
 
@@ -71,7 +73,7 @@ def blocks():
         return x.astype(np.float32)
 
     ties = st.builds(with_ties, shape.flatmap(lambda s: hnp.arrays(np.int64, s, elements=st.integers(-254, 254))),
-                     st.integers(-26, 15), st.sampled_from([127, 8, 7, 1]), st.sampled_from([1, -1]))
+                     st.integers(-26, 15), st.sampled_from([127, 8, 7, 4, 2, 1]), st.sampled_from([1, -1]))
     return st.one_of(anything, similar, ties)
 
 
@@ -79,7 +81,7 @@ def hard_blocks():
     """Values at and beside the boundaries of every format's codes, at many scales, and ties between extremes."""
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((3000, 70)) * 10.0 ** rng.uniform(-9, 6, (3000, 1))]
-    for top in (127, 8, 7):
+    for top in (127, 8, 7, 4, 2):
         step = np.float32(2.0) ** rng.uniform(-26, 17, (3000, 1)).astype(np.float32)
         halves = ((rng.integers(-2 * top, 2 * top, (3000, 70)) | 1) / 2).astype(np.float32) * step
         near = np.nextafter(halves, halves + rng.integers(-1, 2, halves.shape).astype(np.float32))
@@ -135,7 +137,7 @@ def test_error_is_that_of_the_nearest_level(fmt, x):
     for start in range(0, x.shape[1], 32):
         block, got = x[:, start:start + 32], read[:, start:start + 32]
         extreme = np.take_along_axis(block, np.abs(block).argmax(1)[:, None], 1)
-        d = extreme / -8 if fmt == "q4_0" else np.abs(extreme) / TOP[fmt]
+        d = extreme / -TOP[fmt] if fmt in SIGNED else np.abs(extreme) / TOP[fmt]
         size = np.abs(d)
         good, small = size[:, 0] < 65504, size[:, 0] < 2e-8
         assert np.isfinite(got[good]).all()
@@ -159,7 +161,7 @@ def test_quantising_what_was_quantised_changes_nothing(fmt, x):
 def test_blocks_are_32_channels_of_one_token(fmt, C):
     x = torch.randn(3, C, generator=torch.Generator().manual_seed(C))
     codes, scales = dba.quantize(x, fmt)
-    assert codes.shape == (3, C if fmt == "q8_0" else -(-C // 2)) and codes.element_size() == 1
+    assert codes.shape == (3, -(-C * BITS[fmt] // 8)) and codes.element_size() == 1
     assert scales.shape == (3, -(-C // 32)) and scales.dtype == torch.float16
     assert codes[0].nbytes + scales[0].nbytes == dba.stream_bytes(fmt, C)
     values = decode(codes, scales, fmt, C)
@@ -172,11 +174,28 @@ def test_blocks_are_32_channels_of_one_token(fmt, C):
     assert wanted is None or torch.equal(scales.abs(), wanted.half())
 
 
+@pytest.mark.parametrize("bits", (2, 3, 4))
+@QUICK
+@drawn(C=st.integers(1, 70), seed=st.integers(0, 99))
+def test_packed_codes_are_one_row_of_bits(bits, C, seed):
+    """Beside Python's whole numbers; what fills up the last byte is 0."""
+    codes = torch.randint(0, 2**bits, (3, C), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = dba.pack(codes, bits)
+    for row, expected in zip(packed, codes.tolist()):
+        number = sum(code << bits * i for i, code in enumerate(expected))
+        assert bytes(row.tolist()) == number.to_bytes(math.ceil(C * bits / 8), "little")
+    assert torch.equal(dba.unpack(packed.T[None], bits, C)[0].T, codes)
+
+
 def test_the_even_channel_is_the_low_half_of_a_byte():
     codes, scales = dba.quantize(torch.tensor([[-8.0, 7, 0, 1, -3]]), "q4_0")
     assert codes.tolist() == [[0 | 15 << 4, 8 | 9 << 4, 5]] and scales.tolist() == [[1.0]]
     codes, scales = dba.quantize(torch.tensor([[-127.0, 0.5, -0.5, 1.49]]), "q8_0")
     assert codes.tolist() == [[-127, 1, -1, 1]] and scales.tolist() == [[1.0]]
+    codes, scales = dba.quantize(torch.tensor([[4.0, -3, 0, -1, 1.4]]), "q3_0")  # codes 0, 7, 4, 5, 3
+    assert codes.tolist() == [[0b00_111_000, 0b0_011_101_1]] and scales.tolist() == [[-1.0]]
+    codes, scales = dba.quantize(torch.tensor([[-2.0, 1, 0, 5, -0.4]]) / 5, "q2_0")
+    assert codes.tolist() == [[0b00_10_10_11, 0b10]] and scales.tolist() == [[-0.5]]
     codes, scales = dba.quantize(torch.tensor([[1.0, -1, 0]]), "nf4")
     assert codes.tolist() == [[15, 7]]
     assert np.abs(np.array(dba.NF4) - LEVELS["nf4"]).max() < 1e-6
@@ -214,9 +233,10 @@ ODD = {                                                    # streams of 33 to 75
     "gqa":           dict(n_head=6, d_model=24, attn_dim=66, kv_head=3, rope=False),  # 11, 33 in all
     "decoupled":     dict(n_head=5, d_model=24, sem_dim=35, geo_dim=50, attn_dim=75),          # 7, 10, 15
     "decoupled_gqa": dict(n_head=6, d_model=24, sem_dim=66, geo_dim=60, attn_dim=42, kv_head=3),  # 11, 10, 7
+    "decoupled_latent": dict(n_head=6, d_model=24, sem_dim=66, geo_dim=60, attn_dim=42, kv_head=3, kv_lora_rank=45),
     "mla":           dict(n_head=4, d_model=24, attn_dim=36, kv_lora_rank=45, rope_dim=34),
 }
-HETERO = dict(k_sem="q4_0", k_geo="q8_0", v="q4_0")
+HETERO = dict(k_sem="q4_0", k_geo="q8_0", v="q4_0", latent="q4_0")
 
 
 def channels(mode, given):
@@ -227,6 +247,8 @@ def channels(mode, given):
         return dict(latent=given["kv_lora_rank"], k_rope=given["rope_dim"])
     if "sem_dim" not in given:
         return dict(k=a // H * G, v=a // H * G)
+    if "kv_lora_rank" in given:
+        return dict(latent=given["kv_lora_rank"], k_geo=given["geo_dim"] // H * G)
     a = given.get("attn_dim", given["sem_dim"] + given["geo_dim"])
     return dict(k_sem=given["sem_dim"] // H * G, k_geo=given["geo_dim"] // H * G, v=a // H * G)
 
@@ -234,12 +256,11 @@ def channels(mode, given):
 def cost(fmt, C):
     """Bytes of C channels of a token."""
     scales = 2 * math.ceil(C / 32)
-    return {"fp32": 4 * C, "bf16": 2 * C, "fp16": 2 * C, "q8_0": C + scales}.get(fmt, math.ceil(C / 2) + scales)
+    return {"fp32": 4 * C, "bf16": 2 * C, "fp16": 2 * C}.get(fmt) or math.ceil(C * BITS[fmt] / 8) + scales
 
 
-def mixes(streams):
+def mixes(streams, names=tuple(dba.FORMATS)):
     """One format for all streams, and every stream in a format of its own."""
-    names = list(dba.FORMATS)
     return [*({s: f for s in streams} for f in names),
             *({s: names[(i + 3 * j) % len(names)] for j, s in enumerate(streams)} for i in range(len(names)))]
 
@@ -269,7 +290,7 @@ def test_policies(mode):
     wanted = {fmt: 2 * sum(cost(fmt, C) for C in streams.values()) for fmt in dba.FORMATS}
     hetero = 2 * sum(cost(HETERO[s], C) for s, C in streams.items()) if mode.startswith("decoupled") else None
     assert dba.kv_bytes_per_token(cfg) == {**wanted, "hetero": hetero}
-    assert dba.cache_formats(cfg, "hetero") == (HETERO if hetero else None)
+    assert dba.cache_formats(cfg, "hetero") == ({s: HETERO[s] for s in streams} if hetero else None)
 
 
 # --- Appending, and the window of the newest tokens
@@ -289,15 +310,16 @@ def entries_of(cfg, B, T, seed=0):
 
 def contents(cache, layer, name, row):
     """What the tokens of a sequence read as, [T, C]: each must lie in one place."""
-    found, stream = {}, cache.layers[layer][name]
+    by_position, stream = {}, cache.layers[layer][name]
     for part, start, stop, pos in cache.begin(0).chunks(100):
         values = stream.read(part, start, stop)[row].T
         for p, value in zip(pos[row].tolist(), values):
             if p < cache.length[row]:
-                assert p not in found, f"token {p} lies in two places"
-                found[p] = value
-    assert sorted(found) == list(range(cache.length[row]))
-    return torch.stack([found[p] for p in sorted(found)]) if found else torch.empty(0, stream.channels)
+                assert p not in by_position, f"token {p} lies in two places"
+                by_position[p] = value
+    assert sorted(by_position) == list(range(cache.length[row]))
+    tokens = [by_position[p] for p in sorted(by_position)]
+    return torch.stack(tokens) if tokens else torch.empty(0, stream.channels)
 
 
 @pytest.mark.parametrize("residual", (0, 1, 5, 16, 100))
@@ -444,7 +466,7 @@ def test_rows_of_different_length_with_a_window(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_passes_of_any_length_read_what_decoding_reads(mode, fmt, residual, monkeypatch):
     """A token is a float to the newest N queries and settled to all later ones, also where they come in one pass."""
-    model = model_of(settings(mode, null_attn=mode in ("decoupled", "decoupled_gqa", "mla")))
+    model = model_of(settings(mode, null_attn=mode.startswith("decoupled") or mode == "mla"))
     names = list(model.cfg.attention.streams)
     formats = dict(zip(names, ("q4_0", "q8_0", "nf4"))) if fmt == "mixed" else dict.fromkeys(names, fmt)
     idx = tokens(2, 40)
@@ -513,7 +535,7 @@ def test_rotations_are_orthogonal_and_spread_every_channel():
 def rotations():
     """mode x null x tie x RoPE, each with even and odd widths."""
     for (mode, null, tie), rope, odd in itertools.product(null_and_tie(), (True, False), (False, True)):
-        if not odd or not rope or mode in ("decoupled", "decoupled_gqa", "mla"):
+        if not odd or not rope or mode.startswith("decoupled") or mode == "mla":
             yield pytest.param(settings(mode, **{**(ODD if odd else MODES)[mode], "rope": rope}, null_attn=null,
                                         tie_qk=tie, learned_temp=True),
                                id=f"{mode}{'-null' * null}{'-tied' * tie}{'-norope' * (not rope)}{'-odd' * odd}")
@@ -542,12 +564,12 @@ def test_rotation_changes_what_is_cached_and_no_logit(given):
         for name in old:
             a, b = (x[name].unflatten(-1, (groups.get(name, given.get("kv_head", given["n_head"])), -1))
                     for x in (old, new))                   # [B, T, G, w]
-            a = a / gains[layer] if name == "latent" else a
+            a = a / gains[layer] if name == "latent" and gains else a
             close(b, a @ rotate.rotation(a.size(-1)).T, EXACT, name)
             assert (b - a).abs().max() > 0.1, f"{name} is not rotated"
 
 
-@pytest.mark.parametrize("fmt", ("q4_0", "q4_sym", "nf4"))
+@pytest.mark.parametrize("fmt", ("q4_0", "q4_sym", "nf4", "q3_0"))
 @pytest.mark.parametrize("mode, widths", {
     "standard": dict(d_model=96, n_head=3), "bottleneck": dict(attn_dim=128), "gqa": dict(attn_dim=192),
     "decoupled": dict(sem_dim=128, geo_dim=32), "mla": dict(kv_lora_rank=96)}.items())
@@ -582,8 +604,9 @@ def test_a_rotated_cache_is_the_reference_s_of_the_rotated_model():
         model = model_of(given)
         rotate.rotate_cache(model)
         given["turn"] = lambda n: rotate.rotation(n).double().T
-        formats = dict.fromkeys(model.cfg.attention.streams, "q4_0")
-        close(*cached_and_expected(model, given, tokens(2, 15), [8] + [1] * 7, formats, 4), EXACT, mode)
+        for formats in (dict.fromkeys(model.cfg.attention.streams, "q4_0"),
+                        dict(zip(model.cfg.attention.streams, ("q4_0", "q2_0", "q3_0")))):
+            close(*cached_and_expected(model, given, tokens(2, 15), [8] + [1] * 7, formats, 4), EXACT, mode)
 
 
 @torch.no_grad()

@@ -55,6 +55,9 @@ BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--
 WRONG = {
     "--kv-head 2": "--kv-head",
     "--attn-mode gqa --sem-dim 16": "--sem-dim",
+    "--attn-mode gqa --kv-head 1 --kv-lora-rank 16": "--kv-lora-rank",
+    "--attn-mode decoupled --kv-lora-rank 16 --rope-dim 4": "--rope-dim",
+    "--attn-mode decoupled --kv-lora-rank 16 --tie-qk": "--kv-lora-rank 16",
     "--attn-mode mla --geo-dim 16": "--geo-dim",
     "--kv-lora-rank 8": "--kv-lora-rank",
     "--rope-dim 8": "--rope-dim",
@@ -353,6 +356,9 @@ def test_settings_of_another_run(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         assert_error(call("--config bad.json --out-dir c", tmp_path), word)
     settings = "--config a/resolved_config.json"
+    assert call(f"{settings} --attn-mode gqa --kv-head 1 --steps 2 --warmup-steps 1 --out-dir d", tmp_path).code == 0
+    other = json.loads((tmp_path / "d/resolved_config.json").read_text())       # the widths were of another mode
+    assert (other["sem_dim"], other["attn_dim"]) == (None, other["d_model"]) and other["null_attn"]
     assert_error(call(f"{settings} --size tiny --out-dir c", tmp_path), "--config and --size exclude each other")
     assert_error(call(f"{settings} --mode sample --ckpt a", tmp_path), "--config does nothing with --mode sample")
     (tmp_path / "part.json").write_text('{"data": "text.txt", "lr": 1e-3}')     # says nothing of a schedule

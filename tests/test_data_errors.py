@@ -343,10 +343,10 @@ def seen(monkeypatch):
     monkeypatch.setattr(train_dba, "eval_batches", evaluation)
 
     def take():
-        found = {part: torch.stack([torch.stack(b) for b in got]) for part, got in batches.items()}
+        stacked = {part: torch.stack([torch.stack(b) for b in got]) for part, got in batches.items()}
         batches["train"].clear()
         batches["val"].clear()
-        return found
+        return stacked
     return take
 
 

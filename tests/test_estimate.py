@@ -71,6 +71,7 @@ CASES = {
     "baseline": dict(exp="paper_baseline"),
     "8+32": dict(exp="paper_decoupled_sem8"),
     "mla": dict(exp="paper_mla"),
+    "latent": dict(exp="paper_decoupled", kv_lora_rank=768),
     "null token, GELU": dict(exp="paper_decoupled", null_attn=True, mlp="gelu"),
     "gqa, two micro-batches": dict(exp="paper_gqa", micro_batch=4),
 }

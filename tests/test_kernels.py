@@ -32,6 +32,7 @@ from reference import (
 from test_cache import EXACT, ODD, entries_of, hard_blocks, mixes, put
 
 CPU = torch.device("cpu")
+CODES = [fmt for fmt in QUANTISED if fmt in cpu_decode.FORMATS]
 
 
 # --- Which kernel
@@ -43,6 +44,21 @@ def resolve(name, device=CPU):
 def test_auto_on_a_cpu():
     kernel, why = resolve("auto")
     assert kernel == dba.Kernel(**cpu_decode.KERNEL) and "agrees" in why
+
+
+def test_formats_that_a_kernel_does_not_read(trained):
+    """auto goes to torch and says why; a kernel asked for by name is refused."""
+    kernel, why = dba.resolve_kernel("auto", CPU, ["q8_0", "q3_0", "q3_0"])
+    assert kernel is dba.TORCH and why == "C++ doesn't read q3_0"
+    assert dba.resolve_kernel("torch", CPU, ["q2_0"])[0] is dba.TORCH
+    assert dba.resolve_kernel("auto", CPU, ["q8_0", "nf4"])[0].name == "C++"
+    sample = "--mode sample --ckpt run/last.pt --device cpu --kv-cache q4_0 --kv-cache-v q2_0 --max-new-tokens 2"
+    result = call(sample, trained)
+    assert_done(result)
+    assert "kernel torch (C++ doesn't read q2_0)" in result.stderr and "warning" not in result.stderr
+    with mock.patch("kernels.choose", lambda name, device: (cpu_decode, "")), pytest.raises(
+            dba.UserError, match="^--kernel triton doesn't read q2_0; use --kernel torch$"):
+        dba.resolve_kernel("triton", CPU, ["q4_0", "q2_0"])
 
 
 def test_torch_asked_for_is_torch():
@@ -226,7 +242,7 @@ def counting():
 
 
 @pytest.mark.parametrize("residual", (0, 6))
-@pytest.mark.parametrize("fmt", (*QUANTISED, "fp16", "mixed"))
+@pytest.mark.parametrize("fmt", (*CODES, "fp16", "mixed"))
 @pytest.mark.parametrize("widths", (MODES, ODD), ids=("even", "odd"))
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_are_the_reference_s(mode, widths, fmt, residual):
@@ -310,12 +326,12 @@ def compare(mode, widths, formats, residual, T, null, lengths=(3, 700, 641), see
 @pytest.mark.parametrize("mode", MODES)
 def test_ragged_caches_in_every_mix_of_formats(mode, widths, residual, T):
     streams = config(settings(mode, **widths[mode])).attention.streams
-    for i, formats in enumerate(mixes(streams)):
+    for i, formats in enumerate(mixes(streams, cpu_decode.FORMATS)):
         compare(mode, widths, formats, residual, T, null=(i + T) % 2 == 0)
 
 
 def test_every_pair_of_formats():
-    for k, v in itertools.product(dba.FORMATS, repeat=2):
+    for k, v in itertools.product(cpu_decode.FORMATS, repeat=2):
         compare("gqa", ODD, dict(k=k, v=v), 5, 2, null=True)
 
 
@@ -326,7 +342,7 @@ def test_a_block_without_a_scale_poisons_what_it_holds():
         with mock.patch.object(dba, "FUSED_FROM", 1):
             return dba.decode_attention(*args)
 
-    for fmt, kernel in itertools.product(QUANTISED, (cpu_decode.attention, dba.decode_attention, fused)):
+    for fmt, kernel in itertools.product(CODES, (cpu_decode.attention, dba.decode_attention, fused)):
         cache, entries = poisoned(cfg, 2, 40, fmt), entries_of(cfg, 2, 10)
         entries[0]["v"][1, 4, 7] = torch.inf
         put(cache, entries, 0, 10)
@@ -355,7 +371,7 @@ def test_splits_of_a_long_cache():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("fmt", dba.FORMATS)
+@pytest.mark.parametrize("fmt", cpu_decode.FORMATS)
 @pytest.mark.parametrize("C, dtype", [(64, torch.float32), (40, torch.bfloat16), (33, torch.float32),
                                       (7, torch.float16), (1, torch.float32)])
 def test_append_is_bit_identical(fmt, C, dtype):
@@ -377,7 +393,7 @@ def test_append_is_bit_identical(fmt, C, dtype):
         assert torch.equal(a[~a.isnan()].view(torch.int16), b[~b.isnan()].view(torch.int16))
 
 
-@pytest.mark.parametrize("fmt", QUANTISED)
+@pytest.mark.parametrize("fmt", CODES)
 def test_append_of_blocks_beside_every_boundary(fmt):
     x = hard_blocks()
     expected, actual = (dba.CacheStream(1, x.size(1), len(x), 0, fmt, "cpu") for _ in range(2))

@@ -157,7 +157,7 @@ def check(shape_and_heads, policy, lengths, T, residual, null, device, longest=N
 
 
 @pytest.mark.parametrize("residual", [0, 32])
-@pytest.mark.parametrize("policy", [*dba.FORMATS, "hetero", MIXED], ids=str)
+@pytest.mark.parametrize("policy", [*metal_decode.FORMATS, "hetero", MIXED], ids=str)
 def test_every_format(policy, residual, device):
     check(decoupled(4, 8, 12), policy, [300, 65], 1, residual, True, device)
     check(decoupled(3, 7, 5, H=3), policy, [70], 2, residual, False, device)    # heads share bytes; 9, 21, 15 channels
@@ -210,7 +210,7 @@ def test_a_visible_nan_shows(name, device):
     assert out[0, :2].isfinite().all() and out[0, 2:].isnan().all()
 
 
-@pytest.mark.parametrize("mode", ["decoupled_gqa", "mla"])
+@pytest.mark.parametrize("mode", ["decoupled_gqa", "decoupled_latent", "mla"])
 def test_in_a_model(mode, device, monkeypatch):
     """Logits of a prompt and of tokens decoded one by one are those of torch's path over the same cache."""
     monkeypatch.setitem(metal_decode.KERNEL, "attention", attention := Counted(metal_decode.attention))
@@ -248,9 +248,9 @@ def test_the_comparison_before_use(wrong, device):
 
 
 def test_source_is_what_torch_takes():
-    """Formats in the order of train_dba.py, the constants that metal_decode.py looks for, no header but the shim's."""
+    """Formats in the order of metal_decode.py, the constants that it looks for, no header but the shim's."""
     order = re.search(r"enum : uint \{(.*?)\}", metal_decode.SOURCE)[1]
-    assert order.lower().replace(" ", "").split(",") == list(metal_decode.FORMATS) == list(dba.FORMATS)
+    assert order.lower().replace(" ", "").split(",") == list(metal_decode.FORMATS)
     assert (metal_decode.SIMD, metal_decode.SPLIT % metal_decode.SIMD) == (32, 0)
     assert re.findall("#include.*", metal_decode.SOURCE) == ["#include <metal_stdlib>"]
 

@@ -75,6 +75,8 @@ def test_parameter_counts_by_hand():
     assert dba_96["attention"] == 6 * 512 * (2 * 32 + 2 * 64 + 96 + 96) and dba_96["null"] == 6 * (32 + 64 + 96)
     tied = dba.count_params(config(dict(small, attn_mode="decoupled", tie_qk=True)), 33278)
     assert dba_96["attention"] - tied["attention"] == 6 * 512 * 32
+    latent = dba.count_params(config(dict(small, attn_mode="decoupled", kv_lora_rank=100, null_attn=True)), 33278)
+    assert latent["attention"] == 6 * (512 * (32 + 2 * 64 + 96 + 100) + 100 * (32 + 96)) and latent["null"] == 6 * 164
     mla = dba.count_params(config(dict(small, attn_mode="mla")), 33278)              # latent 128, rope 32, 64 per head
     assert mla["attention"] == 6 * (512 * (512 + 8 * 32) + 512 * (128 + 32) + 128 + 2 * 128 * 512 + 512 * 512)
 
@@ -97,7 +99,7 @@ def test_tie_qk_ties_the_semantic_path_only(mode):
             assert list(attn.q) == ["geo"] and (attn.q["geo"] is attn.k["geo"]) == tie
 
 
-@pytest.mark.parametrize("mode", ("gqa", "decoupled_gqa", "mla"))
+@pytest.mark.parametrize("mode", ("gqa", "decoupled_gqa", "decoupled_latent", "mla"))
 def test_tie_qk_is_refused_where_keys_are_grouped(mode):
     with pytest.raises(dba.UserError, match="--tie-qk"):
         config(settings(mode, tie_qk=True))

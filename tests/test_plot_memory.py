@@ -53,16 +53,16 @@ def test_bytes_per_token_and_layer_at_1b(name, policy, n):
 def test_factors_of_the_168x_claim():
     configs = model_configs("7B")
     controls = {name: configs[name] for name in plot_memory.CONTROLS}
-    found = factors(configs["DBA 32/64/96"], controls, TOKENS)
-    assert round(found["q4_0"]["end_to_end"]) == 152 and round(found["hetero"]["end_to_end"]) == 117
+    ratios = factors(configs["DBA 32/64/96"], controls, TOKENS)
+    assert round(ratios["q4_0"]["end_to_end"]) == 152 and round(ratios["hetero"]["end_to_end"]) == 117
     assert round(factors(configs["DBA 256/512/768"], controls, TOKENS)["q4_0"]["end_to_end"]) == 19
-    for f in found.values():
+    for f in ratios.values():
         assert f["architecture"] * f["quantisation_of_own"] == pytest.approx(f["end_to_end"])
-    assert found["q4_0"]["architecture"] == pytest.approx(8192 / 192)
-    assert found["q4_0"]["quantisation"] == pytest.approx(16 / 4.5)
-    assert found["q4_0"]["control"] == pytest.approx({"standard": 8192 / 192, "GQA 32Q/4KV": 1024 / 192,
+    assert ratios["q4_0"]["architecture"] == pytest.approx(8192 / 192)
+    assert ratios["q4_0"]["quantisation"] == pytest.approx(16 / 4.5)
+    assert ratios["q4_0"]["control"] == pytest.approx({"standard": 8192 / 192, "GQA 32Q/4KV": 1024 / 192,
                                                       "MLA 512+64": 3})
-    hetero = found["hetero"]                               # 140 bytes: k_sem 18, k_geo 68, v 54
+    hetero = ratios["hetero"]                               # 140 bytes: k_sem 18, k_geo 68, v 54
     assert hetero["quantisation"] == pytest.approx(16384 / (4096 * (34 + 18) / 32))
     assert hetero["control"]["MLA 512+64"] == pytest.approx((512 * 18 + 64 * 34) / 32 / 140)
 
@@ -79,9 +79,9 @@ def test_every_scale_has_every_kind_of_model():
 def test_measured_is_what_the_formula_says(mode):
     cfg = config(settings(mode))
     for policy, limit in zip(policies(cfg), (10**9, 1, 10**9, 1)):              # all tokens, or 512 of them
-        found = measure_fill(cfg, policy, 3 * CACHE_BLOCK, limit, CPU)
-        assert found["tokens"] == (CACHE_BLOCK if limit == 1 else 3 * CACHE_BLOCK)
-        assert found["scaled_owned_bytes"] == cache_bytes(cfg, 1, 3 * CACHE_BLOCK, policy)
+        fill = measure_fill(cfg, policy, 3 * CACHE_BLOCK, limit, CPU)
+        assert fill["tokens"] == (CACHE_BLOCK if limit == 1 else 3 * CACHE_BLOCK)
+        assert fill["scaled_owned_bytes"] == cache_bytes(cfg, 1, 3 * CACHE_BLOCK, policy)
 
 
 FILL = f"""
@@ -96,9 +96,9 @@ def test_filled_memory_is_taken():
     """In a process of its own, as the command has one: here, other tests may have left memory that is used again."""
     run = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["tokens"] == 2048 and found["layers"] == 1 and found["scale_factor"] == 64 * 32
-    assert found["peak"]["taken_bytes"] == pytest.approx(found["owned_bytes"], rel=0.1)
+    measured = json.loads(run.stdout)
+    assert measured["tokens"] == 2048 and measured["layers"] == 1 and measured["scale_factor"] == 64 * 32
+    assert measured["peak"]["taken_bytes"] == pytest.approx(measured["owned_bytes"], rel=0.1)
 
 
 def test_fewer_layers_then_fewer_tokens():
@@ -141,10 +141,10 @@ def test_checkpoint(checkpoint, mode):
     assert {"estimate_bytes", "measured", "decomposition", "env", "tokens"} <= result.keys()
     assert set(result["decomposition"]) == {"estimate_bytes", "measured", "factors"}
     assert list(result["estimate_bytes"]) == list(result["measured"]) == policies(cfg)
-    for policy, found in result["measured"].items():
-        assert found["attended_tokens"] == found["tokens"] == 2048 and found["layers"] == cfg.layers
-        assert found["owned_bytes"] == result["estimate_bytes"][policy] == cache_bytes(cfg, 1, 2048, policy)
-        assert found["peak"]["peak_bytes"] > found["owned_bytes"]
+    for policy, measured in result["measured"].items():
+        assert measured["attended_tokens"] == measured["tokens"] == 2048 and measured["layers"] == cfg.layers
+        assert measured["owned_bytes"] == result["estimate_bytes"][policy] == cache_bytes(cfg, 1, 2048, policy)
+        assert measured["peak"]["peak_bytes"] > measured["owned_bytes"]
     standard = result["decomposition"]["estimate_bytes"]["standard fp16"]
     assert standard == 2048 * 2 * 2 * cfg.d_model * cfg.layers
     assert result["decomposition"]["factors"]["q4_0"]["end_to_end"] == standard / result["estimate_bytes"]["q4_0"]
@@ -154,8 +154,8 @@ def test_checkpoint_with_too_little_memory_says_so(checkpoint):
     run = checkpoint()
     result = plot("--ckpt", run, "--tokens", 2048, "--memory", 2 * 2048 * 68 / GIB, "--device", "cpu")
     assert_done(result)
-    found = json.loads((run / "mem2k.json").read_text())["measured"]["fp16"]
-    assert (found["layers"], found["tokens"], found["scale_factor"]) == (1, 1024, 4)
+    measured = json.loads((run / "mem2k.json").read_text())["measured"]["fp16"]
+    assert (measured["layers"], measured["tokens"], measured["scale_factor"]) == (1, 1024, 4)
     assert "measured 1,024 tokens of 1 layers, x 4" in result.stdout
 
 

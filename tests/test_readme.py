@@ -214,7 +214,7 @@ def test_sampling_command(command, tiny_data, capsys):
 def test_python_of_the_readme(tiny_data, capsys):
     """The block does what it says with a run of the name that it has."""
     block, = re.findall(r"^```python\n(.*?)^```", TEXT["README.md"], re.MULTILINE | re.DOTALL)
-    run = re.search(r'load_checkpoint\("(.*?)"\)', block)[1]
+    run = re.search(r'read_model\("(.*?)"\)', block)[1]
     flags = f"--tokenizer byte --out-dir {run} --size tiny --steps 2".split()
     assert main(["--data", str(ROOT / "README.md"), *flags]) == 0
     capsys.readouterr()
@@ -248,8 +248,8 @@ def test_commands_that_make_runs_parse(only_parse):
     printed = make("-n", "demo", "checkpoints", "evaluations", "llama", "heatmap", "memory", "report", "dry_run").stdout
     lines = printed.replace("\\\n", " ").splitlines()
     lines = [re.sub(r"^echo '\s*(.*)'$", r"\1", line) for line in lines]
-    found = [re.search(r"\S+/python (\w+\.py .*?)(?: \|\| |$)", line) for line in lines]
-    made = [f"python3 {match[1]}" for match in found if match and not match[1].startswith("tests")]
+    matches = [re.search(r"\S+/python (\w+\.py .*?)(?: \|\| |$)", line) for line in lines]
+    made = [f"python3 {match[1]}" for match in matches if match and not match[1].startswith("tests")]
     for command in made:
         if "benchmarks/" not in command:
             only_parse(command)

@@ -66,6 +66,7 @@ def test_a_signal_on_the_last_step_leaves_a_run_that_finishes(tmp_path, monkeypa
 
 @pytest.mark.parametrize("flags", ["--lr 1e-2 --min-lr 1e-4 --warmup-steps 3",
                                    "--attn-mode mla --learned-temp --dtype bfloat16",
+                                   "--attn-mode decoupled --sem-dim 8 --geo-dim 8 --kv-lora-rank 9 --null-attn",
                                    "--attn-mode gqa --kv-head 1 --embed-dim 16 --dropout 0.2 --micro-batch 2"])
 def test_resuming_from_every_step(tmp_path, monkeypatch, flags):
     """Stopped at each step in turn, in this process: the same losses, weights and optimiser as in one go."""

@@ -21,6 +21,7 @@ TRAINED = {                                                # flags, channels of 
     "bottleneck": ("--attn-dim 36", dict(k=36, v=36)),
     "gqa": ("--kv-head 1 --null-attn", dict(k=16, v=16)),
     "decoupled": ("--sem-dim 34 --geo-dim 36 --tie-qk --null-attn", dict(k_sem=34, k_geo=36, v=70)),
+    "decoupled-latent": ("--sem-dim 34 --geo-dim 36 --kv-lora-rank 45 --null-attn", dict(latent=45, k_geo=36)),
     "mla": ("--kv-lora-rank 40 --rope-dim 6", dict(latent=40, k_rope=6)),
 }
 LAYERS = 2
@@ -32,7 +33,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     make_text(folder)
     for mode, (flags, _) in TRAINED.items():
-        assert_done(call(f"{TRAIN} --layers {LAYERS} --steps 1 --attn-mode {mode} {flags} --out-dir {mode}", folder))
+        kind = mode.split("-")[0]
+        assert_done(call(f"{TRAIN} --layers {LAYERS} --steps 1 --attn-mode {kind} {flags} --out-dir {mode}", folder))
         path = folder / mode / "last.pt"
         ckpt = torch.load(path, weights_only=True)
         model = randomize(train_dba.load_model(train_dba.load_checkpoint(path)))
@@ -60,9 +62,9 @@ def ratios(total, k, v, d_model, heads, layers):
 
 
 def check_ratios(text, expected):
-    found = re.findall(r"(\S+) x ([^,;\n]+)", text)
-    said = {what: float(ratio) for ratio, what in found}
-    assert len(said) == len(found), f"a ratio is said twice: {text}"
+    ratios = re.findall(r"(\S+) x ([^,;\n]+)", text)
+    said = {what: float(ratio) for ratio, what in ratios}
+    assert len(said) == len(ratios), f"a ratio is said twice: {text}"
     assert said.keys() == expected.keys()
     for what, ratio in expected.items():
         assert abs(said[what] / ratio - 1) < 0.006, what   # three digits
@@ -71,14 +73,14 @@ def check_ratios(text, expected):
 @pytest.mark.parametrize("mode", TRAINED)
 def test_start_line(trained, mode):
     streams = TRAINED[mode][1]
-    last, v = list(streams)[-2 if mode == "decoupled" else 0 if mode != "mla" else 1], list(streams)[-1]
-    v = "latent" if mode == "mla" else v
+    last, v = list(streams)[-2 if "v" in streams else 1], "v" if "v" in streams else "latent"
     for flags, formats, residual in [
         *((f"--kv-cache {fmt}", dict.fromkeys(streams, fmt), 0) for fmt in FORMATS),
         ("", dict.fromkeys(streams, "fp16"), 0),
         (f"--kv-cache q4_0 --kv-cache-{v} q8_0", {**dict.fromkeys(streams, "q4_0"), v: "q8_0"}, 0),
         (f"--kv-cache nf4 --kv-residual 700 --prompt {'ab' * 600}", dict.fromkeys(streams, "nf4"), 700),
-        *([("--kv-cache hetero --kv-residual 3", HETERO, 3)] if mode == "decoupled" else []),
+        *([("--kv-cache hetero --kv-residual 3", {name: HETERO[name] for name in streams}, 3)] if "k_geo" in streams
+          else []),
     ]:
         result = sample(trained, mode, f"{flags} --max-new-tokens 3")
         assert_done(result)
@@ -121,11 +123,12 @@ def test_start_line_where_heads_do_not_divide_d_model(d_model):
 
 
 @pytest.mark.parametrize("mode, flags, words", [
-    *((mode, "--kv-cache hetero", ["--kv-cache hetero", "decoupled"]) for mode in TRAINED if mode != "decoupled"),
+    *((mode, "--kv-cache hetero", ["--kv-cache hetero", "decoupled"]) for mode in TRAINED if "decoupled" not in mode),
     ("standard", "--kv-cache-k-sem q4_0", ["--kv-cache-k-sem", "standard", "k, v"]),
     ("standard", "--kv-cache-latent q4_0", ["--kv-cache-latent", "k, v"]),
     ("decoupled", "--kv-cache-k q4_0", ["--kv-cache-k:", "k_sem, k_geo, v"]),
     ("mla", "--kv-cache-v q4_0", ["--kv-cache-v:", "latent, k_rope"]),
+    ("decoupled-latent", "--kv-cache-k-sem q4_0", ["--kv-cache-k-sem:", "latent, k_geo"]),
     ("gqa", "--kv-residual 4", ["--kv-residual", "quantised"]),
     ("gqa", "--kv-residual 4 --kv-cache fp32", ["--kv-residual"]),
     ("gqa", "--kv-residual 4 --kv-cache q4_0 --kv-cache-k fp32 --kv-cache-v bf16", ["--kv-residual"]),
@@ -147,7 +150,7 @@ def test_unknown_words(trained, flags):
 @pytest.mark.parametrize("mode", TRAINED)
 def test_every_format_generates(trained, mode, flags):
     before = (trained / mode / "last.pt").read_bytes()
-    for fmt in (*QUANTISED, *(["hetero"] if mode == "decoupled" else []), *([] if flags == "--kv-residual 3" else
+    for fmt in (*QUANTISED, *(["hetero"] if "decoupled" in mode else []), *([] if flags == "--kv-residual 3" else
                                                                             ["fp32", "bf16", "fp16"])):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -45,7 +45,7 @@ D4_8_12, D8_32_40, D16_32_48 = decoupled(12, 4, 8), decoupled(16, 8, 32), decoup
 STANDARD, MLA = mode("standard", 8, d_model=512), mode("mla", 32, d_model=2048, kv_lora_rank=512, rope_dim=64)
 MATRIX = [                                                 # chip, config, policy or formats, null token, full tiles
     *((arch, cfg, "hetero", arch == 90, True) for arch in (80, 90) for cfg in (D4_8_12, D8_32_40)),
-    *((90, D4_8_12, fmt, False, True) for fmt in dba.FORMATS),
+    *((90, D4_8_12, fmt, False, True) for fmt in triton_decode.FORMATS),
     (90, D4_8_12, "hetero", False, False),
     (80, D4_8_12, ("fp32", "q4_0", "q8_0"), True, True),
     (90, D4_8_12, ("q8_0", "nf4", "bf16"), True, True),

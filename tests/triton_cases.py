@@ -15,7 +15,7 @@ from reference import hard_tokens
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 torch.use_deterministic_algorithms(True)                   # torch.empty is full of NaN
-F = tuple(dba.FORMATS)
+F = triton_decode.FORMATS
 
 
 def decoupled(heads, sem, geo, v=None, groups=None, **flags):
@@ -61,6 +61,7 @@ CASES = {
     "gqa, ring": Case(make(4, attn_mode="gqa", attn_dim=48, kv_head=2), "q4_0", (40,), T=3, residual=32),
     "decoupled in groups": Case(decoupled(4, 4, 8, groups=2), "hetero", (280,), null=True),
     "mla": Case(MLA, ("q4_0", "q8_0"), (70,), null=True),
+    "latent, groups": Case(decoupled(4, 4, 8, groups=2, kv_lora_rank=44), "hetero", (70, 40), T=3, residual=32),
     "mla, ring": Case(MLA, ("q8_0", "fp16"), (70,), T=3, residual=32, ahead=5),
     "ring 32": Case(D4_8_12, "hetero", (300, 33), residual=32, null=True),
     "ring 128": Case(D4_8_12, "hetero", (300, 100), residual=128),

@@ -8,6 +8,9 @@ from helpers import assert_error, snapshot
 REFUSED = {
     "ppl --ckpt standard --stride 200 --block 100": ("--stride 200",),
     "ppl --ckpt standard --kv-cache hetero": ("--kv-cache hetero", "standard"),
+    "ppl --ckpt standard --kv-cache k=q4_0": ("--kv-cache k=q4_0", "caches k, v"),
+    "ppl --ckpt standard --kv-cache k_sem=q4_0,v=q4_0": ("--kv-cache k_sem=q4_0,v=q4_0", "caches k, v"),
+    "latency --ckpt standard --kv-cache q3_0 --kernel metal": ("--kernel metal",),
     "ppl --ckpt nowhere": ("nowhere",),
     "ppl --ckpt text.txt": ("text.txt", "damaged"),
     "ppl --ckpt standard --data nowhere.npy": ("--data nowhere.npy",),
@@ -33,7 +36,9 @@ def test_refused_in_one_line(folder, args):
 
 @pytest.mark.parametrize("args", ("", "nothing", "ppl", "latency --ckpt a --prompts 0", "policy --ckpt a --max-kl nan",
                                   "policy --ckpt a --max-delta-nll -1", "sweep --ckpt a --max-seconds inf",
-                                  "memory --ckpt a --tokens 8", "ppl --ckpt a --kv-cach q8_0"))
+                                  "memory --ckpt a --tokens 8", "ppl --ckpt a --kv-cach q8_0",
+                                  "ppl --ckpt a --kv-cache q5_0", "ppl --ckpt a --kv-cache k=q5_0,v=q4_0",
+                                  "ppl --ckpt a --kv-cache k=q4_0,q4_0"))
 def test_bad_flags_are_a_usage_error(runs, args):
     result = evaluate(args, runs)
     assert result.code == 2 and "error: " in result.stderr

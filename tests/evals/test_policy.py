@@ -30,15 +30,15 @@ def passes(row, limits):
 @pytest.mark.parametrize("mode", ("decoupled", "mla"))
 def test_policy_is_the_best_of_the_table_within_the_budget(folder, mode):
     cfg = load_checkpoint(folder / mode / "best.pt")["config"]
-    found = result_of(f"policy {EVALUATE} {mode} {POLICY} --max-delta-nll 0.002 --max-kl 0.01", folder,
+    result = result_of(f"policy {EVALUATE} {mode} {POLICY} --max-delta-nll 0.002 --max-kl 0.01", folder,
                       f"{mode}/kv_policy.json")
-    tried, limits = found["tried"], dict(delta_nll=0.002, kl=0.01)
-    assert found["thresholds"] == limits and found["checkpoint_sha256"] == file_hash(folder / mode / "best.pt")
-    assert found["formats"].keys() == cfg.attention.streams.keys()
-    chosen, = [row for row in tried if all(row[name] == found[name] for name in ("formats", "rotate", "residual"))]
+    tried, limits = result["tried"], dict(delta_nll=0.002, kl=0.01)
+    assert result["thresholds"] == limits and result["checkpoint_sha256"] == file_hash(folder / mode / "best.pt")
+    assert result["formats"].keys() == cfg.attention.streams.keys()
+    chosen, = [row for row in tried if all(row[name] == result[name] for name in ("formats", "rotate", "residual"))]
     allowed = [row for row in tried if passes(row, limits)]
     assert chosen in allowed and sizes_and_figures(chosen) == min(map(sizes_and_figures, allowed))
-    assert found["bytes_per_token"] == sum(stream_bytes(found["formats"][name], C)
+    assert result["bytes_per_token"] == sum(stream_bytes(result["formats"][name], C)
                                            for name, C in cfg.attention.streams.items())
     assert {row["rotate"] for row in tried} == {False, True} and {row["residual"] for row in tried} == {0, 32}
     assert not any(set(row["formats"].values()) == {"fp16"} for row in tried)
@@ -48,15 +48,15 @@ def test_policy_is_the_best_of_the_table_within_the_budget(folder, mode):
 
 
 def test_policy_figures_are_those_of_the_model(folder):
-    found = result_of(f"policy {EVALUATE} decoupled {POLICY} --max-kv-bytes-per-token 100 --max-kl 9 --long "
+    result = result_of(f"policy {EVALUATE} decoupled {POLICY} --max-kv-bytes-per-token 100 --max-kl 9 --long "
                       "--long-factor 3", folder, "decoupled/kv_policy.json")
-    tried, ids = found["tried"], validation(folder)
+    tried, ids = result["tried"], validation(folder)
     within = [row for row in tried if row["bytes_per_token"] <= 100]
-    assert found["short"]["delta_nll"] == min(row["delta_nll"] for row in within)
+    assert result["short"]["delta_nll"] == min(row["delta_nll"] for row in within)
     model, rotated = (load_model(load_checkpoint(folder / "decoupled/best.pt")) for _ in range(2))
     rotate_cache(rotated)
     for length, last, row in [(BLOCK, BLOCK // 2, row) for row in tried[::9]] + [
-            (3 * BLOCK, BLOCK, {**found, **found["long"]})]:
+            (3 * BLOCK, BLOCK, {**result, **result["long"]})]:
         starts = torch.linspace(0, len(ids) - length - 1, 512 // length).long()
         windows = torch.stack([ids[start:start + length + 1] for start in starts])
         expected, logits = measured = [], []
@@ -95,11 +95,11 @@ def test_the_long_check_rejects(folder, monkeypatch):
     measure = policies.measure_policies
 
     def worse(subject, rotated, tried, windows, *rest):
-        found = measure(subject, rotated, tried, windows, *rest)
+        losses = measure(subject, rotated, tried, windows, *rest)
         if windows.size(1) > BLOCK + 1:
-            for policy, row in found.items():
+            for policy, row in losses.items():
                 row["delta_nll"] = 2.0 if "nf4" in str(policy) or "q4" in str(policy) else 0.5
-        return found
+        return losses
 
     monkeypatch.setattr(policies, "measure_policies", worse)
     second = result_of(f"{command} --long --long-factor 2", folder, "standard/kv_policy.json")

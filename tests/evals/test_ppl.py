@@ -29,7 +29,7 @@ def test_windows_score_each_token_once_and_with_enough_context(count, block, str
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stride", (BLOCK, 50))
 def test_ppl_is_that_of_the_model_without_a_cache(runs, tmp_path, mode, stride):
-    found = result_of(f"ppl {EVALUATE} {mode} --kv-cache fp32 --stride {stride} --out {tmp_path}/ppl.json", runs,
+    result = result_of(f"ppl {EVALUATE} {mode} --kv-cache fp32 --stride {stride} --out {tmp_path}/ppl.json", runs,
                       tmp_path / "ppl.json")
     model, ids = load_model(load_checkpoint(runs / mode / "best.pt")), validation(runs)
     total, done = 0.0, 1
@@ -38,21 +38,21 @@ def test_ppl_is_that_of_the_model_without_a_cache(runs, tmp_path, mode, stride):
         window = ids[start:start + BLOCK + 1]
         total += plain_nll(model, window)[done - start - 1:].sum().item()
         done = start + len(window)
-    assert found["tokens"] == len(ids) - 1
-    assert found["loss"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
-    assert found["ppl"] == pytest.approx(math.exp(found["loss"]))
-    assert found["bpb"] == pytest.approx(total / math.log(2) / (len(ids) - 1), rel=1e-2)
+    assert result["tokens"] == len(ids) - 1
+    assert result["loss"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bpb"] == pytest.approx(total / math.log(2) / (len(ids) - 1), rel=1e-2)
 
 
 def test_several_caches_are_as_many_files_in_one_folder(runs, tmp_path):
     command = f"ppl {EVALUATE} decoupled --kv-cache fp16 hetero q4_0 --max-tokens 200"
     assert_done(evaluate(f"{command} --out {tmp_path}/new.folder", runs))
-    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new.folder").iterdir()}
-    assert found.keys() == {"eval_ppl_fp16.json", "eval_ppl_hetero.json", "eval_ppl_q4_0.json"}
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new.folder").iterdir()}
+    assert written.keys() == {"eval_ppl_fp16.json", "eval_ppl_hetero.json", "eval_ppl_q4_0.json"}
     for cache in ("fp16", "hetero", "q4_0"):
         alone = result_of(f"{command} --kv-cache {cache} --out {tmp_path}/one.json", runs,
                           tmp_path / "one.json")
-        assert alone["loss"] == found[f"eval_ppl_{cache}.json"]["loss"]
+        assert alone["loss"] == written[f"eval_ppl_{cache}.json"]["loss"]
     assert_error(evaluate(f"{command} --out {tmp_path}/new.json", runs), "--out")
     (tmp_path / "file").write_text("")
     assert_error(evaluate(f"{command} --out {tmp_path}/file/out", runs), "--out")
@@ -67,7 +67,20 @@ def one_by_one(model, ids, formats, residual):
     return torch.stack(nll)
 
 
-@pytest.mark.parametrize("mode, fmt", (("standard", "q4_0"), ("decoupled", "hetero"), ("mla", "nf4")))
+def test_formats_of_each_stream(runs, tmp_path):
+    """What is named stream by stream is that cache: hetero, spelled out, costs the same bytes and loses the same."""
+    spelled, mixed = "k_geo=q8_0,k_sem=q4_0,v=q4_0", "k_sem=q4_0,k_geo=q4_0,v=q3_0"
+    command = f"ppl {EVALUATE} decoupled --kv-cache fp16 hetero {spelled} {mixed} --max-tokens 200 --out {tmp_path}"
+    assert_done(evaluate(command, runs))
+    hetero, same, other = (json.loads((tmp_path / f"eval_ppl_{name}.json").read_text()) for name in (
+        "hetero", spelled, mixed))
+    assert same["loss"] == hetero["loss"] and same["bytes_per_token"] == hetero["bytes_per_token"]
+    assert other["loss"] != hetero["loss"] and other["bytes_per_token"] < hetero["bytes_per_token"]
+    assert other["formats"] == dict(k_sem="q4_0", k_geo="q4_0", v="q3_0")
+
+
+@pytest.mark.parametrize("mode, fmt", (("standard", "q4_0"), ("decoupled", "hetero"), ("mla", "nf4"),
+                                       ("standard", "q3_0")))
 def test_a_loss_through_a_residual_window_is_that_of_decoding(runs, tmp_path, mode, fmt):
     model, ids, total = load_model(load_checkpoint(runs / mode / "best.pt")), validation(runs)[:301], 0.0
     for start in (0, 150):                                 # windows of 150, side by side
@@ -100,11 +113,11 @@ def test_one_table_compares_with_fp16(runs, tmp_path):
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["cache", "q4_0", "fp16", "q8_0"]
     assert "±" in lines[1] and "±" not in lines[2] and "±" in lines[3]
-    found = {name: json.loads((tmp_path / f"eval_ppl_{name}.json").read_text()) for name in ("fp16", "q4_0", "q8_0")}
-    assert found["q4_0"]["delta_nll"] == pytest.approx(found["q4_0"]["loss"] - found["fp16"]["loss"], abs=1e-12)
-    assert found["fp16"]["delta_nll"] is None and found["q8_0"]["delta_nll_half"] > 0
+    results = {name: json.loads((tmp_path / f"eval_ppl_{name}.json").read_text()) for name in ("fp16", "q4_0", "q8_0")}
+    assert results["q4_0"]["delta_nll"] == pytest.approx(results["q4_0"]["loss"] - results["fp16"]["loss"], abs=1e-12)
+    assert results["fp16"]["delta_nll"] is None and results["q8_0"]["delta_nll_half"] > 0
     bytes_seen = 300 - validation(runs)[:300].eq(256).sum().item()
-    assert found["fp16"]["bpb"] == pytest.approx(found["fp16"]["loss"] / math.log(2) * 299 / bytes_seen)
+    assert results["fp16"]["bpb"] == pytest.approx(results["fp16"]["loss"] / math.log(2) * 299 / bytes_seen)
 
 
 def test_a_loss_above_709_has_no_perplexity(folder):
@@ -112,5 +125,5 @@ def test_a_loss_above_709_has_no_perplexity(folder):
     ckpt["model"]["norm.weight"] *= 1e5
     (folder / "loud").mkdir()
     torch.save(ckpt, folder / "loud/best.pt")
-    found = result_of(f"ppl {EVALUATE} loud --max-tokens 100", folder, "loud/eval_ppl_fp16.json")
-    assert found["loss"] > 709 and found["ppl"] is None
+    result = result_of(f"ppl {EVALUATE} loud --max-tokens 100", folder, "loud/eval_ppl_fp16.json")
+    assert result["loss"] > 709 and result["ppl"] is None

@@ -218,14 +218,14 @@ def finished(tmp_path_factory):
 
 def test_command_writes_result_and_tables(finished):
     folder, result = finished
-    found = json.loads((folder / "result.json").read_text())
-    assert len(found["cases"]) == 33 and set(probes.CHECKS) <= found["rules"].keys()
-    assert {(c["set"], c["kind"]): c["n"] for c in found["counts"]}["literal", "all"] == 23
-    for count in found["counts"]:
-        of_kind = [r for r in found["cases"] if r["set"] == count["set"] and count["kind"] in (r["kind"], "all")]
+    record = json.loads((folder / "result.json").read_text())
+    assert len(record["cases"]) == 33 and set(probes.CHECKS) <= record["rules"].keys()
+    assert {(c["set"], c["kind"]): c["n"] for c in record["counts"]}["literal", "all"] == 23
+    for count in record["counts"]:
+        of_kind = [r for r in record["cases"] if r["set"] == count["set"] and count["kind"] in (r["kind"], "all")]
         assert count["n"] == len(of_kind) and count["preferred"][0] == sum(r["margin"] > 0 for r in of_kind)
         assert 0 <= count["loop"][1] <= count["loop"][0] / count["n"] <= count["loop"][2] <= 1
-    assert sum(r["past_context"] for r in found["cases"]) > 0 and "training context" in result.stdout      # 64 tokens
+    assert sum(r["past_context"] for r in record["cases"]) > 0 and "training context" in result.stdout      # 64 tokens
     for suffix, mark in (("md", "| copy 1 | P8 W3 J6 Z1 |"), ("tex", r"copy 1 & P8 W3 J6 Z1 &")):
         text = (folder / f"result.{suffix}").read_text()
         assert mark in text.replace("\\_", "_") and text.isascii()
@@ -238,10 +238,10 @@ def test_compare(finished):
         case["exact"] = True
     (folder / "other.json").write_text(json.dumps(other))
     assert_done(evaluate(f"{SMALL.replace('result', 'new')} --compare other.json", folder))
-    found = json.loads((folder / "new.json").read_text())
-    literal, templates = found["compare"]
+    record = json.loads((folder / "new.json").read_text())
+    literal, templates = record["compare"]
     assert (literal["exact"], literal["n"]) == ([0, 5, 0.0625], 23) and templates["exact"] == [0, 0, 1.0]
-    assert found["cases"] == json.loads((folder / "result.json").read_text())["cases"], "the same outputs again"
+    assert record["cases"] == json.loads((folder / "result.json").read_text())["cases"], "the same outputs again"
     text = "--compare other.json --seed 1"
     assert_error(evaluate(f"{SMALL.replace('result', 'new2')} {text}", folder), "other.json", "--seed")
 
@@ -273,6 +273,6 @@ def test_margins_through_a_residual_window_are_those_of_decoding(tmp_path):
             rows = torch.cat([subject.model(torch.tensor([[token]]), cache=cache)[0] for token in ids[:-1]])
         nll.append(F.cross_entropy(rows[27:].double(), torch.tensor(ids[28:]), reduction="sum").item())
     assert triple[1][:28] == triple[2][:28], "they part after the space"
-    found, = probes.margins(subject, formats, [triple], residual=5)
-    assert found == pytest.approx(nll[1] - nll[0], abs=1e-4)
-    assert abs(found - probes.margins(subject, formats, [triple], residual=0)[0]) > 1e-3
+    margin, = probes.margins(subject, formats, [triple], residual=5)
+    assert margin == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    assert abs(margin - probes.margins(subject, formats, [triple], residual=0)[0]) > 1e-3

@@ -27,22 +27,22 @@ def harmonic(n):
 
 def test_definitions_on_a_known_spectrum():
     """Eigenvalues 1/i, d = 64, where the figures are known."""
-    found = {name: x.item() for name, x in rank.effective_ranks(harmonic(64)).items()}
+    ranks = {name: x.item() for name, x in rank.effective_ranks(harmonic(64)).items()}
     known = dict(stable_rank=4.74, participation_ratio=13.81, entropy_rank_lambda=29.12, entropy_rank_sigma=54.99)
     for name, value in known.items():
-        assert found[name] == pytest.approx(value, abs=0.005), name
+        assert ranks[name] == pytest.approx(value, abs=0.005), name
     held = [sum(1 / i for i in range(1, k + 1)) for k in range(1, 65)]
     for share in (90, 95, 99):
-        assert found[f"k{share}"] == 1 + sum(x < share / 100 * held[-1] for x in held)
-    assert found.keys() <= rank.DEFINITIONS.keys()
+        assert ranks[f"k{share}"] == 1 + sum(x < share / 100 * held[-1] for x in held)
+    assert ranks.keys() <= rank.DEFINITIONS.keys()
 
 
 def test_definitions_on_the_extremes():
     """k equal eigenvalues have rank k by every entropy, one has rank 1; exact shares need no further eigenvalue."""
     flat = rank.effective_ranks(torch.tensor([3.0] * 10 + [0.0] * 6, dtype=torch.float64))
     assert [round(x.item(), 9) for x in flat.values()] == [10, 10, 10, 10, 9, 10, 10]
-    one = rank.effective_ranks(torch.tensor([[2.0, 0.0], [5.0, 0.0]], dtype=torch.float64))
-    assert all(x.tolist() == [1, 1] for x in one.values())
+    ranks = rank.effective_ranks(torch.tensor([[2.0, 0.0], [5.0, 0.0]], dtype=torch.float64))
+    assert all(x.tolist() == [1, 1] for x in ranks.values())
 
 
 def test_product_spectrum_does_not_depend_on_the_basis():
@@ -168,25 +168,25 @@ def test_rank_command(tmp_path, mode, flags):
     make_text(tmp_path)
     result = evaluate("rank --ckpt run --data text.txt --device cpu", tmp_path)
     assert_done(result)
-    found = json.loads((tmp_path / "run" / "eval_rank.json").read_text())
-    assert found["moment"] == "not centred" and found["tokens"] >= 10 * 48
-    assert len(found["trained"]) == len(found["initial"])
-    places = [[(r["layer"], r["path"], r["rope"], r["of"]) for r in found[key]] for key in ("trained", "initial")]
+    written = json.loads((tmp_path / "run" / "eval_rank.json").read_text())
+    assert written["moment"] == "not centred" and written["tokens"] >= 10 * 48
+    assert len(written["trained"]) == len(written["initial"])
+    places = [[(r["layer"], r["path"], r["rope"], r["of"]) for r in written[key]] for key in ("trained", "initial")]
     assert places[0] == places[1] and len(set(places[0])) == len(places[0])
-    for record in found["trained"]:
-        assert record["ranks"].keys() <= found["definitions"].keys()
+    for record in written["trained"]:
+        assert record["ranks"].keys() <= written["definitions"].keys()
         if record["of"] == "QK head":
             shares = list(record["share"].values())
             assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
             assert len(record["left_out"]) == record["channels"] - 1
     spectra, layers = np.load(tmp_path / "run" / "eval_rank.npz"), model.cfg.layers
-    of_qk = [r for r in found["trained"] if r["of"] == "QK head" and r["layer"] == 0]
+    of_qk = [r for r in written["trained"] if r["of"] == "QK head" and r["layer"] == 0]
     for record in of_qk:
         spectrum = spectra[f"trained/{record['path']}/{record['rope']}/QK head"]
         assert spectrum.shape == (layers, model.cfg.n_head, record["channels"])
     assert len(spectra.files) == 2 * 3 * len(of_qk) and (tmp_path / "run/eval_rank.json").stat().st_size < 300_000
     if flags.get("rope") is False:
-        assert {r["rope"] for r in found["trained"]} == {"none"}
+        assert {r["rope"] for r in written["trained"]} == {"none"}
     assert "not centred" in result.stdout and "entropy sigma" in result.stdout
 
 

@@ -20,9 +20,9 @@ def quick(monkeypatch):
 
 
 def test_latency(runs, tmp_path):
-    found = result_of(f"latency {EVALUATE} decoupled --prompts 5 140 --steps 3 --prefills 1 --kv-cache hetero q8_0 "
+    result = result_of(f"latency {EVALUATE} decoupled --prompts 5 140 --steps 3 --prefills 1 --kv-cache hetero q8_0 "
                       f"--kernel torch --out {tmp_path}/latency.json", runs, tmp_path / "latency.json")
-    rows = found["rows"]
+    rows = result["rows"]
     assert [(r["prompt"], r["cache"]) for r in rows] == [(n, c) for n in (5, 140) for c in ("fp16", "hetero", "q8_0")]
     model = load_model(load_checkpoint(runs / "decoupled/best.pt"))
     weights = sum(p.numel() for p in model.parameters()) * 4
@@ -61,12 +61,13 @@ def test_a_prompt_beyond_the_context_is_said_once(runs, tmp_path):
 
 @pytest.mark.parametrize("mode, residual", (("standard", 0), ("decoupled", 70), ("mla", 0)))
 def test_memory(runs, tmp_path, mode, residual):
-    found = result_of(f"memory {EVALUATE} {mode} --tokens 64 700 --kv-residual {residual} --out {tmp_path}/memory.json",
-                      runs, tmp_path / "memory.json")
+    result = result_of(
+        f"memory {EVALUATE} {mode} --tokens 64 700 --kv-residual {residual} --out {tmp_path}/memory.json", runs,
+        tmp_path / "memory.json")
     cfg = load_checkpoint(runs / mode / "best.pt")["config"]
     names = ["fp16", "q8_0", "q4_0"] + ["hetero"] * (mode == "decoupled")
-    assert [(r["tokens"], r["cache"]) for r in found["rows"]] == list(itertools.product((64, 700), names))
-    for row in found["rows"]:
+    assert [(r["tokens"], r["cache"]) for r in result["rows"]] == list(itertools.product((64, 700), names))
+    for row in result["rows"]:
         assert row["cache_bytes"] == row["formula_bytes"]
         assert row["formula_bytes"] == cache_bytes(cfg, 1, row["tokens"], row["cache"], residual)
         if row["cache"] != "hetero":
@@ -95,11 +96,11 @@ def test_sweep_on_text_and_on_repeated_text(runs, tmp_path, mode):
                       f"--kernel torch --out {tmp_path}/sweep.json", runs)
     assert_done(result)
     assert "is repeated" in result.stderr
-    found, model = json.loads((tmp_path / "sweep.json").read_text()), load_model(load_checkpoint(
+    record, model = json.loads((tmp_path / "sweep.json").read_text()), load_model(load_checkpoint(
         runs / mode / "best.pt"))
-    assert [(r["context"], r["status"]) for r in found["rows"]] == [(100, "ok"), (long, "ok")]
-    assert found["text_repeated"] and found["text_tokens"] == len(ids)
-    for row in found["rows"]:
+    assert [(r["context"], r["status"]) for r in record["rows"]] == [(100, "ok"), (long, "ok")]
+    assert record["text_repeated"] and record["text_tokens"] == len(ids)
+    for row in record["rows"]:
         nll, last = plain_nll(model, ids.repeat(3)[:row["context"] + 1]), (row["context"] - 1) % 256 + 1
         assert row["loss"] == pytest.approx(nll[-last:].mean().item(), abs=1e-4)
         assert row["cache_bytes"] == cache_bytes(model.cfg, 1, row["context"] + 2, "fp32")

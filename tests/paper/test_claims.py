@@ -54,11 +54,19 @@ def test_fair_rows(prefix, standard):
     assert all(len(s) >= 3 for s in seeds.values())
 
 
-@pytest.mark.parametrize("prefix, elements", (("wikitext2/fair", 192), ("cpu_mini/modes", 144)))
+@pytest.mark.parametrize("prefix, elements", (("wikitext2/fair", 192), ("cpu_mini/modes", 144),
+                                              ("equal_cache/headline", 144), ("equal_cache/split", 144),
+                                              ("equal_cache/long", 144), ("equal_cache/larger", 240)))
 def test_rows_but_standard_cache_the_same(prefix, elements):
     sizes = {bytes_per_token(r.cfg, "fp16") // 2 // r.cfg.layers for r in RUNS
              if r.name.startswith(prefix) and "standard" not in r.name}
     assert sizes == {elements}
+
+
+@pytest.mark.parametrize("name", ("headline", "split", "long", "larger"))
+def test_sets_of_equal_cache_have_equal_parameters(name):
+    sizes = {count_params(r.cfg, r.vocab_size)["total"] for r in RUNS if r.name.startswith(f"equal_cache/{name}/")}
+    assert max(sizes) / min(sizes) - 1 < 0.001
 
 
 def test_flops_are_those_of_the_products():
@@ -72,11 +80,11 @@ def test_flops_are_those_of_the_products():
 
 def sweep_results():
     """{series without learning rate: {lr: loss}} of the committed sweep."""
-    found = {}
+    losses = {}
     for log in sorted((ROOT / "runs").glob("cpu_mini/lr/*/train.jsonl")):
         if run := read_run(log.parent, f"cpu_mini/lr/{log.parent.name}"):
-            found.setdefault(run["series"].rsplit("_lr", 1)[0], {})[run["lr"]] = run["last_val_loss"]
-    return found
+            losses.setdefault(run["series"].rsplit("_lr", 1)[0], {})[run["lr"]] = run["last_val_loss"]
+    return losses
 
 
 @pytest.mark.parametrize("row, losses", sweep_results().items())
@@ -132,8 +140,8 @@ def test_what_follows_a_run(small):
     assert result.returncode == 0, result.stderr
     measured = {path.relative_to(small / "runs").as_posix() for path in (small / "runs").rglob("*.json")}
     for name, caches in (("good", ("fp16", "q8_0", "q4_0")), ("other", ("fp16", "q8_0", "q4_0", "hetero"))):
-        found = {path for path in measured if path.startswith(f"g/s/{name}_s1/")}
-        assert found - {f"g/s/{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
+        read = {path for path in measured if path.startswith(f"g/s/{name}_s1/")}
+        assert read - {f"g/s/{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
             f"g/s/{name}_s1/mem128k.json", *(f"g/s/{name}_s1/eval_ppl_{cache}.json" for cache in caches)}
     for path in (small / "runs").rglob("*.pt"):
         path.unlink()
@@ -335,6 +343,18 @@ def test_contrasts_are_corrected_over_the_whole_family():
     alone, among = one_contrast(differences, "better"), one_contrast(differences, "better", others=30)
     assert alone["verdict"] == "holds" and among["verdict"] == "undecided"
     assert among["p_holm"] == pytest.approx(31 * among["p"]) and among["p"] == alone["p"]
+
+
+def test_a_contrast_is_shown_in_other_sets_but_tested_in_its_own():
+    """Of the sets that have both rows; nothing of them enters the p."""
+    runs = contrast_results((-0.1, -0.09, -0.13))["runs"] + fake("g/long/a", {1: 1.5, 2: 1.7}) + fake(
+        "g/long/b", {1: 1.4, 2: 1.5, 3: 9.0}) + fake("g/part/a", {1: 1.0})
+    contrast = dict(name="a against b", set="s", a="a", b="b", kind="better", margin=0.01)
+    row, = claims.contrasts({"g": dict(contrasts=[contrast], alpha=0.05, sets=dict(s={}, long={}, part={}))},
+                            dict(runs=runs))
+    other, = row["elsewhere"]
+    assert (other["set"], other["pairs"]) == ("long", 2) and other["mean"] == pytest.approx(0.15)
+    assert row["p"] == one_contrast((-0.1, -0.09, -0.13), "better")["p"]
 
 
 @pytest.mark.parametrize("id, value, verdict", (

@@ -93,12 +93,12 @@ def quantised(deltas):
 def test_quality_of_a_cache_goes_by_runs_with_several_seeds():
     cases = dict(yes=(0.001, 0.0011, 0.0012), no=(0.02, 0.021, 0.022), mixed=(0.001, 0.03, 0.01))
     row = dict(run="c", policy="q4_0", rotate=False, tokens=9, delta_nll=0.5, standard_error=0.1)
-    one = dict(cache_quality=dict(rows=[row], env=dict(cpu="a CPU")))
+    measured = dict(cache_quality=dict(rows=[row], env=dict(cpu="a CPU")))
     for name, deltas in cases.items():
-        results = dict(runs=quantised([dict(q4_0=delta) for delta in deltas]), benchmarks=one)
+        results = dict(runs=quantised([dict(q4_0=delta) for delta in deltas]), benchmarks=measured)
         claim = dict(series=["nobody", "m"], policy="q4_0", run="c", tolerance=0.01)
         assert verdict_of("cache_quality", results, **claim)[0] == EVERY[name]
-    assert verdict_of("cache_quality", dict(benchmarks=one), **claim)[0] == EVERY["one"]
+    assert verdict_of("cache_quality", dict(benchmarks=measured), **claim)[0] == EVERY["one"]
     assert verdict_of("cache_quality", **claim)[0] == EVERY["none"]
 
 
@@ -155,8 +155,8 @@ def devices(block, rows, device="NVIDIA H200"):
 def test_a_ratio_of_steps_decides_on_its_own_card(device, rate, more, verdict):
     results = devices("train", [steps("b", 100.0), steps("a", rate), steps("a", 999.0, compiled=False)], device)
     claim = dict(case="a", against="b", field="tok_s", reported=1.32, tolerance=0.1, device="A100", **more)
-    found, finding = verdict_of("step_ratio", results, **claim)
-    assert found == verdict and finding.value == rate / 100 and "eager" not in finding.where
+    actual, finding = verdict_of("step_ratio", results, **claim)
+    assert actual == verdict and finding.value == rate / 100 and "eager" not in finding.where
     assert device in finding.where and "8 x 2048" in finding.where and "steps not recorded" in finding.where
     assert verdict_of("step_ratio", **claim)[0] == "not yet run"
 
@@ -168,8 +168,8 @@ def test_a_bound_holds_by_the_extremes_of_the_steps(rates, verdict):
     for compiled, rate in zip((True, False), rates):
         rows += [steps("b", 100.0, compiled=compiled, steps=6), steps("a", rate, compiled=compiled, steps=6)]
     claim = dict(case="a", against="b", field="tok_s", bound=1.3, side="above")
-    found, finding = verdict_of("step_bound", devices("train", rows), "control", **claim)
-    assert found == verdict and (not rates or "6 steps" in finding.where)
+    actual, finding = verdict_of("step_bound", devices("train", rows), "control", **claim)
+    assert actual == verdict and (not rates or "6 steps" in finding.where)
 
 
 @pytest.mark.parametrize("gib, verdict", ((7.0, "holds"), (9.0, "does not hold")))
@@ -199,8 +199,8 @@ def test_attention_goes_by_the_back_end_that_gains_most(ms, verdict):
         ("wide", "flash", 1.6), ("narrow", "flash", ms), ("wide", "other", 1.6), ("narrow", "other", 2.0),
         ("wide", "none", None), ("narrow", "none", 0.1))]
     claim = dict(case="narrow", against="wide", reported=1.6, tolerance=0.1)
-    found, finding = verdict_of("attention_ratio", devices("sdpa", rows), **claim)
-    assert found == verdict and finding.value == 1.6 / ms and "0.80 by other" in finding.where
+    actual, finding = verdict_of("attention_ratio", devices("sdpa", rows), **claim)
+    assert actual == verdict and finding.value == 1.6 / ms and "0.80 by other" in finding.where
     assert verdict_of("attention_ratio", **claim)[0] == "not yet run"
 
 
@@ -211,8 +211,8 @@ def test_a_slow_kernel_refutes_nothing(gain, verdict):
             dict(base, case="dba", format="fp16", cache_mib=32.0, times_faster_than_sdpa=gain),
             dict(base, case="dba", format="fp16", cache_mib=1.0, times_faster_than_sdpa=9.0, tokens=8)]
     claim = dict(case="dba", format="fp16", batch=1, tokens=9)
-    found, finding = verdict_of("decode_ratio", devices("decode", rows), **claim)
-    assert found == verdict and finding.value == gain and "2.00 times fewer bytes" in finding.where
+    actual, finding = verdict_of("decode_ratio", devices("decode", rows), **claim)
+    assert actual == verdict and finding.value == gain and "2.00 times fewer bytes" in finding.where
     assert verdict_of("decode_ratio", **claim)[0] == "not yet run"
 
 
@@ -280,8 +280,8 @@ MLA = dict(attn_mode="mla", d_model=64, n_head=4, kv_lora_rank=16, rope_dim=8)
     ("disjoint_mse", dict(tokens=1024, bound=1e-4), 4 / 1024**2, "not reproduced"),
     ("disjoint_mse", dict(tokens=100, bound=1e-4), 4e-4, "reproduced")))
 def test_logic_and_arithmetic(rule, claim, value, verdict):
-    found, finding = verdict_of(rule, **claim)
-    assert found == verdict and finding.value == pytest.approx(value, rel=1e-3)
+    actual, finding = verdict_of(rule, **claim)
+    assert actual == verdict and finding.value == pytest.approx(value, rel=1e-3)
 
 
 def test_two_attentions_that_share_no_token():
@@ -311,3 +311,49 @@ def test_the_first_page_holds_every_claim_under_its_verdict():
     lines = report.first_page(results)
     assert sum(line.startswith("- ") for line in lines) == len(ledger) + 1      # and what follows from all of them
     assert any(line.startswith("### Where the papers contradict themselves (") for line in lines)
+
+
+# -----------------------------------------------------------------------------
+# Learned masks
+
+def masks(summary=(), gradients=(), costs=()):
+    result = dict(summary=list(summary), gradients=list(gradients), costs=list(costs))
+    return dict(evals=dict(r=dict(mask=dict(result=result))))
+
+
+@pytest.mark.parametrize("side", ("below", "above"))
+def test_masks_are_held_to_a_bound_by_intervals_over_windows(side):
+    def rows(*cases, choice="gates"):
+        return [dict(text="t", length=1024, windows=windows, choice=choice, kl=value, kl_half=half, kept=0.5)
+                for value, half, windows in cases]
+    sign = 1 if side == "below" else -1
+    far = {name: 1.0 + sign * shift for name, shift in dict(good=-0.5, bad=0.5).items()}
+    good, bad = (far["good"], 0.2, 3), (far["bad"], 0.2, 3)
+    cases = dict(yes=rows(good, good), no=rows(good, bad), mixed=rows(good, (far["good"], 0.7, 3)), none=[])
+    claim = dict(run="r", choice="gates", field="kl", side=side, bound=1.0, beside="floor")
+    for name, summary in cases.items():
+        assert verdict_of("mask_bound", masks(summary), **claim)[0] == EVERY[name]
+    alone = rows((far["good"], None, 1))                   # one window has no interval
+    assert verdict_of("mask_bound", masks(alone), **claim)[0] == EVERY["none"]
+    assert verdict_of("mask_bound", masks(rows(good, choice="other")), **claim)[0] == EVERY["none"]
+    finding = verdict_of("mask_bound", masks(cases["no"] + rows(good, choice="floor")), **claim)[1]
+    assert finding.value == far["bad"] and "floor" in finding.where
+    assert verdict_of("mask_bound", **claim)[0] == EVERY["none"]
+
+
+def test_gradients_through_masks():
+    cases = dict(yes=(0.96, 0.961, 0.962), no=(0.9, 0.901, 0.902), mixed=(0.9, 0.99, 0.96), one=(0.96,), none=())
+    for name, values in cases.items():
+        rows = [dict(choice="gates", length=512, least=value, median=0.99) for value in values]
+        rows.append(dict(choice="other", length=512, least=0.1, median=0.99))
+        assert verdict_of("mask_gradient", masks(gradients=rows), run="r", choice="gates", bound=0.95)[0] == EVERY[name]
+
+
+@pytest.mark.parametrize("eager, sdpa, verdict", ((100, 100, "yes"), (50, 50, "no"), (100, 50, "mixed")))
+def test_memory_of_masks_against_both_attentions(eager, sdpa, verdict):
+    held = dict(eager=eager, sdpa=sdpa, gates=60)
+    rows = [dict(length=1024, attention=name, forward_bytes=value) for name, value in held.items()]
+    rows += [dict(length=512, attention=name, forward_bytes=100) for name in held]
+    claim = dict(run="r", choice="gates", bound=0.7)
+    assert verdict_of("mask_memory", masks(costs=rows), **claim)[0] == EVERY[verdict]
+    assert verdict_of("mask_memory", masks(costs=rows[3:]), **claim)[0] == EVERY["none"]

@@ -1,0 +1,478 @@
+"""The work of `convert_dba.py mask`: learn gates in steps that can be interrupted, set them to a KL, measure them."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import train_dba
+from evals.subject import Report, Subject, file_hash, json_text, load_subject, quiet
+from evals.timing import forget_peak, peak_since
+from surgery.mask import (
+    Gates,
+    Host,
+    Point,
+    Sparse,
+    learn_logits,
+    learn_mass,
+    load_gates,
+    plain_attention,
+    refuse_unknown,
+    save_gates,
+    window,
+)
+from surgery.measure_mask import (
+    Choice,
+    Reference,
+    controls,
+    gate_point,
+    gate_top,
+    gradient_cosines,
+    summary,
+)
+from surgery.sparse_attention import Grid
+from train_dba import BROKEN, UserError, brief
+
+WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in nats of a block's share
+DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
+SHIFTS = 3.0                                               # nats around the thresholds within which a KL is sought
+HALVINGS = 6
+GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
+SAVE_EVERY = 4                                             # steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is learned from what: that of a folder never changes."""
+    block: int
+    rows: int
+    lengths: list[int]
+    mass_steps: int
+    updates: int
+    logits_steps: int
+    logits_length: int
+    kl: list[float]
+    lr: float
+    seed: int
+    model: str                                             # sha256
+    data: str
+
+    @property
+    def steps(self) -> int:
+        return self.mass_steps + self.logits_steps
+
+
+# -----------------------------------------------------------------------------
+# Learning
+
+def open_host(path: str, device: str) -> tuple[Host, Subject]:
+    """The model of --model and the Subject that reads texts in its tokens. Raises UserError."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        subject = load_subject(path, device)
+        return Host(subject.model), subject
+    from convert_dba import LlamaTokenizer
+    try:
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as e:
+        raise UserError(f"{path} needs {e.name}: pip install -r requirements-eval.txt") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        refuse_unknown(config)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
+                                                     local_files_only=True)
+        tokenizer = LlamaTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), config.vocab_size)
+    except (*BROKEN, OSError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"{path} can't be read as a language model of transformers ({brief(e)})") from None
+    device = train_dba.pick_device(device)
+    subject = Subject(model.to(device), tokenizer, folder, None, file_hash(*sorted(folder.glob("*.safetensors"))),
+                      device, torch.float32)
+    return Host(model), subject
+
+
+def plan_of(flags: dict, host: Host, subject: Subject) -> Plan:
+    """The Plan of the command's flags. Raises UserError for values that can't be."""
+    for name in ("rows", "calibration", "updates"):
+        if flags[name] < 1:
+            raise UserError(f"--{name} {flags[name]}: at least 1")
+    for name in ("mass_steps", "logits_steps", "seed"):
+        if flags[name] < 0:
+            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: at least 0")
+    if flags["block"] % flags["rows"]:
+        raise UserError(f"--rows {flags['rows']} doesn't divide --block {flags['block']}")
+    if min(flags["kl"]) <= 0 or flags["lr"] <= 0:
+        raise UserError("--kl and --lr are above 0")
+    if min(flags["budgets"]) < 3:
+        raise UserError(f"--budgets {min(flags['budgets'])}: a query reads 3 blocks at least")
+    return Plan(**{name: flags[name] for name in (
+        "block", "rows", "lengths", "mass_steps", "updates", "logits_steps", "logits_length", "kl", "lr", "seed")},
+                model=subject.sha256, data=file_hash(flags["data"]) if flags["data"].is_file() else "")
+
+
+def windows_of(flags: dict) -> dict[int, int]:
+    """{length: windows of it} to measure on. Raises UserError."""
+    lengths, counts = flags["eval_lengths"], flags["windows"]
+    if min(counts) < 1:
+        raise UserError(f"--windows {min(counts)}: at least 1")
+    if len(counts) not in (1, len(lengths)):
+        raise UserError(f"--windows has {len(counts)} numbers, --eval-lengths {len(lengths)}: one, or as many")
+    return dict(zip(lengths, counts * len(lengths) if len(counts) == 1 else counts))
+
+
+def check_lengths(plan: Plan, host: Host, ids: torch.Tensor, texts: dict, windows: dict[int, int]) -> None:
+    """Raise UserError for windows that the model or the texts are too short for."""
+    for length in (*plan.lengths, plan.logits_length, *(windows if texts else [])):
+        if not 4 * plan.block <= length <= host.most:
+            raise UserError(f"a window of {length} tokens: from {4 * plan.block}, which is four blocks, to the "
+                            f"{host.most} that the model reads")
+    if len(ids) < max(*plan.lengths, plan.logits_length):
+        raise UserError(f"--data has {len(ids):,} tokens, fewer than a window of {max(plan.lengths)}")
+    for name, text in texts.items():
+        for length, count in windows.items():
+            if len(text) // count <= length:
+                raise UserError(f"{name} has {len(text):,} tokens: too few for {count} windows of {length}")
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Make a folder and hold its lock. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with train_dba.exclusive(folder / "lock", folder):
+            yield
+    except OSError as e:
+        raise UserError(f"--out-dir {folder} can't be used ({brief(e)})") from None
+
+
+def optimizers_of(gates: Gates, plan: Plan, step: int) -> list[torch.optim.Optimizer]:
+    """Those of the stage that a step belongs to: one for each layer, then one for all with the thresholds."""
+    if step < plan.mass_steps:
+        return [torch.optim.Adam(gate.parameters(), lr=plan.lr) for gate in gates.layers]
+    return [torch.optim.Adam([dict(params=gates.layers.parameters(), lr=plan.lr / 4),
+                              dict(params=[gates.thresholds], lr=plan.lr * 4)])]
+
+
+def rate_at(done: float) -> float:
+    """The share of the learning rate after a share of a stage: half a cosine down to a twentieth."""
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Report = quiet) -> Gates:
+    """Gates learned by a plan from ids [N], going on with what the folder has. Writes last.pt and train.jsonl."""
+    gates = Gates(len(host.attentions), host.heads, host.width, plan.block, plan.rows).to(host.device)
+    step, price, optimizers = 0, 1.0, optimizers_of(gates, plan, 0)
+    if state := read_state(folder / "last.pt", plan):
+        step, price, optimizers = state["step"], state["price"], optimizers_of(gates, plan, state["step"] - 1)
+        gates.load_state_dict(state["gates"])
+        for optimizer, its_state in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(its_state)
+    keep_lines(folder / "train.jsonl", step)
+    while step < plan.steps:
+        started, mass = time.monotonic(), step < plan.mass_steps
+        if step == plan.mass_steps:
+            optimizers = optimizers_of(gates, plan, step)
+        done = step / plan.mass_steps if mass else (step - plan.mass_steps) / plan.logits_steps
+        for optimizer, fresh in zip(optimizers, optimizers_of(gates, plan, step)):
+            for group, its_fresh in zip(optimizer.param_groups, fresh.param_groups):
+                group["lr"] = its_fresh["lr"] * rate_at(done)
+        length = plan.lengths[step % len(plan.lengths)] if mass else plan.logits_length
+        batch = window(ids, length, plan.seed, step).to(host.device)
+        if mass:
+            line = dict(type="mass", kl_of_mass=learn_mass(host, gates, batch, optimizers, plan.updates))
+        else:
+            temperature = WARM * (COLD / WARM) ** done
+            kl, kept = learn_logits(host, gates, batch, temperature, price, plan.kl[-1])
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            line = dict(type="logits", kl=kl, kept=kept, price=price, temperature=temperature)
+            price *= math.exp(0.3 * max(-1.0, min(1.0, kl / plan.kl[-1] - 1)))  # dual ascent
+        step += 1
+        train_dba.append_line(folder / "train.jsonl", step=step, tokens=length, **line,
+                              seconds=round(time.monotonic() - started, 2))
+        if step % SAVE_EVERY == 0 or step in (plan.mass_steps, plan.steps):
+            content = dict(plan=dataclasses.asdict(plan), step=step, price=price, gates=gates.state_dict(),
+                           optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            train_dba.write_whole(folder / "last.pt", partial(torch.save, content))
+        report(step, plan.steps)
+    return gates.requires_grad_(False)
+
+
+def read_state(path: Path, plan: Plan) -> dict | None:
+    """What last.pt holds, None where there is none. Raises UserError for that of another plan."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        theirs = state["plan"]
+    except (*BROKEN, OSError, RuntimeError) as e:
+        raise UserError(f"{path} can't be read ({brief(e)}); use another --out-dir") from None
+    for name, value in dataclasses.asdict(plan).items():
+        if theirs.get(name) != value:
+            raise UserError(f"{path.parent} holds gates learned with {name} {theirs.get(name)}, not {value}; use "
+                            "another --out-dir")
+    return state
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Drop what a log says of steps after `step`, which will be done again, and a torn last line."""
+    if path.exists():
+        lines = []
+        for text in path.read_text().splitlines():
+            if text.endswith("}") and json.loads(text)["step"] <= step:
+                lines.append(text + "\n")
+        train_dba.write_text(path, "".join(lines))
+
+
+# -----------------------------------------------------------------------------
+# Operating points
+
+def set_points(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, windows: int, report: Report = quiet
+               ) -> list[dict]:
+    """For each KL of the plan the largest of the shifts tried that stays below it, on windows of the training text that
+    no step has drawn: dict(target, shift, kl, kept, drops [[layer, head], ...]). drops: heads that read less than
+    DROPPED of their far blocks, with all that share their keys; kl and kept are with them."""
+    references = []
+    for i in range(windows):
+        references.append(Reference(host, window(ids, plan.lengths[0], plan.seed, plan.steps + i)[0].to(host.device)))
+    seen, points, group = {}, [], host.heads // host.groups
+    total = len(plan.kl) * (HALVINGS + 1)
+
+    def measure(point: Point) -> tuple[float, float, torch.Tensor]:
+        kl, kept, far = [], [], []
+        for reference in references:
+            result, attention = reference.measure(partial(gate_point, gates, point), gates.block)
+            kl.append(result["kl"])
+            kept.append(result["kept"])
+            far.append(torch.stack([attention.far[layer] for layer in range(len(gates.layers))]))
+        return statistics.mean(kl), statistics.mean(kept), torch.stack(far).mean(0)
+
+    for i, target in enumerate(plan.kl):
+        low, high = -SHIFTS, SHIFTS
+        for j in range(HALVINGS):
+            middle = (low + high) / 2
+            if middle not in seen:
+                seen[middle] = measure(Point(middle))
+            low, high = (middle, high) if seen[middle][0] <= target else (low, middle)
+            report(i * (HALVINGS + 1) + j + 1, total)
+        if low not in seen:
+            seen[low] = measure(Point(low))
+        rarely = (seen[low][2] < DROPPED).unflatten(1, (-1, group)).all(-1)     # [L, G]
+        drops = rarely.repeat_interleave(group, 1)
+        kl, kept, _ = measure(Point(low, drops))
+        points.append(dict(target=target, shift=low, kl=kl, kept=kept, windows=windows, drops=drops.nonzero().tolist()))
+        report((i + 1) * (HALVINGS + 1), total)
+    return points
+
+
+def points_of_folder(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, folder: Path, windows: int,
+                     report: Report = quiet) -> dict:
+    """The facts of a folder's gates.json: `points` of set_points(), which are sought where the folder lacks those of
+    this plan."""
+    if (folder / "gates.json").is_file():
+        _, facts = load_gates(folder)
+        if facts.get("plan") == dataclasses.asdict(plan):
+            return facts
+    points = set_points(host, gates, ids, plan, windows, report)
+    save_gates(folder, gates, plan=dataclasses.asdict(plan), points=points)
+    return load_gates(folder)[1]
+
+
+def point_of(gates: Gates, record: dict) -> Point:
+    """The Point of a record of set_points()."""
+    drops = torch.zeros(gates.thresholds.shape, dtype=torch.bool)
+    for layer, head in record["drops"]:
+        drops[layer, head] = True
+    return Point(record["shift"], drops.to(gates.thresholds.device))
+
+
+def by_block(gates: Gates) -> Gates:
+    """The same gates for reading a prompt, where the queries of a block choose together."""
+    gate = gates.layers[0]
+    together = Gates(len(gates.layers), gate.mean.size(0), gate.mean.size(2), gates.block, gates.block)
+    together.load_state_dict(gates.state_dict())
+    return together.to(gates.thresholds.device).requires_grad_(False)
+
+
+def dropped_bytes(gates: Gates, record: dict, tokens: int) -> float:
+    """The share of a cache of so many tokens that is kept: heads that drop old keys hold the sink, the block before and
+    their own."""
+    share = len(record["drops"]) / gates.thresholds.numel()
+    return 1 - share * (1 - min(1.0, 3 * gates.block / tokens))
+
+
+# -----------------------------------------------------------------------------
+# Measuring
+
+def choices_of(kinds: list[str], gates: Gates, points: list[dict], budgets: list[int]) -> dict[str, Choice | None]:
+    """What is measured, by name. kinds: floor, controls, gates."""
+    choices: dict[str, Choice | None] = {"bfloat16": None} if "floor" in kinds else {}
+    if "controls" in kinds:
+        choices |= controls(gates.block, budgets)
+    if "gates" in kinds:
+        together = by_block(gates)
+        for record in points:
+            name, point = f"gates KL {record['target']:g}", point_of(gates, record)
+            choices[name] = partial(gate_point, gates, point)
+            choices[f"{name}, by block"] = partial(gate_point, together, point)
+        for budget in budgets:
+            choices[f"gates top {budget}"] = partial(gate_top, gates, budget)
+    return choices
+
+
+def measure(host: Host, texts: dict[str, torch.Tensor], windows: dict[int, int], choices: dict, block: int, log: Path,
+            report: Report = quiet) -> list[dict]:
+    """Records of every choice on windows of every text, the same for all; what the log has isn't measured again."""
+    records = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    known = {(r["text"], r["length"], r["start"], r["choice"]): r for r in records}
+    wanted, total = [], len(texts) * sum(windows.values()) * len(choices)
+    for length, count in windows.items():
+        for index in range(count):
+            for text, ids in texts.items():
+                start = index * (len(ids) // count)
+                reference = None
+                for name, choice in choices.items():
+                    if (text, length, start, name) not in known:
+                        reference = reference or Reference(host, ids[start:start + length + 1])
+                        record = dict(text=text, length=length, start=start, choice=name,
+                                      **reference.measure(choice, block)[0])
+                        train_dba.append_line(log, **record)
+                        known[text, length, start, name] = record
+                    wanted.append(known[text, length, start, name])
+                    report(len(wanted), total)
+    return wanted
+
+
+def measure_gradients(host: Host, texts: dict[str, torch.Tensor], length: int, windows: int, choices: dict,
+                      block: int) -> list[dict]:
+    """The least and the median over layers of the cosine of gradients, for each choice and window."""
+    rows = []
+    for text, ids in texts.items():
+        for index in range(windows):
+            start = index * (len(ids) // windows)
+            cosines = gradient_cosines(host, ids[start:start + length + 1], choices, block)
+            for name, values in cosines.items():
+                rows.append(dict(text=text, length=length, start=start, choice=name, least=min(values),
+                                 median=statistics.median(values), below=sum(value < 0.95 for value in values),
+                                 layers=len(values)))
+    return rows
+
+
+def measure_all(host: Host, gates: Gates, points: list[dict], texts: dict, folder: Path, flags: dict,
+                report: Report = quiet) -> dict:
+    """What the flags ask for: records and their summary, and where asked for gradients and costs."""
+    kinds, windows = flags["measure"], windows_of(flags)
+    shortest = min(windows)
+    texts = {name: ids.to(host.device) for name, ids in texts.items()}
+    choices = choices_of(kinds, gates, points, flags["budgets"])
+    records = measure(host, texts, windows, choices, gates.block, folder / "eval.jsonl", report)
+    result = dict(summary=summary(records), records=records)
+    for row in result["summary"]:
+        for record in points:
+            if row["choice"].split(",")[0] == f"gates KL {record['target']:g}":
+                row["kv_kept"] = dropped_bytes(gates, record, row["length"])
+    if "gradients" in kinds:
+        looked_at = {name: choice for name, choice in choices.items() if name.startswith(GRADIENTS)}
+        result["gradients"] = measure_gradients(host, texts, shortest, windows[shortest], looked_at, gates.block)
+    if "costs" in kinds:
+        result["costs"] = costs(host, next(iter(texts.values())), list(windows), gates, points, times=5)
+    return result
+
+
+def table(rows: list[dict]) -> list[tuple]:
+    """(head, *rows) of a summary."""
+    cells = [("text", "tokens", "choice", "read", "mass", "MSE", "KL", "ΔNLL", "accuracy kept")]
+    for row in rows:
+        half = "" if row["kl_half"] is None else f" ± {row['kl_half']:.2g}"
+        mse = f"{row['mse']:.1e}" if "mse" in row else "-"
+        mass = f"{row['mass']:.4f}" if "mass" in row else "-"
+        accuracy = "-" if row["accuracy_kept"] is None else f"{row['accuracy_kept']:.1f} %"
+        cells.append((row["text"], f"{row['windows']} x {row['length']}", row["choice"], f"{100 * row['kept']:.1f} %",
+                      mass, mse, f"{row['kl']:.5f}{half}", f"{row['delta_nll']:+.4f}",
+                      accuracy))
+    return cells
+
+
+def write(host: Host, subject: Subject, flags: dict, plan: Plan, facts: dict, result: dict) -> Path:
+    """Write eval_mask.json: what was asked for, learned and measured, where."""
+    settings = {name: value for name, value in flags.items() if name not in ("out_dir", "data", "eval_data", "model")}
+    path = flags["out_dir"] / "eval_mask.json"
+    texts = {text.name: file_hash(text) for text in flags["eval_data"]}
+    model = dict(step=subject.step, sha256=subject.sha256, config=dict(
+        block=host.most, layers=len(host.attentions), heads=host.heads, groups=host.groups, width=host.width))
+    train_dba.write_text(path, json_text(dict(
+        settings=dict(settings, dtype="float32"), model=model, plan=dataclasses.asdict(plan), points=facts["points"],
+        texts=texts, env=train_dba.provenance(subject.device), **result)))
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Cost
+
+def eager_attention(layer, q, k, v, scale, visible):
+    """Attention as a matrix of all scores."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1).to(q.dtype) for x in (k, v))
+    later = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - q.size(2))
+    return (q @ k.mT * scale).masked_fill(later, -torch.inf).softmax(-1) @ v
+
+
+def fused_attention(layer, q, k, v, scale, visible):
+    return plain_attention(q, k, v, scale)
+
+
+def inputs_of(host: Host, ids: torch.Tensor, layer: int) -> tuple:
+    """What a layer's attention is given on ids [1, T]: (q, k, v, scale, visible)."""
+    seen = {}
+
+    def look(at, *inputs):
+        seen[at] = inputs
+        return fused_attention(at, *inputs)
+
+    host.hidden(ids, look)
+    return seen[layer]
+
+
+def timed_peak(device: torch.device, run: Callable[[], object], times: int) -> tuple[float, int | None]:
+    """(median ms of run(), extra bytes at its peak); on a CPU ms of its own time, whatever else the machine does."""
+    clock, spans = time.process_time if device.type == "cpu" else time.perf_counter, []
+    before = forget_peak(device)
+    for _ in range(times):
+        started = clock()
+        run()
+        train_dba.synchronize(device)
+        spans.append(1000 * (clock() - started))
+    return statistics.median(spans), None if before is None else peak_since(device) - before
+
+
+@torch.no_grad()
+def costs(host: Host, ids: torch.Tensor, lengths: list[int], gates: Gates, points: list[dict], times: int
+          ) -> list[dict]:
+    """For each length and attention: ms and peak bytes of one layer's attention alone and of the whole forward pass
+    without logits, with rows of whole blocks that choose together, as a prompt is read. kept is of all blocks in
+    reach."""
+    rows, middle, prompt = [], len(host.attentions) // 2, by_block(gates)
+    for length in lengths:
+        attentions = {"eager": eager_attention, "sdpa": fused_attention}
+        for record in points:
+            attentions[f"gates KL {record['target']:g}"] = Sparse(prompt, point_of(gates, record))
+        inputs = inputs_of(host, ids[None, :length], middle)
+        for name, attention in attentions.items():
+            ms, extra = timed_peak(host.device, partial(attention, middle, *inputs), times)
+            whole_ms, whole_extra = timed_peak(host.device, partial(host.hidden, ids[None, :length], attention), 1)
+            row = dict(length=length, attention=name, layer_ms=ms, layer_bytes=extra, forward_ms=whole_ms,
+                       forward_bytes=whole_extra, ms_per_token=whole_ms / length)
+            if isinstance(attention, Sparse):
+                q, k, _, scale, _ = inputs
+                grid = Grid(1, length, length, gates.block)
+                kept = prompt.keep(middle, grid, grid.pad_rows(q), grid.pad_keys(k), scale, attention.point)
+                row["layer_kept"] = kept.sum().item() / (host.heads * (grid.near | grid.far).sum().item())
+            rows.append(row)
+    return rows
