@@ -74,7 +74,7 @@ def fitted_exponent(line: list) -> float:
 
 
 def curves(rows: list) -> dict:
-    """{(case, format, kernel): [(context, row)]} of one sequence, in order, of those with two long contexts at least."""
+    """{(case, format, kernel): [(context, row)]} of one sequence, in order, where two contexts at least are long."""
     by_line = {}
     for row in rows:
         if row["batch"] == 1:
@@ -171,7 +171,8 @@ def decode_lines(rows: list) -> list[str]:
     for name, line in curves(rows).items():
         gib, ms = extrapolated(name, line)
         tokens, last = line[-1]
-        grown.append((*name, f"{context_exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}", f"{ms:.2f}"))
+        grown.append((*name, f"{context_exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}",
+                      f"{ms:.2f}"))
     if grown:
         lines += [f"How that grows: the exponent of the context, fitted from {NEAR:,} tokens on; ms a "
                   f"token of {LAYERS} layers at {tokens:,} tokens; **extrapolated by formula, not measured**: GiB of "

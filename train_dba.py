@@ -2357,7 +2357,7 @@ def why_not_finite(cache):
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
 
 
-@torch.inference_mode()
+@torch.no_grad()                                           # under inference_mode, autocast casts weights at every step
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
     """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens.
     Raises UserError where the logits aren't finite."""
