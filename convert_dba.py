@@ -3,6 +3,8 @@ Models in and out: pretrained Llamas as models of train_dba.py, trained models a
 
     python3 convert_dba.py show SmolLM2.gguf                                # what model it is, or why it can't be read
     python3 convert_dba.py export --ckpt runs/tiny --out-dir exported/tiny
+    python3 convert_dba.py advise --model SmolLM2.gguf --cache-share 0.28 --data train.txt   # what to spend bytes on
+    python3 convert_dba.py dba --model SmolLM2.gguf --cache-share 0.5 --data train.txt --out-dir runs/smol  # attention
     python3 convert_dba.py mask --model SmolLM2.gguf --data train.txt --out-dir runs/mask   # learned sparse attention
 
 A Llama is our standard attention, or gqa where query heads share keys, or bottleneck where its heads aren't as wide as
@@ -558,17 +560,24 @@ def main(argv=None):
     p = commands.add_parser("export", help="write a model as a folder for transformers")
     p.add_argument("--ckpt", type=Path, required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
+    from surgery import command
+    command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention with one latent"))
+    command.advise_flags(commands.add_parser("advise", help="what a share of a cache's bytes is best spent on"))
     mask_flags(commands.add_parser("mask", help="learned block-sparse attention on a frozen model"))
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
     args = parser.parse_args(argv)
     try:
-        if args.command == "show":
-            show(args.path)
-        elif args.command == "export":
-            export_run(args.ckpt, args.out_dir)
-        else:
+        if args.command == "dba":
+            return command.make_dba(args, sys.argv[1:] if argv is None else argv)
+        elif args.command == "advise":
+            command.advise(args)
+        elif args.command == "mask":
             make_mask(args)
+        elif args.command == "show":
+            show(args.path)
+        else:
+            export_run(args.ckpt, args.out_dir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -9,13 +9,13 @@ path carries RoPE, and the two scaled scores add up:
 Once each part of q is scaled, the sum is one dot product of concatenated vectors, so every mode is a row of widths for
 the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem_dim, p = geo_dim):
 
-    mode         semantic          geometric           values     key groups   cached per token and layer
-    standard     -                 d                   d          H            2d
-    bottleneck   -                 a                   a          H            2a
-    gqa          -                 a                   a          kv_head      2a · kv_head / H
-    decoupled    s                 p                   a          H / kv_head  (s + p + a) · groups / H
-      + latent   s, from a latent  p                   a, latent  H / kv_head  kv_lora_rank + p · groups / H
-    mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
+    mode         semantic          geometric           values     key groups    cached per token and layer
+    standard     -                 d                   d          H             2d
+    bottleneck   -                 a                   a          H             2a
+    gqa          -                 a                   a          kv_head       2a · kv_head / H
+    decoupled    s                 p                   a          kv_head or H  (s + p + a) · groups / H
+      + latent   s, from a latent  p                   a, latent  kv_head or H  kv_lora_rank + p · groups / H
+    mla          a, from a latent  one key for all     a, latent  H             kv_lora_rank + rope_dim
 
 Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
 and per head r semantic width, p geometric width, v value width.
@@ -181,8 +181,10 @@ class Config:
     block: int = flag("model", 256, "context length in tokens", low=1)
     attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
                                 "decoupled sem + geo, bottleneck none", low=1)
-    sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
-    geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
+    sem_dim: int | None = flag("model", None, "total semantic width (32; with --size 4 a head)", low=1,
+                               modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64; with --size 8 a head)", low=1,
+                               modes=("decoupled",))
     kv_head: int | None = flag("model", None, "key/value groups (decoupled: n_head)", low=1, modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of one latent for all semantic keys and values (mla: d_model "
                                     "/ 4; decoupled: none)", low=1, modes=("mla", "decoupled"))
@@ -230,11 +232,11 @@ class Config:
     num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
     stop: str | None = flag("sampling", None, "end before this text")
-    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (of words, of a line: no end)")
+    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (words have none)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_geo q8_0, k_sem, v, latent q4_0; "
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero (decoupled): k_geo q8_0, all else q4_0; "
                          "auto: as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
     kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
@@ -250,7 +252,8 @@ class Config:
     def attention(self):
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
-        G, mla = self.kv_head or H, self.attn_mode == "mla"
+        G = self.kv_head or H
+        mla = self.attn_mode == "mla"
         latent = (self.kv_lora_rank or 0) if self.attn_mode in ("mla", "decoupled") else 0
         of_decoupled = ("latent", "k_geo", "latent") if latent else ("k_sem", "k_geo", "v")
         sem, geo, v, groups, geo_groups, streams = {       # widths over all query heads
@@ -297,21 +300,17 @@ def linear(n_in, n_out):
 
 
 class RMSNorm(nn.RMSNorm):
+    """In float32 at least, also where --shard made the weight bfloat16, or autocast x; cast back here, once, since each
+    product that reads it would make, and keep, a copy of its own."""
+
     def forward(self, x):
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
-        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
-        # cast here, once: each product that reads it would make, and keep, a copy of its own
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
         return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
 
 def split_heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
-
-
-def times_own(x, weight):
-    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
-    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
-    return y.view(*x.shape[:3], -1)
 
 
 class Attention(nn.Module):
@@ -336,7 +335,7 @@ class Attention(nn.Module):
         null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
         self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
         self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
-        self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
+        self.turn = None                                   # [p, p], orthogonal: what --kv-rotate applies after RoPE
         geo = shape.paths[-1]
         inv_freq = cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2))
         rows = geo.groups if shape.latent else 1           # a converted model has a latent, and frequencies per group
@@ -386,7 +385,7 @@ class Attention(nn.Module):
             null_v = null_v.view(1 if absorb else shape.v_groups, -1)
         if cache is None:
             if self.null:
-                q += (sum(null_score)[..., None],)
+                q = [*q, sum(null_score)[..., None]]
             k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
             y = self.attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
@@ -402,6 +401,12 @@ class Attention(nn.Module):
     @staticmethod
     def attend(q, k, v, null_v):                           # without a cache; surgery/mask.py gives a layer another
         return attend(q, k, v, null_v)
+
+
+def times_own(x, weight):
+    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
+    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
+    return y.view(*x.shape[:3], -1)
 
 
 def attend(q, k, v, null_v=None):
@@ -1019,10 +1024,12 @@ def load_texts(cfg, paths, tokenizer=None):
         tokenizer = tokenizer or WordTokenizer.build(parts[0])
         return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
     tokenizer = tokenizer or make_tokenizer(kind, None)
-    parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
-    parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
-    val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
-    return Data(*parts, tokenizer, val_bytes or len(val_text), *hashes)
+    parts = [tokenizer.encode(text) for text in texts]
+    parts = [np.append(ids, ids.dtype.type(tokenizer.eot)) for ids in parts]
+    if len(parts) == 1:
+        parts = split_off(parts[0], cfg.val_frac)
+        val_bytes = len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
+    return Data(*parts, tokenizer, val_bytes, *hashes)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -1119,10 +1126,6 @@ def pick_device(name):
     return device
 
 
-def cpu_features():
-    return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
-
-
 def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
     """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
     training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
@@ -1199,6 +1202,10 @@ def make_optimizer(model, cfg):
 
 
 DECAY = 0.2                                                # of the steps: the end of a warm-up, stable, decay schedule
+
+
+def default_schedule(min_lr, lr):
+    return "constant" if min_lr in (None, lr) else "cosine"
 
 
 def lr_at(step, cfg):
@@ -1358,7 +1365,7 @@ def config_of(logged: dict) -> Config:
     TypeError where it isn't one."""
     check(logged, CONFIG, "config")
     cfg = Config(**logged)
-    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr in (None, cfg.lr) else "cosine"))
+    return dataclasses.replace(cfg, schedule=cfg.schedule or default_schedule(cfg.min_lr, cfg.lr))
 
 
 def checkpoint_file(path):
@@ -1439,7 +1446,7 @@ def provenance(device):
     own = git("rev-parse", "--show-prefix") == "" and git("ls-files", Path(__file__).name)
     commit = git("rev-parse", "HEAD") if own else None
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                platform=platform.system(), cpu=cpu_features().get("cpu_name", platform.processor()),
+                platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
@@ -1577,12 +1584,12 @@ class PlainLines:
         sys.stderr.flush()
 
 
-def progress(total, unit, desc, **how):
-    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. how: more arguments of tqdm."""
+def progress(total, unit, desc, **options):
+    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. options: of tqdm."""
     plain = dict(file=PlainLines(), mininterval=LINE_SECONDS, delay=LINE_SECONDS, miniters=1, bar_format=(
         "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} " + unit + ", {rate_fmt}, {remaining} left{postfix}"))
     where = dict(dynamic_ncols=True) if sys.stderr.isatty() else plain
-    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **how)
+    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -1621,7 +1628,8 @@ def evaluate(model, data, cfg, micro, ranks, dtype):
 def share_out(cfg, ranks):
     """Micro-batch size, and the micro-batches of a step that this rank takes: fixed globally, dealt round-robin."""
     if ranks.world > 1 and cfg.dropout and not cfg.micro_batch:
-        raise UserError("dropout masks are drawn per micro-batch; give --micro-batch, so that ranks don't change them")
+        raise UserError("dropout masks are drawn per micro-batch; give --micro-batch a number, so that ranks don't "
+                        "change them")
     micro = cfg.micro_batch or max(1, cfg.batch_size // ranks.world)
     count = cfg.batch_size * cfg.grad_accum // micro
     if cfg.batch_size % micro or count % ranks.world:
@@ -1730,6 +1738,7 @@ def lacks_memory(cfg, vocab_size, ranks, dtype):
     model = optimizer = None
     gc.collect()                                           # a compiled model is part of a cycle
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()                   # the log's is the run's own
     return ranks.sum(lacking)[0] > 0
 
 
@@ -1743,7 +1752,8 @@ def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
         raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
     sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
              and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
-    shards = mesh_sizes()[1] if cfg.shard else 1
+    nodes, local_ranks = mesh_sizes()
+    shards = (local_ranks if local_ranks > 1 else nodes) if cfg.shard else 1    # as shard_model() splits
     first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
     sizes = [size for size in sizes if size <= first]
     while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
@@ -1787,7 +1797,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     main_rank = ranks.rank == 0
     if cfg.shard and not dist.is_initialized():
         raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
-    micro, mine = share_out(cfg, ranks)
+    share_out(cfg, ranks)                                  # refuses early what can't be dealt
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
@@ -1800,7 +1810,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
     if cfg.dtype == "auto" and device.type == "cpu":
-        env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(cfg.block, cfg.d_model, cfg.d_ff))
     dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
     if given.get("dtype", "auto") == "auto" != cfg.dtype:
         why = "as this run began"
@@ -1812,6 +1822,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     meta, of_peak = describe(cfg, data, ranks, dtype, why), share_of_peak(cfg, data.tokenizer.vocab_size, ranks, env)
 
     # --- model, optimiser, data order
+    source = None if ckpt else source
     model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, source)
     if source and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
@@ -1921,7 +1932,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
 
 
 # =============================================================================
-# Part II: decoding, which training never needs
+# Part II: decoding, of which training only tells the sizes; then the command line
 
 # -----------------------------------------------------------------------------
 # Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
@@ -1931,7 +1942,8 @@ HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0", "latent": "q4_0"}      
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
-EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}  # of a block's largest value
+# What a block's largest value becomes, in units of its scale.
+EXTREMES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}
 
 
 def stream_bytes(fmt, C):
@@ -1977,8 +1989,8 @@ def quantize(x, fmt):
     C = x.size(1)
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    extreme = extreme if EXTREME_CODES[fmt] < 0 else extreme.abs()
-    d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
+    extreme = extreme if EXTREMES[fmt] < 0 else extreme.abs()
+    d = extreme / x.new_tensor(EXTREMES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
     fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
     x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
     if fmt == "q8_0":
@@ -2051,8 +2063,9 @@ def cache_slots(tokens, residual):
 def cache_bytes(cfg, batch, tokens, policy, residual=0):
     """Bytes that a KVCache of these arguments owns."""
     settled, ring = cache_slots(tokens, residual)
-    policies = cache_formats(cfg, policy), {name: ring_format(fmt) for name, fmt in cache_formats(cfg, policy).items()}
-    return batch * (settled * bytes_per_token(cfg, policies[0]) + ring * bytes_per_token(cfg, policies[1]))
+    formats = cache_formats(cfg, policy)
+    of_ring = {name: ring_format(fmt) for name, fmt in formats.items()}
+    return batch * (settled * bytes_per_token(cfg, formats) + ring * bytes_per_token(cfg, of_ring))
 
 
 class CacheStream:
@@ -2063,7 +2076,8 @@ class CacheStream:
     levels, ring_block = NF4, RING_BLOCK
 
     def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.ring_fmt, self.channels, (self.bits, scale_bytes) = fmt, ring_format(fmt), channels, FORMATS[fmt]
+        self.fmt, self.ring_fmt, self.channels = fmt, ring_format(fmt), channels
+        self.bits, scale_bytes = FORMATS[fmt]
         dtype = FLOAT_FORMATS.get(fmt, torch.int8 if self.bits == 8 else torch.uint8)
         rows = -(-channels * self.bits // 8) if scale_bytes else channels
         self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
@@ -2616,7 +2630,7 @@ def continue_text(model, tokenizer, ids, cache, cfg, seed):
 
 def derived(c):
     """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    schedule = c["schedule"] or ("constant" if c["min_lr"] in (None, c["lr"]) else "cosine")
+    schedule = c["schedule"] or default_schedule(c["min_lr"], c["lr"])
     fallback = dict(embed_dim=c["d_model"], schedule=schedule, min_lr=c["lr"] / (1 if schedule == "constant" else 10),
                     out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
                     warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
@@ -2695,25 +2709,28 @@ def problems(c, given):
     if c.mode == "sample":
         asked = [flag_name(name) for name in ("prompt", "prompt_file", "prompt_tokens", "interactive")
                  if getattr(c, name) not in (None, False)]
-        return wrong + [message for bad, message in checks + [
+        checks += [
             (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
             (len(asked) > 1, f"{' and '.join(asked)} exclude each other; give one"),
             (c.temperature == 0 and (c.top_k or c.top_p),
              "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
             (c.kv_cache == "auto" and overrides,
              f"--kv-cache auto says what {' and '.join(overrides)} would; leave one out"),
-        ] if bad]
-    return wrong + [message for bad, message in checks + [
-        (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
-        (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
-        (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
-        (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
-        (c.schedule == "constant" and c.min_lr != c.lr,
-         f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
-        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
-        (c.micro_batch and c.batch_size % c.micro_batch,
-         f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
-    ] if bad] + list(width_problems(c))
+        ]
+    else:
+        checks += [
+            (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
+            (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
+            (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
+            (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+            (c.schedule == "constant" and c.min_lr != c.lr,
+             f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
+            (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
+            (c.micro_batch and c.batch_size % c.micro_batch,
+             f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
+            *((True, message) for message in width_problems(c)),
+        ]
+    return wrong + [message for bad, message in checks if bad]
 
 
 def make_config(**given):
@@ -2751,9 +2768,9 @@ def settings_of(path, attn_mode=None):
     if attn_mode not in (None, settings["attn_mode"]):
         own |= {"attn_dim"} | {f.name for f in fields if f.metadata["modes"] and attn_mode not in f.metadata["modes"]}
     given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
-    for name in reversed(given):
+    for name in reversed([*given]):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
-            given = {other: value for other, value in given.items() if other != name}
+            del given[name]
     return given
 
 

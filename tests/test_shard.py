@@ -33,7 +33,7 @@ def script(folder, before):
 
 
 def ranks(count, args, cwd, program=TRAINER, options=()):
-    return finish(start(args, cwd, [*TORCHRUN, str(count), *options, str(program)]))
+    return finish(start(args, cwd, [*TORCHRUN, str(count), *options, str(program)]), timeout=400)
 
 
 def assert_curve(folder, other, steps, loss=1e-5, norm=1e-4):
