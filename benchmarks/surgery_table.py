@@ -23,8 +23,10 @@ TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75
 
 def texts_of(rows):
     """Names of the texts that any row was measured on, in their order."""
-    return sorted({text for row in rows.values() for text, each in row.items() if isinstance(each, dict) and "kls" in each},
-                  reverse=True)
+    texts = set()
+    for row in rows.values():
+        texts.update(name for name, each in row.items() if isinstance(each, dict) and "kls" in each)
+    return sorted(texts, reverse=True)
 
 
 def cell(row, text):
@@ -42,7 +44,8 @@ def table(document):
     counts = {text: {row[text]["tokens"] for row in rows.values() if text in row} for text in texts}
     tokens = {text: " to ".join(f"{n:,}" for n in sorted({min(each), max(each)})) for text, each in counts.items()}
     heads = [f"{text}: KL (ΔNLL)" for text in texts]
-    lines = ["| cache | of fp16's bytes | of the elements | " + " | ".join(heads) + " |", "| --- " * (3 + len(texts)) + "|"]
+    lines = ["| cache | of fp16's bytes | of the elements | " + " | ".join(heads) + " |",
+             "| --- " * (3 + len(texts)) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
         cells = " | ".join(cell(row, text) for text in texts)
         lines.append(f"| {name} | {100 * row['bytes']:.1f} % | {100 * row['elements']:.1f} % | {cells} |")
