@@ -20,6 +20,7 @@ import contextlib
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -57,25 +58,26 @@ from train_dba import (
 )
 
 VOCAB = 50_257                                             # GPT-2's
+CLOCK = time.perf_counter                                  # or, by --cpu-time, time.process_time
 CASES = ("paper_baseline", "paper_gqa", "paper_decoupled", "paper_decoupled_sem8", "paper_mla", "llama")
 
 
 # -----------------------------------------------------------------------------
 # Clocks
 
-def times_of(call, device, rounds=7, least=0.005):
-    """Seconds of each of `rounds` repetitions of call(), which one is repeated for at least `least` seconds between two
-    synchronisations, after two calls that don't count."""
-    for _ in range(2):
+def times_of(call, device, rounds=7, least=0.005, warm_up=2):
+    """Seconds by CLOCK of each of `rounds` repetitions of call(), which one is repeated for at least `least` seconds
+    between two synchronisations, after `warm_up` calls that don't count."""
+    for _ in range(warm_up):
         call()
     repeat, seconds = 1, []
     while len(seconds) < rounds:
         synchronize(device)
-        started = time.perf_counter()
+        started = CLOCK()
         for _ in range(repeat):
             call()
         synchronize(device)
-        taken = time.perf_counter() - started
+        taken = CLOCK() - started
         if taken < least and not seconds:
             repeat *= 2
             continue
@@ -120,7 +122,7 @@ def forget(device):
 
 def ceilings(device, toy):
     """A copy of a large buffer (bytes read and written), and square matrix products of random values."""
-    size, n = (2**24, 512) if toy else (2**32, 8192)
+    size, n = (2**24, 512) if toy else (2**32, 8192) if device.type == "cuda" else (2**28, 2048)
     x = torch.empty(size, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
     yield dict(what="copy", bytes=size, gb_per_s=2e-9 * size / median_of(lambda: y.copy_(x), device))
@@ -220,6 +222,38 @@ def loss(device, toy):
     train_dba.LOGIT_CHUNK[device.type] = kept
 
 
+LOSSES = ((2048, 512, 33_278), (1024, 768, VOCAB), (512, 1024, VOCAB), (2048, 256, 4096), (4096, 192, 257))
+
+
+def compact(device, toy):
+    """The loss and its gradients, ours and PyTorch's compact one in turn, each in float32 and bfloat16, by tokens,
+    width and types."""
+    for N, D, types in ((32, 64, 257),) if toy else LOSSES:
+        targets, calls = torch.randint(types, (N,), device=device), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            h = torch.randn(N, D, device=device).to(dtype).requires_grad_()
+            weight = torch.randn(-(-types // 64) * 64, D, device=device).mul_(0.02).requires_grad_()
+
+            def ours(h=h, weight=weight, targets=targets, types=types):
+                nll = train_dba.LinearCrossEntropy.apply(h, weight, targets, types, train_dba.nll_and_grad, True)
+                torch.autograd.grad(nll, (h, weight))
+
+            def theirs(h=h, weight=weight, targets=targets, types=types):
+                nll = F.linear_cross_entropy(h, weight[:types].to(h.dtype), targets, reduction="sum",
+                                             options=train_dba.COMPACT)
+                torch.autograd.grad(nll, (h, weight))
+
+            calls[f"ours {str(dtype)[6:]}"] = ours
+            if train_dba.COMPACT:
+                calls[f"compact {str(dtype)[6:]}"] = theirs
+        seconds = {name: [] for name in calls}
+        for _ in range(2 if toy else 3):
+            for name, call in calls.items():
+                seconds[name] += times_of(call, device, rounds=1, least=0, warm_up=not seconds[name])
+        ms = {name: 1000 * statistics.median(each) for name, each in seconds.items()}
+        yield dict(tokens=N, width=D, types=types, ms=ms)
+
+
 def llama(cfg):
     """Transformers' Llama of the same shape, with forward(idx, targets) as GPT's. Raises ImportError without it."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -236,16 +270,16 @@ def llama(cfg):
     return model
 
 
-def stepper(case, cfg, device, dtype):
+def stepper(case, cfg, device, dtype, vocab_size=VOCAB):
     """A function that takes one optimiser step of the case, as train() does, on random tokens."""
     torch.manual_seed(0)
     with device:
-        model = llama(cfg) if case == "llama" else GPT(cfg, VOCAB).init_weights()
+        model = llama(cfg) if case == "llama" else GPT(cfg, vocab_size).init_weights()
     optimizer = make_optimizer(model, cfg)
     runner = model
     if cfg.compile:
         runner = torch.compile(model) if case == "llama" else compile_model(model)
-    batch = torch.randint(VOCAB, (2, cfg.batch_size, cfg.block), device=device)
+    batch = torch.randint(vocab_size, (2, cfg.batch_size, cfg.block), device=device)
     ranks, micro = Ranks(0, 1, device), cfg.micro_batch or cfg.batch_size
 
     def step():
@@ -305,6 +339,27 @@ def train(device, toy, cases=(), micro=(), compile=True, layers=None, steps=None
         row = measured_steps(case, cfg, device, steps or (2 if toy else 6))
         base = base or row["tok_s"]
         yield {**row, "times_first": row["tok_s"] / base if row["tok_s"] else None}
+
+
+GROWN = {"batch_size": (1, 2, 4, 8, 16), "d_model": (128, 256, 512, 1024), "layers": (2, 4, 8, 16)}
+
+
+def growth(device, toy):
+    """Seconds of a training step as the batch, the width or the depth grows, the other two as they are in the middle;
+    heads of 64 channels (8+32 decoupled), a vocabulary of bytes, which costs little beside the blocks."""
+    middle = dict(batch_size=4, d_model=256, layers=4)
+    dtype, _ = pick_dtype("auto", device)
+    for case, (axis, values) in itertools.product(("standard", "decoupled"), GROWN.items()):
+        for value in values[:2] if toy else values:
+            sizes = {**middle, axis: value}
+            d = sizes["d_model"]
+            widths = dict(sem_dim=d // 8, geo_dim=d // 2) if case == "decoupled" else {}
+            cfg = make_config(data="-", attn_mode=case, n_head=d // 64, d_ff=3 * d, block=32 if toy else 256, **sizes,
+                              **widths)
+            forget(device)
+            seconds = times_of(stepper(case, cfg, device, dtype, 257), device, rounds=2 if toy else 3, least=0)
+            yield dict(case=case, axis=axis, value=value, params=count_params(cfg, 257)["total"],
+                       dtype=str(dtype)[6:], seconds=statistics.median(seconds), fastest_s=min(seconds))
 
 
 def small(device, toy):
@@ -371,22 +426,23 @@ DECODED = (("standard", dict(attn_mode="standard"), ("fp16", "q4_0")),
 
 
 @torch.inference_mode()
-def decode(device, toy):
+def decode(device, toy, tokens=()):
     """One query's attention over one layer's cache: microseconds of the kernels alone (`us`, a CUDA graph) and with
     Python's launches, bytes read per second as a share of a copy's, and PyTorch's attention over a cache of standard
-    attention in float16 as the baseline."""
+    attention in float16 as the baseline, on a CPU in bfloat16, which is faster there."""
     kernel, _ = resolve_kernel("auto", device)
     copy = next(ceilings(device, toy))["gb_per_s"]
-    cases = ((1, 256),)
-    if not toy:
+    cases = [(1, each) for each in tokens] or ((1, 256),)
+    if not (toy or tokens):
         cases = (1, 8192), (1, 131_072), (32, 8192), (1, 1024), (1, 32_768), (8, 8192), (8, 32_768)
-    H, d = 32, 2048
+    H, d, half = 32, 2048, torch.bfloat16 if device.type == "cpu" else torch.float16
     for batch, tokens in cases:
-        k, v = torch.randn(2, batch, H, tokens, d // H, device=device, dtype=torch.float16)
-        q = torch.randn(batch, H, 1, d // H, device=device, dtype=torch.float16)
+        k, v = torch.randn(2, batch, H, tokens, d // H, device=device, dtype=half)
+        q = torch.randn(batch, H, 1, d // H, device=device, dtype=half)
         base = median_of(captured(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v), device), device)
         n = batch * tokens * 4 * d
-        yield dict(case="standard", format="fp16", kernel="sdpa", batch=batch, tokens=tokens, us=1e6 * base,
+        fmt = "bf16" if device.type == "cpu" else "fp16"
+        yield dict(case="standard", format=fmt, kernel="sdpa", batch=batch, tokens=tokens, us=1e6 * base,
                    cache_mib=n / 2**20, gb_per_s=1e-9 * n / base, share_of_copy=1e-9 * n / base / copy)
         del q, k, v
         for name, settings, formats in DECODED:
@@ -430,7 +486,8 @@ def checkpoint(device, toy):
         path.unlink(missing_ok=True)
 
 
-BLOCKS = {block.__name__: block for block in (ceilings, check, sdpa, loss, train, profile, small, decode, checkpoint)}
+BLOCKS = {block.__name__: block for block in (ceilings, check, sdpa, loss, compact, train, profile, small, growth,
+                                                  decode, checkpoint)}
 
 
 # -----------------------------------------------------------------------------
@@ -451,8 +508,8 @@ def run_block(name, device, out, toy, **settings):
         print(f"{name:10} {line(row)}", flush=True)
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            document = dict(block=name, toy=toy, seconds=time.perf_counter() - started, env=provenance(device),
-                            rows=rows)
+            document = dict(block=name, toy=toy, seconds=time.perf_counter() - started, clock=CLOCK.__name__,
+                            load=os.getloadavg()[0], env=provenance(device), rows=rows)
             write_text(out / f"{name}.json", json.dumps(document, indent=1) + "\n")
 
 
@@ -461,7 +518,7 @@ def run_plan(args):
     failed = []
     for name in args.blocks:
         command = [sys.executable, __file__, name, "--device", args.device, "--out", str(args.out)]
-        command += ["--toy"] * args.toy
+        command += ["--toy"] * args.toy + ["--cpu-time"] * args.cpu_time
         (args.out / f"{name}.json").unlink(missing_ok=True)                     # of another run
         try:
             code = subprocess.run(command, timeout=args.limit).returncode
@@ -484,10 +541,14 @@ def main(argv=None):
         p = commands.add_parser(name, help=doc.split(":")[0].split(".")[0], description=doc)
         p.add_argument("--device", default="auto")
         p.add_argument("--out", type=Path, help="folder of the result files")
+        p.add_argument("--cpu-time", action="store_true", help="one thread, timed by the CPU time that it takes: for a "
+                       "CPU that others use, too")
         p.add_argument("--toy", action="store_true", help="sizes that any CPU manages: a rehearsal, no measurement")
         if name == "gpu":
             p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
             p.add_argument("--limit", type=float, default=300, help="seconds of a block (300)")
+        if name == "decode":
+            p.add_argument("--tokens", type=int, nargs="+", default=(), help="contexts of one sequence, and no others")
         if name == "train":
             p.add_argument("--cases", nargs="+", choices=CASES, default=())
             p.add_argument("--micro", type=int, nargs="+", default=(), help="sequences of a step (8)")
@@ -501,7 +562,14 @@ def main(argv=None):
             return run_plan(args)
         keep_freed_memory()
         settings = vars(args)
-        run_block(settings.pop("command"), pick_device(settings.pop("device")), **settings)
+        device = pick_device(settings.pop("device"))
+        if settings.pop("cpu_time"):
+            if device.type != "cpu":
+                raise UserError(f"--cpu-time says nothing of {device}")
+            global CLOCK
+            CLOCK = time.process_time
+            torch.set_num_threads(1)
+        run_block(settings.pop("command"), device, **settings)
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -3,6 +3,8 @@ Models in and out: pretrained Llamas as models of train_dba.py, trained models a
 
     python3 convert_dba.py show SmolLM2.gguf                                # what model it is, or why it can't be read
     python3 convert_dba.py export --ckpt runs/tiny --out-dir exported/tiny
+    python3 convert_dba.py advise --model SmolLM2.gguf --cache-share 0.28 --data train.txt   # what to spend bytes on
+    python3 convert_dba.py dba --model SmolLM2.gguf --cache-share 0.5 --data train.txt --out-dir runs/smol  # attention
     python3 convert_dba.py mask --model SmolLM2.gguf --data train.txt --out-dir runs/mask   # learned sparse attention
 
 A Llama is our standard attention, or gqa where query heads share keys, or bottleneck where its heads aren't as wide as
@@ -33,7 +35,6 @@ from train_dba import (
     bytes_per_token,
     count_params,
     derived,
-    load_checkpoint,
     out_of_range,
     read_bytes,
     width_problems,
@@ -94,6 +95,16 @@ class LlamaTokenizer:
         if self.prefix not in ([], [hf.bos_token_id]):
             raise UserError(f"its tokenizer puts {self.prefix} around a text; at most a token before it is understood")
         self.bytes = token_bytes(hf)
+        self.words = [hf.backend_tokenizer.to_str(), hf.bos_token, hf.eos_token, vocab_size]      # for checkpoints
+
+    @classmethod
+    def of_words(cls, words):
+        """The tokenizer of a checkpoint. Raises ValueError for words that are none."""
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+        text, bos, eos, vocab_size = words
+        made = Tokenizer.from_buffer(text.encode())
+        return cls(PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos), vocab_size)
 
     def encode(self, text):
         return np.array(self.hf.encode(text, add_special_tokens=False), dtype=np.uint32)
@@ -473,10 +484,10 @@ def show(path: Path) -> None:
 
 
 def export_run(ckpt: Path, out: Path) -> None:
-    """Write a run's best.pt as a folder for transformers, and print how it is loaded."""
-    from surgery.export import export, no_llama
-    kind, reasons = export(ckpt, out), no_llama(load_checkpoint(ckpt)["config"])
-    if kind == "Llama":
+    """Write a model as a folder for transformers, and print how it is loaded."""
+    from surgery.export import export
+    reasons = export(ckpt, out)
+    if not reasons:
         print(f"{out}: a Llama, AutoModelForCausalLM.from_pretrained({str(out)!r})")
     else:
         print(f"{out}: no Llama ({', '.join(reasons)}), but modeling_dba.py is in it, "
@@ -547,20 +558,27 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("show", help="what a pretrained Llama is as a model of train_dba.py")
     p.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
-    p = commands.add_parser("export", help="write a trained model as a folder for transformers")
-    p.add_argument("--ckpt", type=Path, required=True, help="run folder or checkpoint")
+    p = commands.add_parser("export", help="write a model as a folder for transformers")
+    p.add_argument("--ckpt", type=Path, required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
+    from surgery import command
+    command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention with one latent"))
+    command.advise_flags(commands.add_parser("advise", help="what a share of a cache's bytes is best spent on"))
     mask_flags(commands.add_parser("mask", help="learned block-sparse attention on a frozen model"))
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
     args = parser.parse_args(argv)
     try:
-        if args.command == "show":
-            show(args.path)
-        elif args.command == "export":
-            export_run(args.ckpt, args.out_dir)
-        else:
+        if args.command == "dba":
+            return command.make_dba(args, sys.argv[1:] if argv is None else argv)
+        elif args.command == "advise":
+            command.advise(args)
+        elif args.command == "mask":
             make_mask(args)
+        elif args.command == "show":
+            show(args.path)
+        else:
+            export_run(args.ckpt, args.out_dir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -37,8 +37,8 @@ def kept_by_block(cfg: Config, on_gpu: bool) -> int:
     """Bytes that a block keeps of each token for its backward pass, under autocast and without dropout.
 
     A compiled block keeps what a matrix product or the attention reads, once, and works out the rest anew. An eager one
-    keeps what every operation reads: a copy of the norm's output in half precision for each product that reads it, and
-    SiLU's output beside its input; off the GPU, where RMSNorm isn't one kernel, what that normalises twice.
+    keeps what every operation reads: the inputs of both norms, and SiLU's output beside its input; off the GPU, where
+    RMSNorm isn't one kernel, what that normalises twice.
     """
     D, H, shape, gated = cfg.d_model, cfg.n_head, cfg.attention, cfg.mlp == "swiglu"
     widest = max(sum(path.width for path in shape.paths) + cfg.null_attn, shape.v_width)
@@ -52,11 +52,8 @@ def kept_by_block(cfg: Config, on_gpu: bool) -> int:
         mlp = HALF * (3 if gated else 2) * cfg.d_ff
     else:
         norm = FULL * (1 if on_gpu else 2)
-        products = 2 * len(shape.paths) + 1                # queries and keys of each path; values
-        normed = norm + HALF if shape.latent_norm else 0
-        latent = (normed + HALF) * shape.latent            # semantic keys and values read the latent; it reads x
-        products -= 1 if shape.latent else 0
-        stream = 2 * norm * D + HALF * (products + 1 + gated) * D
+        latent = (HALF + norm * shape.latent_norm) * shape.latent
+        stream = 2 * (norm + HALF) * D
         mlp = HALF * (4 if gated else 2) * cfg.d_ff
     return stream + latent + mlp + attention + FULL * (2 + shape.latent_norm)                         # a scale a norm
 

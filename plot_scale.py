@@ -1,16 +1,18 @@
 """
-What a GPU measured, beside the formulas: the tables of docs/scale.md, and how the cost of a token grows with context.
+What devices measured, beside the formulas: the tables of docs/scale.md, and how the cost of a step and a token grows.
 
-    python3 plot_scale.py                                  # runs/bench/ to docs/scale.md and assets/fig_scale.png
+    python3 plot_scale.py                                  # runs/bench/ to docs/scale.md and two figures
     python3 plot_scale.py --bench my_bench --page "" --out .
 
-Reads the results of bench_dba.py, <bench>/<device>/<anything>.json; rehearsals at toy size are left out. The page's
-block is rewritten between its two marks. What is extrapolated says so: attention of a model of 7B parameters, from the
-bytes of its cache by formula and the bytes per second that were measured at the longest context.
+Reads the results of bench_dba.py, benchmarks/train_speed.py and benchmarks/llama_cpp.py,
+<bench>/<device>/<anything>.json; rehearsals at toy size are left out. The page's block is rewritten between its two
+marks. What is extrapolated says so: attention of a model of 7B parameters over 131,072 tokens, from the bytes of its
+cache by formula and the bytes per second that were measured at the longest context.
 """
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,10 +22,11 @@ from paper.report import replace_block
 from paper.style import COLORS, MARKERS, OTHERS, log2_x, markdown, save, subplots, write_text
 from train_dba import BROKEN, EXPS, SIZES, UserError, brief, bytes_per_token, make_config, read_json
 
-DOCUMENT = {"block": str, "toy": bool, "rows": list,
-            "env": {"device": str, "torch": str, "commit": str, "dirty": bool}}
+DOCUMENT = {"block": str, "toy": bool, "rows": list, "clock?": str, "load?": float,
+            "env": {"device": str, "cpu?": str, "threads?": int, "torch": str, "commit": str, "dirty": bool}}
 LAYERS = SIZES["1b"]["layers"]                             # of the suite whose layer `decode` measures
 BIG = dict(layers=32, d_model=4096)                        # 7B, with 32 heads of twice the width
+NEAR, FAR = 4096, 131_072                                  # tokens: time grows from here on; extrapolated to
 WIDTHS = ("sem_dim", "geo_dim", "kv_lora_rank", "rope_dim")
 MODES = {"standard": "standard", "gqa": "gqa", "8+32": "decoupled", "mla": "mla"}                 # of what is decoded
 
@@ -32,8 +35,9 @@ MODES = {"standard": "standard", "gqa": "gqa", "8+32": "decoupled", "mla": "mla"
 # Results
 
 def read_device(folder: Path) -> tuple[dict, dict]:
-    """({block: rows}, environment of the first file) of one device's results. Raises UserError for a damaged file."""
-    blocks, env = {}, None
+    """({block: rows}, environment of the first file, with the device's `name`, the `clock` and the largest `load`) of
+    one device's results. Raises UserError for a damaged file."""
+    blocks, env, loads = {}, None, []
     for path in sorted(folder.glob("*.json")):
         try:
             document = read_json(path, DOCUMENT, limit=2**24)
@@ -41,7 +45,10 @@ def read_device(folder: Path) -> tuple[dict, dict]:
             raise UserError(f"{path} is no result of bench_dba.py ({brief(e)})") from None
         if not document["toy"]:
             blocks.setdefault(document["block"], []).extend(document["rows"])
-            env = env or document["env"]
+            env = env or {**document["env"], "clock": document.get("clock")}
+            loads.append(document.get("load", 0.0))
+    if env:
+        env |= {"name": env["cpu"] if env["device"] == "cpu" else env["device"], "load": max(loads)}
     return blocks, env
 
 
@@ -60,26 +67,39 @@ def decoded(case: str, layers: int = LAYERS, scale: int = 1, d_model: int = 2048
     return make_config(data="-", n_head=32, d_model=d_model, layers=layers, **settings)
 
 
+def fitted_exponent(line: list) -> float:
+    """Of x in the times of a curve [(x, time)]: by least squares over the logarithms of all its points."""
+    values, seconds = zip(*line)
+    return statistics.linear_regression([math.log(v) for v in values], [math.log(s) for s in seconds]).slope
+
+
 def curves(rows: list) -> dict:
-    """{(case, format, kernel): [(context, row)]} of one sequence, in order, where there are two contexts at least."""
+    """{(case, format, kernel): [(context, row)]} of one sequence, in order, of those with two long contexts at least."""
     by_line = {}
     for row in rows:
         if row["batch"] == 1:
             by_line.setdefault((row["case"], row["format"], row["kernel"]), []).append((row["tokens"], row))
-    return {name: sorted(line, key=lambda point: point[0]) for name, line in by_line.items() if len(line) > 1}
+    return {name: sorted(line, key=lambda point: point[0]) for name, line in by_line.items()
+            if sum(tokens >= NEAR for tokens, _ in line) > 1}
 
 
-def exponent(line: list) -> float:
-    """Of the context, in the time between the last two contexts of a curve."""
-    (n, before), (m, after) = line[-2:]
-    return math.log(after["us"] / before["us"]) / math.log(m / n)
+def context_exponent(line: list) -> float:
+    """Of the context in the time of such a curve, from NEAR tokens on."""
+    return fitted_exponent([(tokens, row["us"]) for tokens, row in line if tokens >= NEAR])
 
 
 def extrapolated(name: tuple, line: list) -> tuple[float, float]:
-    """(GiB, ms a token) of the cache of a model of 7B parameters at a curve's longest context."""
-    tokens, row = line[-1]
-    size = tokens * bytes_per_token(decoded(name[0], scale=2, **BIG), name[1])
-    return size / 2**30, size / row["gb_per_s"] / 1e6
+    """(GiB, ms a token) of the cache of a model of 7B parameters at FAR tokens, read as fast as a curve's last."""
+    size = FAR * bytes_per_token(decoded(name[0], scale=2, **BIG), name[1])
+    return size / 2**30, size / line[-1][1]["gb_per_s"] / 1e6
+
+
+def growth_curves(rows: list) -> dict:
+    """{(case, axis): [(value, seconds)]} of training steps, in order."""
+    by_line = {}
+    for row in rows:
+        by_line.setdefault((row["case"], row["axis"]), []).append((row["value"], row["seconds"]))
+    return {name: sorted(line) for name, line in by_line.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -142,21 +162,21 @@ def decode_lines(rows: list) -> list[str]:
               f"{row['cache_mib']:,.1f}", f"{row['gb_per_s']:,.0f}", percent(row["share_of_copy"], 0),
               cell(row.get("times_faster_than_sdpa"), ".2f"))
              for row in sorted(rows, key=lambda row: (row["batch"], row["tokens"]))]
-    lines = ["One decode step's attention in one layer at 32 heads, as a CUDA graph; the share is of the rate of a "
-             "copy (above 100 % the caches of the GPU help), the last column how many times as fast as PyTorch's "
-             "attention over a float16 cache of standard attention:", "",
+    lines = ["One decode step's attention in one layer at 32 heads (on a GPU as a CUDA graph); the share is of the "
+             "rate of a copy (above 100 % caches help), the last column how many times as fast as PyTorch's "
+             "attention over an unquantised cache of standard attention:", "",
              *markdown(("heads", "format", "kernel", "batch", "context", "µs", "MiB read", "GB/s", "of a copy",
                         "x SDPA"), cells), ""]
     grown = []
     for name, line in curves(rows).items():
         gib, ms = extrapolated(name, line)
         tokens, last = line[-1]
-        grown.append((*name, f"{exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}", f"{ms:.2f}"))
+        grown.append((*name, f"{context_exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}", f"{ms:.2f}"))
     if grown:
-        lines += ["How that grows: the exponent of the context between the last two contexts of one sequence; ms a "
+        lines += [f"How that grows: the exponent of the context, fitted from {NEAR:,} tokens on; ms a "
                   f"token of {LAYERS} layers at {tokens:,} tokens; **extrapolated by formula, not measured**: GiB of "
                   f"the cache of a 7B model ({BIG['layers']} layers, d_model {BIG['d_model']}, 32 heads twice as wide) "
-                  "at the same context, and ms a token to read it at the measured GB/s:", "",
+                  f"at {FAR:,} tokens, and ms a token to read it at the GB/s of the longest context measured:", "",
                   *markdown(("heads", "format", "kernel", "exponent", "1B, ms", "7B, GiB", "7B, ms"), grown), ""]
     return lines
 
@@ -170,11 +190,55 @@ def check_lines(rows: list) -> list[str]:
 
 def ceiling_lines(rows: list) -> list[str]:
     said = [f"{row['what']} {row['gb_per_s']:,.0f} GB/s" if "gb_per_s" in row else
-            f"{row['what']} {row['tflops']:,.0f} TFLOP/s" for row in rows]
+            f"{row['what']} {row['tflops']:,.3g} TFLOP/s" for row in rows]
     return [f"Ceilings: {', '.join(said)}.", ""]
 
 
-LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, "sdpa": sdpa_lines,
+def speed_lines(rows: list) -> list[str]:
+    cells = [(row["name"], f"{row['cpu_seconds']:.2f}",
+              *(cell(row.get(f"{ratio}_cpu"), ".2f") for ratio in ("share_of_matmul_rate", "times_naive",
+                                                                    "times_llama"))) for row in rows]
+    return ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) beside "
+            "baselines, each in a process of its own, in turn; ratios of CPU time to the faster type of the matrix "
+            "products alone, of the naive model and of transformers' Llama:", "",
+            *markdown(("", "CPU s a step", "of products", "x naive", "x Llama"), cells), ""]
+
+
+def compact_lines(rows: list) -> list[str]:
+    cells = []
+    for row in rows:
+        ms = row["ms"]
+        ratios = [cell(ms[f"compact {dtype}"] / ms[f"ours {dtype}"] if f"compact {dtype}" in ms else None, ".2f")
+                  for dtype in ("float32", "bfloat16")]
+        cells.append((f"{row['tokens']:,} x {row['width']} x {row['types']:,}", f"{ms['ours float32']:,.0f}",
+                      f"{ms['ours bfloat16']:,.0f}", *ratios))
+    return ["The loss with its gradients: ms of ours, and how many times as long PyTorch's `F.linear_cross_entropy` in "
+            "compact chunks takes:", "",
+            *markdown(("tokens x width x types", "float32", "bfloat16", "theirs, float32", "theirs, bfloat16"), cells),
+            ""]
+
+
+def llama_cpp_lines(rows: list) -> list[str]:
+    depths = list(rows[0]["cpu_ms"])
+    cells = [(row["format"], row["engine"], f"{row['slope_cpu_ms']:.2f}",
+              *(f"{row['cpu_ms'][depth]:.1f}" for depth in depths)) for row in rows]
+    return ["A decode step of SmolLM2-135M here and in llama.cpp, CPU ms on one thread each: what 1,000 cached tokens "
+            "add, and a whole step (llama.cpp's weights have 4 bits):", "",
+            *markdown(("cache", "", "ms per 1,000 tokens", *(f"{int(depth):,} cached" for depth in depths)), cells), ""]
+
+
+def growth_lines(rows: list) -> list[str]:
+    cells = []
+    for (case, axis), line in growth_curves(rows).items():
+        points = ", ".join(f"{value}: {1000 * seconds:,.0f}" for value, seconds in line)
+        cells.append((case, axis, points, f"{fitted_exponent(line):.2f}"))
+    return ["How a training step grows: ms by batch, width and depth, the others at 4 x 256 tokens, d_model 256, 4 "
+            "layers; the exponent is fitted by least squares over the logarithms:", "",
+            *markdown(("attention", "axis", "value: ms", "exponent"), cells), ""]
+
+
+LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, "speed": speed_lines,
+         "compact": compact_lines, "growth": growth_lines, "sdpa": sdpa_lines, "llama_cpp": llama_cpp_lines,
          "decode": decode_lines}
 
 
@@ -183,8 +247,11 @@ def block_of(devices: dict) -> str:
     lines = formula_lines()
     for name, (blocks, env) in devices.items():
         dirty = ", with changes" if env["dirty"] else ""
-        lines += [f"### {env['device']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, commit "
+        lines += [f"### {env['name']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, commit "
                   f"{env['commit'][:7]}{dirty}.", ""]
+        if env["clock"] == "process_time":
+            lines += [f"One thread, by the CPU time that it takes, since others used the machine (load up to "
+                      f"{env['load']:.0f}): ratios and exponents are what they tell, not speed on an idle one.", ""]
         for block, make_lines in LINES.items():
             if block in blocks:
                 lines += make_lines(blocks[block])
@@ -205,26 +272,57 @@ def told_apart(lines: dict) -> dict:
     return kept
 
 
-def draw(rows: list, device: str, path: Path) -> None:
-    """Left: measured ms a token over context; right: bytes that a token of a 7B model reads, by formula."""
-    fig, (left, right) = subplots(2)
-    for (case, fmt, kernel), line in told_apart(curves(rows)).items():
-        style = dict(color=OTHERS[2] if kernel == "sdpa" else COLORS[MODES[case]], marker=MARKERS[fmt], markersize=4)
-        label = f"{case} {fmt}" + (" (SDPA)" if kernel == "sdpa" else "")
-        contexts = [n for n, _ in line]
-        left.plot(contexts, [LAYERS * row["us"] / 1000 for _, row in line], label=label, **style)
-        if kernel != "sdpa":
-            each = bytes_per_token(decoded(case, scale=2, **BIG), fmt)
-            right.plot(contexts, [n * each / 2**30 for n in contexts], **style)
-    left.set(ylabel="ms a token, attention of all layers", title=f"1B, measured: batch 1, {device}")
-    right.set(ylabel="GiB of KV cache that a token reads", title="7B, extrapolated by formula")
-    for ax in (left, right):
+def draw_decode(devices: dict, path: Path) -> None:
+    """Measured ms a token over context, a panel a device; then bytes that a token of a 7B model reads, by formula."""
+    fig, axes = subplots(len(devices) + 1)
+    *measured, last = axes
+    far, handles = {}, {}
+    for ax, (name, rows) in zip(measured, devices.items()):
+        for (case, fmt, kernel), line in told_apart(curves(rows)).items():
+            color = OTHERS[2] if kernel == "sdpa" else COLORS[MODES[case]]
+            style = dict(color=color, marker=MARKERS.get(fmt, "x"), markersize=4)
+            label = f"{case} {fmt}" + (" (SDPA)" if kernel == "sdpa" else "")
+            contexts = [n for n, _ in line]
+            handles[label], = ax.plot(contexts, [LAYERS * row["us"] / 1000 for _, row in line], **style)
+            if kernel != "sdpa":
+                far[case, fmt] = style
+        ax.set(ylabel="ms a token, attention of all layers", title=f"1B, measured: batch 1, {name}")
+    contexts = [2**n for n in range(10, 18)]
+    for (case, fmt), style in far.items():
+        each = bytes_per_token(decoded(case, scale=2, **BIG), fmt)
+        last.plot(contexts, [n * each / 2**30 for n in contexts], **style)
+    last.set(ylabel="GiB of KV cache that a token reads", title="7B, extrapolated by formula")
+    for ax in axes:
         log2_x(ax)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k")
         ax.set(yscale="log", xlabel="context (tokens)")
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         ax.grid(alpha=0.3)
-    fig.legend(loc="outside lower center", ncols=4)
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    save(fig, path)
+
+
+AXES = {"batch_size": "sequences of 256 tokens", "d_model": "width (d_model)", "layers": "depth (layers)"}
+
+
+def draw_growth(devices: dict, path: Path) -> None:
+    """Time of a training step over batch, width and depth, a row of panels a device."""
+    fig, axes = subplots(len(devices) * len(AXES), width=2.7, height=2.8, most=len(AXES))
+    panels = iter(axes)
+    for name, rows in devices.items():
+        lines = growth_curves(rows)
+        for axis, said in AXES.items():
+            ax = next(panels)
+            for (case, other), line in lines.items():
+                if other == axis:
+                    ax.plot(*zip(*line), color=COLORS[case], marker="o", markersize=4,
+                            label=f"{case}: {fitted_exponent(line):.2f}")
+            log2_x(ax)
+            ax.set(yscale="log", xlabel=said)
+            ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            ax.grid(alpha=0.3)
+            ax.legend(title="fitted exponent", title_fontsize=8)
+        axes[0].set(ylabel="seconds of a training step", title=f"measured: {name}")
     save(fig, path)
 
 
@@ -253,9 +351,10 @@ def main(argv=None) -> int:
             write_text(page, replace_block(page.read_text(), block))
         else:
             print(block)
-        for blocks, env in devices.values():
-            if curves(blocks.get("decode", [])):
-                draw(blocks["decode"], env["device"], args.out / "fig_scale.png")
+        for name, block, make in (("scale", "decode", draw_decode), ("growth", "growth", draw_growth)):
+            shown = {env["name"]: blocks[block] for blocks, env in devices.values() if block in blocks}
+            if shown:
+                make(shown, args.out / f"fig_{name}.png")
         return 0
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

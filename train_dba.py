@@ -9,13 +9,13 @@ path carries RoPE, and the two scaled scores add up:
 Once each part of q is scaled, the sum is one dot product of concatenated vectors, so every mode is a row of widths for
 the same code (totals over the H query heads; d = d_model, a = attn_dim, s = sem_dim, p = geo_dim):
 
-    mode         semantic          geometric           values     key groups   cached per token and layer
-    standard     -                 d                   d          H            2d
-    bottleneck   -                 a                   a          H            2a
-    gqa          -                 a                   a          kv_head      2a · kv_head / H
-    decoupled    s                 p                   a          H / kv_head  (s + p + a) · groups / H
-      + latent   s, from a latent  p                   a, latent  H / kv_head  kv_lora_rank + p · groups / H
-    mla          a, from a latent  one key for all     a, latent  H            kv_lora_rank + rope_dim
+    mode         semantic          geometric           values     key groups    cached per token and layer
+    standard     -                 d                   d          H             2d
+    bottleneck   -                 a                   a          H             2a
+    gqa          -                 a                   a          kv_head       2a · kv_head / H
+    decoupled    s                 p                   a          kv_head or H  (s + p + a) · groups / H
+      + latent   s, from a latent  p                   a, latent  kv_head or H  kv_lora_rank + p · groups / H
+    mla          a, from a latent  one key for all     a, latent  H             kv_lora_rank + rope_dim
 
 Dimensions: B batch, T query tokens, S key tokens, H query heads, G key/value groups, D d_model, V vocabulary, L layers,
 and per head r semantic width, p geometric width, v value width.
@@ -181,8 +181,10 @@ class Config:
     block: int = flag("model", 256, "context length in tokens", low=1)
     attn_dim: int | None = flag("model", None, "total width of values (and keys, unless decoupled); default d_model, "
                                 "decoupled sem + geo, bottleneck none", low=1)
-    sem_dim: int | None = flag("model", None, "total semantic width (32, or 4 a head)", low=1, modes=("decoupled",))
-    geo_dim: int | None = flag("model", None, "total geometric width (64, or 8 a head)", low=1, modes=("decoupled",))
+    sem_dim: int | None = flag("model", None, "total semantic width (32; with --size 4 a head)", low=1,
+                               modes=("decoupled",))
+    geo_dim: int | None = flag("model", None, "total geometric width (64; with --size 8 a head)", low=1,
+                               modes=("decoupled",))
     kv_head: int | None = flag("model", None, "key/value groups (decoupled: n_head)", low=1, modes=("gqa", "decoupled"))
     kv_lora_rank: int | None = flag("model", None, "width of one latent for all semantic keys and values (mla: d_model "
                                     "/ 4; decoupled: none)", low=1, modes=("mla", "decoupled"))
@@ -197,6 +199,8 @@ class Config:
     mlp: str = flag("model", "swiglu", "MLP", choices=("swiglu", "gelu"))
     norm_eps: float = flag("model", 1e-5, "epsilon of RMSNorm", low=0)
 
+    init_from: str | None = flag("training", None, "begin with these weights: a run folder, a checkpoint, or a Llama "
+                                 "(.gguf, Hugging Face folder)")
     dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
     steps: int = flag("training", 6000, "optimiser steps", low=1)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
@@ -228,11 +232,11 @@ class Config:
     num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
     max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
     stop: str | None = flag("sampling", None, "end before this text")
-    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (of words, of a line: no end)")
+    stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (words have none)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
     top_k: int | None = flag("sampling", None, "sample among the k likeliest tokens", low=1)
     top_p: float | None = flag("sampling", None, "sample among the likeliest of this joint probability", above=0, top=1)
-    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero: k_geo q8_0, k_sem, v, latent q4_0; "
+    kv_cache: str = flag("sampling", "fp16", "format of the KV cache; hetero (decoupled): k_geo q8_0, all else q4_0; "
                          "auto: as kv_policy.json beside the checkpoint says", choices=(*FORMATS, "hetero", "auto"))
     kv_cache_k: str | None = flag("sampling", None, "format of one stream, where the mode has it", choices=(*FORMATS,))
     kv_cache_k_sem: str | None = flag("sampling", None, "the same", choices=(*FORMATS,))
@@ -248,7 +252,8 @@ class Config:
     def attention(self):
         """The row of the table of modes, as an AttentionShape."""
         H, d, a = self.n_head, self.d_model, self.attn_dim
-        G, mla = self.kv_head or H, self.attn_mode == "mla"
+        G = self.kv_head or H
+        mla = self.attn_mode == "mla"
         latent = (self.kv_lora_rank or 0) if self.attn_mode in ("mla", "decoupled") else 0
         of_decoupled = ("latent", "k_geo", "latent") if latent else ("k_sem", "k_geo", "v")
         sem, geo, v, groups, geo_groups, streams = {       # widths over all query heads
@@ -290,50 +295,26 @@ def rope(x, pos, inv_freq):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(1, 2)
 
 
-def attend(q, k, v, null_v=None):
-    """Causal self-attention by the fused kernels of PyTorch.
-
-    q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
-    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u] in v's type.
-    """
-    u, w = v.size(-1), q.size(-1)
-    width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
-    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
-    narrow = q.device.type == "cpu" and width <= 16
-    dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
-    q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
-    if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
-        null_k = F.pad(k.new_ones(1), (w - 1, width - w)).expand(*k.shape[:2], 1, -1)             # one-hot
-        null_v = F.pad(null_v.to(dtype), (0, width - u))[:, None].expand(*k.shape[:2], 1, -1)
-        q, k, v_ = F.pad(q, (0, 0, 1, 0)), torch.cat([null_k, k], 2), torch.cat([null_v, v_], 2)  # [B, ., 1 + T, width]
-    with torch.autocast(q.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
-    return y[:, :, int(null_v is not None):, :u].to(v.dtype)
-
-
 def linear(n_in, n_out):
     return nn.Linear(n_in, n_out, bias=False)
 
 
 class RMSNorm(nn.RMSNorm):
+    """In float32 at least, also where --shard made the weight bfloat16, or autocast x; cast back here, once, since each
+    product that reads it would make, and keep, a copy of its own."""
+
     def forward(self, x):
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)           # where --shard made it bfloat16,
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)  # or autocast made x so
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
 
 def split_heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(1, 2)        # [B, T, n·w] -> [B, n, T, w]
 
 
-def times_own(x, weight):
-    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
-    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
-    return y.view(*x.shape[:3], -1)
-
-
 class Attention(nn.Module):
     """Every mode of the table at the top: project, rotate, cache, attend, merge (January 2026 paper, section 3)."""
-    attend = staticmethod(attend)                          # without a cache; surgery/mask.py gives a layer another
 
     def __init__(self, cfg):
         super().__init__()
@@ -354,7 +335,7 @@ class Attention(nn.Module):
         null = shape.streams if cfg.null_attn else {}      # the null token is one more entry of the cache, learned
         self.null = nn.ParameterDict({name: torch.empty(C) for name, C in null.items()})
         self.log_temp = nn.Parameter(torch.zeros(H)) if cfg.learned_temp else None
-        self.turn = None                                   # [p, p], orthogonal: by what --kv-rotate turns after RoPE
+        self.turn = None                                   # [p, p], orthogonal: what --kv-rotate applies after RoPE
         geo = shape.paths[-1]
         inv_freq = cfg.rope_base ** (-torch.arange(geo.width // 2)[None] / (geo.width // 2))
         rows = geo.groups if shape.latent else 1           # a converted model has a latent, and frequencies per group
@@ -404,7 +385,7 @@ class Attention(nn.Module):
             null_v = null_v.view(1 if absorb else shape.v_groups, -1)
         if cache is None:
             if self.null:
-                q += (sum(null_score)[..., None],)
+                q = [*q, sum(null_score)[..., None]]
             k = torch.cat([part.expand(-1, shape.v_groups, -1, -1) for part in k], -1)  # MLA's rotated key serves all
             y = self.attend(torch.cat(q, -1), k, split_heads(v, shape.v_groups), null_v)
         else:
@@ -416,6 +397,37 @@ class Attention(nn.Module):
                 up = self.v.weight.view(shape.v_groups, shape.v_width, -1).mT                         # [G, C, v]
                 y = times_own(y, up.to(v.dtype))                                                      # [B, H, T, v]
         return self.o(y.transpose(1, 2).flatten(2))        # [B, H, T, v] -> [B, T, D]
+
+    @staticmethod
+    def attend(q, k, v, null_v):                           # without a cache; surgery/mask.py gives a layer another
+        return attend(q, k, v, null_v)
+
+
+def times_own(x, weight):
+    """x [B, H, T, n] of each head times the matrix of its group, weight [G, n, m] -> [B, H, T, m]."""
+    y = x.reshape(len(x), len(weight), -1, x.size(3)) @ weight                  # [B, G, H/G·T, m]
+    return y.view(*x.shape[:3], -1)
+
+
+def attend(q, k, v, null_v=None):
+    """Causal self-attention by the fused kernels of PyTorch.
+
+    q [B, H, T, w] is scaled, k [B, G, T, w'], v [B, G, T, u]. With null_v [G, u], the last channel of q (w = w' + 1)
+    scores the null token, one more key and value that every query may attend to. Returns [B, H, T, u] in v's type.
+    """
+    u, w = v.size(-1), q.size(-1)
+    width = -(-max(w, u) // 8) * 8                         # without one width for all, the CPU leaves its fused kernel
+    # float32 is faster for narrow heads: 10 ms against 22 with AMX, 109 against 126 without (two shapes)
+    narrow = q.device.type == "cpu" and width <= 16
+    dtype = torch.float32 if narrow and v.dtype == torch.bfloat16 else v.dtype
+    q, k, v_ = (F.pad(x.to(dtype), (0, width - x.size(-1))) for x in (q, k, v))
+    if null_v is not None:                                 # a dummy first query keeps the triangle of is_causal
+        null_k = F.pad(k.new_ones(1), (w - 1, width - w)).expand(*k.shape[:2], 1, -1)             # one-hot
+        null_v = F.pad(null_v.to(dtype), (0, width - u))[:, None].expand(*k.shape[:2], 1, -1)
+        q, k, v_ = F.pad(q, (0, 0, 1, 0)), torch.cat([null_k, k], 2), torch.cat([null_v, v_], 2)  # [B, ., 1 + T, width]
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v_, is_causal=True, scale=1.0, enable_gqa=q.size(1) != k.size(1))
+    return y[:, :, int(null_v is not None):, :u].to(v.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -487,9 +499,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh * grad_output, dw.mul_(grad_output), None, None, None, None
 
 
-# PyTorch's own of the same, from 2.13 on. On a CPU in float32, measured on a busy machine only: 0.78 to 0.94 of our CPU
-# time at five shapes, 1.09 at a sixth (33,278 types, where wall time was 0.86); 268 MiB where ours took 398. Whether it
-# is faster is to be measured on a quiet one; None goes back to ours. In bfloat16 it falls back to slow products.
+# PyTorch's own of the same, from 2.13 on: in float32 0.72 to 1.00 of our CPU time at five shapes, in bfloat16 0.67 to
+# 1.01 (runs/bench/epyc/compact.json), where its dw has more than twice the error of ours, which adds it up in float32.
 COMPACT = None
 if hasattr(nn, "LinearCrossEntropyOptions"):
     COMPACT = nn.LinearCrossEntropyOptions(acc_policy="compact", batch_chunk_size=512)
@@ -794,7 +805,19 @@ MARKUP = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def make_tokenizer(name, words):
+    if name == "llama":                                    # of weights that were a Llama's
+        return converter().LlamaTokenizer.of_words(words)
     return TOKENIZERS[name]() if words is None else TOKENIZERS[name](words)
+
+
+def converter():
+    """convert_dba.py, which Llamas alone need. Raises UserError where it is missing."""
+    try:
+        import convert_dba
+        return convert_dba
+    except ModuleNotFoundError as e:
+        raise UserError(f"a Llama needs the module {e.name}: the whole repository, and pip install -r "
+                        "requirements-eval.txt") from None
 
 
 def tokenizer_hash(tokenizer):
@@ -935,8 +958,9 @@ def check_same_data(recorded: dict, data: Data, trained: object, advice: str):
         raise UserError(f"{trained} was trained on other data ({'; '.join(differ)}); {advice}")
 
 
-def load_data(cfg):
-    """Data of --data, --val-data, --val-frac, --tokenizer. Raises UserError for whatever is wrong with the files."""
+def load_data(cfg, tokenizer=None):
+    """Data of --data, --val-data, --val-frac, --tokenizer. tokenizer: that of --init-from, which the data must be in,
+    or are put into. Raises UserError for whatever is wrong with the files."""
     paths = [Path(p) for p in (cfg.data, cfg.val_data) if p]
     for path in paths:
         if os.path.isdir(path):
@@ -948,7 +972,12 @@ def load_data(cfg):
             raise UserError(f"{path} is empty; make or download it again")
     if len({path.suffix == ".npy" for path in paths}) > 1:
         raise UserError("--data and --val-data must both be .npy or both be text")
-    data = (load_token_files if paths[0].suffix == ".npy" else load_texts)(cfg, paths)
+    if tokenizer and cfg.tokenizer not in ("auto", tokenizer.name):
+        raise UserError(f"--tokenizer {cfg.tokenizer}, but --init-from reads {tokenizer.name}; leave it out")
+    data = load_token_files(cfg, paths) if paths[0].suffix == ".npy" else load_texts(cfg, paths, tokenizer)
+    if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+        raise UserError(f"{paths[0]} was made with {data.tokenizer.name}, {data.tokenizer.vocab_size} types; what "
+                        f"--init-from names reads {tokenizer.name}, {tokenizer.vocab_size}, or other words")
     if data.sha256 == data.val_sha256:
         raise UserError(f"{paths[0]} and its validation data {cfg.val_data or ''} hold the same: the loss would be "
                         "that of the training data; give another --val-data, or --val-frac")
@@ -980,9 +1009,10 @@ def load_token_files(cfg, paths):
     return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"], None)
 
 
-def load_texts(cfg, paths):
-    """Text files, tokenised here; a word vocabulary is that of the training part alone."""
+def load_texts(cfg, paths, tokenizer=None):
+    """Text files, tokenised here; unless there is one already, a word vocabulary is that of the training part alone."""
     kind = cfg.tokenizer if cfg.tokenizer != "auto" else "word" if paths[0].suffix == ".tokens" else "gpt2"
+    kind = tokenizer.name if tokenizer else kind
     texts = [read_text(path) for path in paths]
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     hashes = hashes if len(texts) > 1 else [*hashes, None]
@@ -990,13 +1020,15 @@ def load_texts(cfg, paths):
     if kind == "word":
         parts = [split_words(text) + [EOS] for text in texts]
         parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
-        tokenizer = WordTokenizer.build(parts[0])
+        tokenizer = tokenizer or WordTokenizer.build(parts[0])
         return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
-    tokenizer = make_tokenizer(kind, None)
-    parts = [np.append(tokenizer.encode(text), np.uint16(tokenizer.eot)) for text in texts]
-    parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
-    val_text = tokenizer.decode(parts[1][parts[1] != tokenizer.eot])
-    return Data(*parts, tokenizer, val_bytes or len(val_text), *hashes)
+    tokenizer = tokenizer or make_tokenizer(kind, None)
+    parts = [tokenizer.encode(text) for text in texts]
+    parts = [np.append(ids, ids.dtype.type(tokenizer.eot)) for ids in parts]
+    if len(parts) == 1:
+        parts = split_off(parts[0], cfg.val_frac)
+        val_bytes = len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
+    return Data(*parts, tokenizer, val_bytes, *hashes)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -1093,10 +1125,6 @@ def pick_device(name):
     return device
 
 
-def cpu_features():
-    return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
-
-
 def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
     """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
     training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
@@ -1173,6 +1201,10 @@ def make_optimizer(model, cfg):
 
 
 DECAY = 0.2                                                # of the steps: the end of a warm-up, stable, decay schedule
+
+
+def default_schedule(min_lr, lr):
+    return "constant" if min_lr in (None, lr) else "cosine"
 
 
 def lr_at(step, cfg):
@@ -1332,15 +1364,12 @@ def config_of(logged: dict) -> Config:
     TypeError where it isn't one."""
     check(logged, CONFIG, "config")
     cfg = Config(**logged)
-    return dataclasses.replace(cfg, schedule=cfg.schedule or ("constant" if cfg.min_lr in (None, cfg.lr) else "cosine"))
+    return dataclasses.replace(cfg, schedule=cfg.schedule or default_schedule(cfg.min_lr, cfg.lr))
 
 
 def checkpoint_file(path):
     """Path of the checkpoint that --ckpt means: of a run folder its best.pt. Raises UserError where none is."""
-    path = Path(path)
-    if os.path.isfile(path / "config.json") or path.suffix in (".gguf", ".safetensors") and os.path.isfile(path):
-        raise UserError(f"{path} is a pretrained model of another format; eval_dba.py measures it (--ckpt {path})")
-    path = path / "best.pt" if os.path.isdir(path) else path
+    path = Path(path, "best.pt") if os.path.isdir(path) else Path(path)
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give a run folder, or a last.pt or best.pt of one (`make checkpoints` "
                         "trains two small ones)")
@@ -1392,6 +1421,17 @@ def load_model(ckpt):
     return model.eval()
 
 
+def read_model(path, device="cpu"):
+    """(GPT in eval mode, tokenizer, path of the file or folder, checkpoint or {}) of a run folder, a checkpoint, or a
+    Llama: a .gguf file or a Hugging Face folder. Raises UserError."""
+    path = Path(path)
+    if path.suffix == ".gguf" and os.path.isfile(path) or os.path.isfile(path / "config.json"):
+        return *converter().load_llama(path, device), path, {}
+    path = checkpoint_file(path)
+    ckpt = load_checkpoint(path, device)
+    return load_model(ckpt), ckpt["tokenizer"], path, ckpt
+
+
 def provenance(device):
     """What a reader needs to place the numbers of a run: versions, hardware, threads, and the code's commit. That is
     unknown where the code was unpacked inside another repository."""
@@ -1405,7 +1445,7 @@ def provenance(device):
     own = git("rev-parse", "--show-prefix") == "" and git("ls-files", Path(__file__).name)
     commit = git("rev-parse", "HEAD") if own else None
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                platform=platform.system(), cpu=cpu_features().get("cpu_name", platform.processor()),
+                platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
@@ -1543,12 +1583,12 @@ class PlainLines:
         sys.stderr.flush()
 
 
-def progress(total, unit, desc, **how):
-    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. how: more arguments of tqdm."""
+def progress(total, unit, desc, **options):
+    """A tqdm on standard error: a bar, or without a terminal a line every LINE_SECONDS. options: of tqdm."""
     plain = dict(file=PlainLines(), mininterval=LINE_SECONDS, delay=LINE_SECONDS, miniters=1, bar_format=(
         "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} " + unit + ", {rate_fmt}, {remaining} left{postfix}"))
     where = dict(dynamic_ncols=True) if sys.stderr.isatty() else plain
-    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **how)
+    return tqdm(total=total, unit=unit, desc=desc, unit_scale=total > 10_000, **where, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -1587,7 +1627,8 @@ def evaluate(model, data, cfg, micro, ranks, dtype):
 def share_out(cfg, ranks):
     """Micro-batch size, and the micro-batches of a step that this rank takes: fixed globally, dealt round-robin."""
     if ranks.world > 1 and cfg.dropout and not cfg.micro_batch:
-        raise UserError("dropout masks are drawn per micro-batch; give --micro-batch, so that ranks don't change them")
+        raise UserError("dropout masks are drawn per micro-batch; give --micro-batch a number, so that ranks don't "
+                        "change them")
     micro = cfg.micro_batch or max(1, cfg.batch_size // ranks.world)
     count = cfg.batch_size * cfg.grad_accum // micro
     if cfg.batch_size % micro or count % ranks.world:
@@ -1652,11 +1693,24 @@ def describe(cfg, data, ranks, dtype, why):
                 data=data.identity)
 
 
-def build(cfg, vocab_size, device):
+def share_of_peak(cfg, vocab_size, ranks, env):
+    """What a token per second is of the FLOP/s of all ranks' devices, by estimate.py's data sheets, which are of dense
+    bfloat16; None where the device isn't among them, or estimate.py isn't here."""
+    try:
+        import estimate
+    except ModuleNotFoundError:
+        return None
+    peak = estimate.peak_of(env["device"]) if cfg.dtype == "bfloat16" else None
+    return peak and estimate.model_flops(cfg, vocab_size) / (peak * ranks.world)
+
+
+def build(cfg, vocab_size, device, source=None):
     """Model, compiled and sharded if it is to be, optimiser and the generator that decides the order of the data, all
-    from the seed."""
+    from the seed. source: a model of the same shape whose weights it gets."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, vocab_size).init_weights()
+    if source:
+        model.load_state_dict(source.state_dict())
     if not cfg.shard:                                      # sharding brings it there block by block
         model.to(device)
     if cfg.compile:
@@ -1683,6 +1737,7 @@ def lacks_memory(cfg, vocab_size, ranks, dtype):
     model = optimizer = None
     gc.collect()                                           # a compiled model is part of a cycle
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()                   # the log's is the run's own
     return ranks.sum(lacking)[0] > 0
 
 
@@ -1696,7 +1751,8 @@ def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
         raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
     sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
              and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
-    shards = mesh_sizes()[1] if cfg.shard else 1
+    nodes, local_ranks = mesh_sizes()
+    shards = (local_ranks if local_ranks > 1 else nodes) if cfg.shard else 1    # as shard_model() splits
     first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
     sizes = [size for size in sizes if size <= first]
     while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
@@ -1731,15 +1787,16 @@ def restore(ckpt, model, optimizer, rng):
         raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
 
 
-def train(cfg, given, argv):
-    """Train until cfg.steps, from the run folder's last.pt if there is one. Returns the exit code."""
+def train(cfg, given, argv, source=None, tokenizer=None):
+    """Train until cfg.steps, from the run folder's last.pt if there is one. source, tokenizer: of --init-from. Returns
+    the exit code."""
     # --- device, run folder, data
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
     if cfg.shard and not dist.is_initialized():
         raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
-    micro, mine = share_out(cfg, ranks)
+    share_out(cfg, ranks)                                  # refuses early what can't be dealt
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
     env = provenance(device)
@@ -1752,19 +1809,22 @@ def train(cfg, given, argv):
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
     if cfg.dtype == "auto" and device.type == "cpu":
-        env["product_tflops"] = ranks.from_first(lambda: product_rates(micro * cfg.block, cfg.d_model, cfg.d_ff))
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(cfg.block, cfg.d_model, cfg.d_ff))
     dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
     if given.get("dtype", "auto") == "auto" != cfg.dtype:
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
-    data = load_data(cfg)
+    data = load_data(cfg, tokenizer)
     if cfg.micro_batch == 0:
         cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
     micro, mine = share_out(cfg, ranks)
-    meta = describe(cfg, data, ranks, dtype, why)
+    meta, of_peak = describe(cfg, data, ranks, dtype, why), share_of_peak(cfg, data.tokenizer.vocab_size, ranks, env)
 
     # --- model, optimiser, data order
-    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device)
+    source = None if ckpt else source
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, source)
+    if source and main_rank:
+        print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     step, best = 0, math.inf
     if ckpt:
         check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
@@ -1837,7 +1897,8 @@ def train(cfg, given, argv):
         # log, evaluate, save
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == 1 or last:
-            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=timed_steps * cfg.tokens_per_step / seconds,
+            tok_s = timed_steps * cfg.tokens_per_step / seconds
+            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=tok_s, mfu=of_peak and of_peak * tok_s,
                 step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
             seconds, timed_steps = 0.0, 0
         if step % cfg.eval_every == 0 or last:
@@ -1870,7 +1931,7 @@ def train(cfg, given, argv):
 
 
 # =============================================================================
-# Part II: decoding, which training never needs
+# Part II: decoding, of which training only tells the sizes; then the command line
 
 # -----------------------------------------------------------------------------
 # Quantisation: blocks of 32 channels of one token, across heads, share a float16 scale; the last block may be short.
@@ -1880,7 +1941,8 @@ HETERO = {"k_sem": "q4_0", "k_geo": "q8_0", "v": "q4_0", "latent": "q4_0"}      
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # QLoRA, appendix E
-EXTREME_CODES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}  # of a block's largest value
+# What a block's largest value becomes, in units of its scale.
+EXTREMES = {"q8_0": 127, "q4_0": -8, "q4_sym": 7, "nf4": 1, "q3_0": -4, "q2_0": -2}
 
 
 def stream_bytes(fmt, C):
@@ -1926,8 +1988,8 @@ def quantize(x, fmt):
     C = x.size(1)
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
-    extreme = extreme if EXTREME_CODES[fmt] < 0 else extreme.abs()
-    d = extreme / x.new_tensor(EXTREME_CODES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
+    extreme = extreme if EXTREMES[fmt] < 0 else extreme.abs()
+    d = extreme / x.new_tensor(EXTREMES[fmt])         # a tensor: CUDA would multiply by the inverse of a number
     fits = d.abs() < 65520                                 # rounds to a finite float16; false for a NaN
     x = torch.where(fits, x, 0.0) * torch.where(fits & (d.abs() > 2**-25), 1 / d, 0.0)            # in units of d
     if fmt == "q8_0":
@@ -2000,8 +2062,9 @@ def cache_slots(tokens, residual):
 def cache_bytes(cfg, batch, tokens, policy, residual=0):
     """Bytes that a KVCache of these arguments owns."""
     settled, ring = cache_slots(tokens, residual)
-    policies = cache_formats(cfg, policy), {name: ring_format(fmt) for name, fmt in cache_formats(cfg, policy).items()}
-    return batch * (settled * bytes_per_token(cfg, policies[0]) + ring * bytes_per_token(cfg, policies[1]))
+    formats = cache_formats(cfg, policy)
+    of_ring = {name: ring_format(fmt) for name, fmt in formats.items()}
+    return batch * (settled * bytes_per_token(cfg, formats) + ring * bytes_per_token(cfg, of_ring))
 
 
 class CacheStream:
@@ -2012,7 +2075,8 @@ class CacheStream:
     levels, ring_block = NF4, RING_BLOCK
 
     def __init__(self, batch, channels, settled, ring, fmt, device):
-        self.fmt, self.ring_fmt, self.channels, (self.bits, scale_bytes) = fmt, ring_format(fmt), channels, FORMATS[fmt]
+        self.fmt, self.ring_fmt, self.channels = fmt, ring_format(fmt), channels
+        self.bits, scale_bytes = FORMATS[fmt]
         dtype = FLOAT_FORMATS.get(fmt, torch.int8 if self.bits == 8 else torch.uint8)
         rows = -(-channels * self.bits // 8) if scale_bytes else channels
         self.codes = torch.empty(batch, rows, settled, dtype=dtype, device=device)
@@ -2341,7 +2405,8 @@ def prompts(cfg, tokenizer):
     try:
         if cfg.prompt_tokens is None:
             for text in prompt_texts(cfg):
-                yield tokenizer.encode(text).tolist() or [tokenizer.eot]
+                ids = [*getattr(tokenizer, "prefix", []), *tokenizer.encode(text).tolist()]       # of a Llama: BOS
+                yield ids or [tokenizer.eot]
             return
         ids = [int(word) for word in cfg.prompt_tokens.replace(",", " ").split()]
     except ValueError:                                     # of which UnicodeEncodeError is one
@@ -2429,9 +2494,12 @@ def auto_policy(cfg, model_cfg):
                         f"({brief(e)}); {again}") from None
     formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
     kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-    with open(ckpt, "rb") as f:
-        if policy.get("checkpoint_sha256") != hashlib.file_digest(f, "sha256").hexdigest():
-            raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
+    digest = hashlib.sha256()
+    for part in sorted(ckpt.glob("*.safetensors")) if ckpt.is_dir() else [ckpt]:
+        with open(part, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    if policy.get("checkpoint_sha256") != digest.hexdigest():
+        raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
     print(f"--kv-cache auto ({path}): {', '.join(map(' '.join, formats.items()))}, {'' if rotate else 'not '}rotated, "
           f"residual {residual}, kernel {kernel}", file=sys.stderr)
     return dataclasses.replace(cfg, kv_cache="fp16", kv_rotate=rotate, kv_residual=residual, kernel=kernel,
@@ -2507,9 +2575,8 @@ def resolve_kernel(name, device, formats=()):
 def sample(cfg):
     """Stream continuations of the prompts to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
-    cfg = dataclasses.replace(cfg, ckpt=str(checkpoint_file(cfg.ckpt)))
-    ckpt = load_checkpoint(cfg.ckpt, device)
-    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    model, tokenizer, path, ckpt = read_model(cfg.ckpt, device)
+    cfg = dataclasses.replace(cfg, ckpt=str(path))
     timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
     rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
     dtype, why = pick_dtype(cfg.dtype, device, rates)
@@ -2518,7 +2585,8 @@ def sample(cfg):
     kernel, why_kernel = resolve_kernel(cfg.kernel, device, formats.values())
     if cfg.kv_rotate:
         rotate_cache(model)
-    header = (f"{model.cfg.attn_mode} attention, step {ckpt['step']}, {dtype} ({why}) on {device}, kernel "
+    trained = f"step {ckpt['step']}" if ckpt else "a Llama"
+    header = (f"{model.cfg.attn_mode} attention, {trained}, {dtype} ({why}) on {device}, kernel "
               f"{kernel.name} ({why_kernel})\nKV cache ({', '.join(map(' '.join, formats.items()))}): "
               f"{compare_bytes(model.cfg, formats)}")
     with autocast(device, dtype):                          # around the whole loop, so that weights are cast once
@@ -2561,7 +2629,7 @@ def continue_text(model, tokenizer, ids, cache, cfg, seed):
 
 def derived(c):
     """Defaults that depend on other settings. c: dict of all fields, None where unset -> the same, filled in."""
-    schedule = c["schedule"] or ("constant" if c["min_lr"] in (None, c["lr"]) else "cosine")
+    schedule = c["schedule"] or default_schedule(c["min_lr"], c["lr"])
     fallback = dict(embed_dim=c["d_model"], schedule=schedule, min_lr=c["lr"] / (1 if schedule == "constant" else 10),
                     out_dir=f"runs/{c['exp'] or c['attn_mode']}_seed{c['seed']}",
                     warmup_steps=min(2000, c["steps"] // 5) if c["exp"] else min(100, c["steps"] // 10))
@@ -2574,7 +2642,7 @@ def derived(c):
         head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
         fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
     c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config")}}
+    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config", "init_from")}}
 
 
 def out_of_range(settings):
@@ -2640,25 +2708,28 @@ def problems(c, given):
     if c.mode == "sample":
         asked = [flag_name(name) for name in ("prompt", "prompt_file", "prompt_tokens", "interactive")
                  if getattr(c, name) not in (None, False)]
-        return wrong + [message for bad, message in checks + [
+        checks += [
             (not c.ckpt, "--mode sample needs --ckpt, the checkpoint to sample from"),
             (len(asked) > 1, f"{' and '.join(asked)} exclude each other; give one"),
             (c.temperature == 0 and (c.top_k or c.top_p),
              "--temperature 0 takes the likeliest token; leave out --top-k and --top-p"),
             (c.kv_cache == "auto" and overrides,
              f"--kv-cache auto says what {' and '.join(overrides)} would; leave one out"),
-        ] if bad]
-    return wrong + [message for bad, message in checks + [
-        (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
-        (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
-        (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
-        (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
-        (c.schedule == "constant" and c.min_lr != c.lr,
-         f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
-        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
-        (c.micro_batch and c.batch_size % c.micro_batch,
-         f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
-    ] if bad] + list(width_problems(c))
+        ]
+    else:
+        checks += [
+            (not c.data, "--data is missing: a .npy by prepare_fineweb.py, or a text file"),
+            (c.val_data and c.val_frac, "--val-data and --val-frac exclude each other; give one"),
+            (c.dtype == "float16", "--dtype float16 needs loss scaling, which training here doesn't do; use bfloat16"),
+            (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
+            (c.schedule == "constant" and c.min_lr != c.lr,
+             f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
+            (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
+            (c.micro_batch and c.batch_size % c.micro_batch,
+             f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
+            *((True, message) for message in width_problems(c)),
+        ]
+    return wrong + [message for bad, message in checks if bad]
 
 
 def make_config(**given):
@@ -2696,10 +2767,21 @@ def settings_of(path, attn_mode=None):
     if attn_mode not in (None, settings["attn_mode"]):
         own |= {"attn_dim"} | {f.name for f in fields if f.metadata["modes"] and attn_mode not in f.metadata["modes"]}
     given = {name: value for name, value in settings.items() if value != DEFAULTS[name] and name not in own}
-    for name in reversed(given):
+    for name in reversed([*given]):
         if DEFAULTS[name] is None and derived({**DEFAULTS, **given, name: None})[name] == given[name]:
-            given = {other: value for other, value in given.items() if other != name}
+            del given[name]
     return given
+
+
+def shape_from(cfg, given):
+    """The flags given, and the settings of a model's shape that it has by its Config; the context may be another.
+    Raises UserError where a flag says else."""
+    shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
+    shape.update(size=None, exp=None)
+    differ = [flag_name(name) for name in shape if name in given and given[name] != shape[name] and name != "block"]
+    if differ:
+        raise UserError(f"--init-from {given['init_from']} has a shape of its own; leave out {' and '.join(differ)}")
+    return {**{name: value for name, value in shape.items() if value != DEFAULTS[name]}, **given}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2744,13 +2826,17 @@ def main(argv=None):
             raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
         if given.get("mode") != "sample":
             given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
+        source = ()
+        if given.get("init_from") and given.get("mode") != "sample":
+            source = read_model(given["init_from"])[:2]
+            given = shape_from(source[0].cfg, given)
         cfg = make_config(**given)
         keep_freed_memory()
         if cfg.mode == "sample":
             return sample(cfg)
         main_rank = os.environ.get("RANK", "0") == "0"
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
-            return train(cfg, given, argv)
+            return train(cfg, given, argv, *source)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1
@@ -2765,4 +2851,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["train_dba"] = sys.modules[__name__]       # which convert_dba.py imports: this file, not it once more
     sys.exit(main())

@@ -7,10 +7,10 @@ What the format of the KV cache costs in quality, against a float32 cache, on va
         --kv-cache q8_0 q4_0 k=q4_0,v=q3_0 q3_0 q2_0
 
 Windows of the model's context, spread over the validation part, each through a cache of its own without a residual
-window: every key and value that is attended to has been quantised. Weights and activations are float32. Per format,
-and with q4_0 for one stream and float32 for the rest, with and without rotation: the difference in nll (nats per token,
-with the standard error over windows), the mean Kullback-Leibler divergence of the next-token distribution, and how
-often the likeliest token is the same.
+window: every key and value that is attended to has been quantised. Per format, and with q4_0 for one stream and float32
+for the rest, with and without rotation: the difference in nll (nats per token, with the standard error over windows),
+the mean Kullback-Leibler divergence of the next-token distribution, and how often the likeliest token is the same.
+Products are float32, or of --dtype, whose rounding the row of fp16 then shows.
 """
 
 import copy
@@ -23,14 +23,15 @@ from tqdm import tqdm
 from common import parser_of, train_dba, write
 from evals.policy import calibration_windows
 from evals.subject import formats_of, held_out, load_subject
-from train_dba import FORMATS, KVCache, UserError, bytes_per_token
+from train_dba import FORMATS, KVCache, UserError, autocast, bytes_per_token
 
 
 @torch.inference_mode()
-def log_probabilities(model, windows, policy):
+def log_probabilities(model, windows, policy, dtype):
     """Log-probabilities [B, T, V] of windows of token ids [B, T] through a cache of that policy."""
     cache = KVCache(model.cfg, len(windows), windows.size(1), policy, device=windows.device)
-    return model(windows, cache=cache).log_softmax(-1)
+    with autocast(windows.device, dtype):
+        return model(windows, cache=cache).log_softmax(-1)
 
 
 def window_nll(log_p, y):
@@ -46,18 +47,18 @@ def policies_of(cfg):
     return policies
 
 
-def measure(models, batches, policies):
+def measure(models, batches, policies, dtype):
     """One row of figures per policy and model. models: {rotate: GPT}; the float32 cache of models[False] is what all
     are compared with."""
     cfg, sums = models[False].cfg, {}
     for x, y in tqdm(batches, desc=cfg.attn_mode):
-        p = log_probabilities(models[False], x, "fp32")
+        p = log_probabilities(models[False], x, "fp32", dtype)
         for name, policy in policies.items():
             for rotate, model in models.items():
-                q = log_probabilities(model, x, policy)
+                q = log_probabilities(model, x, policy, dtype)
                 losses, kl, same = sums.get((name, rotate), ([], 0.0, 0))
                 sums[name, rotate] = (losses + [torch.stack([window_nll(p, y), window_nll(q, y)])],
-                                        kl + (p.exp() * (p - q)).double().sum().item(),
+                                        kl + (p.exp() * (p - q)).sum(-1).double().sum().item(),
                                         same + (p.argmax(-1) == q.argmax(-1)).sum().item())
     tokens = sum(y.numel() for _, y in batches)
     for (name, rotate), (losses, kl, same) in sums.items():
@@ -79,11 +80,12 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once")
     parser.add_argument("--kv-cache", nargs="+", help="formats, as eval_dba.py takes them (all, and each stream alone)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     rows, sources = [], {}
     for ckpt in args.ckpts:
         try:
-            subject = load_subject(ckpt, args.device)
+            subject = load_subject(ckpt, args.device, args.dtype)
             held = held_out(subject, args.data)
             windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
             policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
@@ -93,8 +95,9 @@ def main():
         train_dba.rotate_cache(rotated)
         batches = [(ids[:, :-1], ids[:, 1:]) for ids in windows.to(subject.device).split(args.batch_size)]
         label = subject.path.name if subject.step is None else "/".join(subject.folder.resolve().parts[-2:])
-        sources[label] = dict(sha256=subject.sha256, data_sha256=held.sha256, block=windows.size(1) - 1)
-        for row in measure({False: subject.model, True: rotated}, batches, policies):
+        sources[label] = dict(sha256=subject.sha256, data_sha256=held.sha256, block=windows.size(1) - 1,
+                              dtype=args.dtype)
+        for row in measure({False: subject.model, True: rotated}, batches, policies, subject.dtype):
             rows.append(dict(run=label, step=subject.step, mode=subject.cfg.attn_mode, **row))
             name = f"{row['policy']} rotated" if row["rotate"] else row["policy"]
             print(f"{label} {name}: {row['bytes_per_token']} B/token, {100 * row['share_of_fp16']:.0f} % of fp16, "

@@ -1,30 +1,42 @@
 """
-Training speed of decoupled 32/64 on this machine, as ratios to baselines that run interleaved in the same process.
+Training speed on this machine, as shares of what its matrix products alone would allow and as ratios to baselines.
 
     python3 benchmarks/train_speed.py --out runs/bench/train_speed.json
+    python3 benchmarks/train_speed.py --only "fp32" "fp32 compiled" "products fp32" --rounds 3
 
-Every contender takes full optimiser steps (forward, backward, clipping, AdamW) on the same batch. `naive` is the same
-model in float32 with explicit score matrices, a mask, and the full logits in memory; `llama` is transformers' Llama of
-the same shape under the same bfloat16 autocast, left out where transformers is not installed. `matmul` is no model: the
-model's own matrix products (forward, and both backward) on random bfloat16 data, the rate that a step could reach if
-nothing else took time. Model FLOPs are counted as 6 x parameters per token.
+Every contender is a process of its own, so that baselines don't run under train_dba.py's setting of the allocator; they
+take turns, some steps each. Ratios are of medians, to the faster type of each baseline, by wall and by CPU time. A step
+is a whole optimiser step (forward, backward, clipping, AdamW) on the same batch. `naive` is the same model with
+explicit score matrices, a mask, and the full logits in memory; `Llama` is transformers' of the same shape, left out
+where transformers is not installed. `products` is no model: the model's own matrix products (forward, and both
+backward) on random data, which is what a step would take if nothing else took time.
 """
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
 
-from common import medians, parser_of, train_dba, write
-from train_dba import (
-    GPT,
-    autocast,
-    compile_model,
-    count_params,
-    make_config,
-    make_optimizer,
-)
+from common import parser_of, train_dba, write
+from train_dba import GPT, autocast, compile_model, count_params, make_config, make_optimizer, pick_device
 
 VOCAB = 33_278                                             # WikiText-2, word level
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONTENDERS = [f"{kind}{dtype}{how}" for kind, how in (("products ", ""), ("naive ", ""), ("Llama ", ""), ("", ""),
+                                                      ("", " compiled")) for dtype in DTYPES]
 
+
+def config():
+    return make_config(data="-", attn_mode="decoupled", attn_dim=128, null_attn=True, tie_qk=True)
+
+
+# -----------------------------------------------------------------------------
+# One contender
 
 def naive_attend(q, k, v, null_v=None):
     """What attend() computes, with the scores as a matrix."""
@@ -40,107 +52,137 @@ def naive_attend(q, k, v, null_v=None):
 
 class Naive(GPT):
     def forward(self, idx, targets):
-        fast, train_dba.attend = train_dba.attend, naive_attend
-        try:
-            logits = self.logits(self.hidden(idx))
-        finally:
-            train_dba.attend = fast
+        logits = self.logits(self.hidden(idx))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def llama(cfg):
+    """Raises ImportError without transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff,
                                          num_hidden_layers=cfg.layers, num_attention_heads=cfg.n_head,
                                          max_position_embeddings=cfg.block, tie_word_embeddings=True))
+    inner = model.forward
 
-    def loss(idx, targets):
-        logits = model(input_ids=idx).logits.float()
+    def forward(idx, targets):
+        logits = inner(input_ids=idx, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return model, loss
+    model.forward = forward
+    return model
 
 
-def contenders(cfg, device):
-    """{name: (function that takes one optimiser step, parameters)}"""
-    made = {}
-
-    def add(name, model, loss, dtype):
-        optimizer = make_optimizer(model, cfg)
-
-        def step(idx, targets):
-            with autocast(device, dtype):
-                nll = loss(idx, targets)
-            (nll / targets.numel()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        made[name] = step, sum(p.numel() for p in model.parameters())
-
-    def fresh(kind=GPT):
-        torch.manual_seed(0)
-        return kind(cfg, VOCAB).init_weights().to(device)
-
-    for name, model, dtype in (("naive fp32", fresh(Naive), torch.float32), ("fp32", fresh(), torch.float32),
-                               ("bf16", fresh(), torch.bfloat16),
-                               ("bf16 compiled", compile_model(fresh()), torch.bfloat16)):
-        add(name, model, model, dtype)
-    try:
-        model, loss = llama(cfg)
-        add("transformers Llama bf16", model.to(device), loss, torch.bfloat16)
-    except ImportError as e:
-        print(f"no Llama baseline: {e}")
-    return made
-
-
-def matmul_step(cfg, device):
-    """A function that does a step's matrix products on random data, and their FLOPs."""
+def products(cfg, dtype, device):
+    """A function that does a step's matrix products on random data."""
     N, shape = cfg.batch_size * cfg.block, cfg.attention
     widths = [(cfg.d_model, cfg.n_head * p.width) for p in shape.paths]
     widths += [(cfg.d_model, p.groups * p.width) for p in shape.paths if not p.tied]
     widths += [(cfg.d_model, shape.v_groups * shape.v_width), (cfg.n_head * shape.v_width, cfg.d_model)]
     widths += [(cfg.d_model, cfg.d_ff)] * 2 + [(cfg.d_ff, cfg.d_model)]
     widths = widths * cfg.layers + [(cfg.d_model, -(-VOCAB // 64) * 64)]        # a tensor each: no cache holds them all
-    tensors = [[torch.randn(size, dtype=torch.bfloat16, device=device) for size in ((N, i), (o, i), (N, o))]
+    tensors = [[torch.randn(size, dtype=dtype, device=device) for size in ((N, i), (o, i), (N, o))]
                for i, o in widths]
 
     def step():
         for x, w, g in tensors:
             x @ w.T, g @ w, g.T @ x
-    return step, sum(6 * x.numel() * w.size(0) for x, w, g in tensors)
+    return step
+
+
+def contender(name, cfg, device):
+    """(function that takes one step, parameters) of a contender by its name."""
+    dtype = DTYPES[name.split()[-2 if name.endswith("compiled") else -1]]
+    if name.startswith("products"):
+        return products(cfg, dtype, device), count_params(cfg, VOCAB)["total"]
+    torch.manual_seed(0)
+    if name.startswith("Llama"):
+        model = llama(cfg).to(device)
+    else:
+        model = (Naive if name.startswith("naive") else GPT)(cfg, VOCAB).init_weights().to(device)
+    if name.startswith("naive"):
+        train_dba.attend = naive_attend
+    if name in ("fp32", "bf16") or name.endswith("compiled"):
+        train_dba.keep_freed_memory()
+    if name.endswith("compiled"):
+        compile_model(model)
+    optimizer = make_optimizer(model, cfg)
+    idx, targets = torch.randint(VOCAB, (2, cfg.batch_size, cfg.block), device=device)
+
+    def step():
+        with autocast(device, dtype):
+            nll = model(idx, targets)
+        (nll / targets.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def serve(name, device):
+    """Take two steps; then one for each line of standard input, answered by its seconds of wall and of CPU time."""
+    step, params = contender(name, config(), device)
+    for _ in range(2):
+        step()
+    print(json.dumps(params), flush=True)
+    for _ in sys.stdin:
+        started, spent = time.perf_counter(), time.process_time()
+        step()
+        train_dba.synchronize(device)
+        print(json.dumps((time.perf_counter() - started, time.process_time() - spent)), flush=True)
+
+
+# -----------------------------------------------------------------------------
+# All of them
+
+def start(name, device):
+    process = subprocess.Popen([sys.executable, __file__, "--serve", name, "--device", str(device)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline()
+
+
+def ask(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each, interleaved (7)")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each, in processes of their own (2)")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of a turn (4)")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--serve", choices=CONTENDERS, help="be one of them (for this script itself)")
     args = parser.parse_args()
-    train_dba.keep_freed_memory()
-    device = train_dba.pick_device(args.device)
-    cfg = make_config(data="-", attn_mode="decoupled", attn_dim=128, null_attn=True, tie_qk=True)
-    torch.manual_seed(0)
-    batch = torch.randint(VOCAB, (2, cfg.batch_size, cfg.block), device=device)
-    steps = contenders(cfg, device)
-    products, flops = matmul_step(cfg, device)
-    calls = {**{name: lambda step=step: step(*batch) for name, (step, _) in steps.items()}, "matmul": products}
-    median, seconds = medians(calls, args.rounds, device)  # after two steps each: allocation, compilation
-
-    tokens, params = cfg.batch_size * cfg.block, count_params(cfg, VOCAB)["total"]
-    rate = flops / median["matmul"]
-    rows = []
-    for name, (_, n) in steps.items():
-        rows.append(dict(name=name, params=n, tokens_per_second=tokens / median[name],
-                         times_naive=median["naive fp32"] / median[name],
-                         share_of_matmul_rate=6 * n * tokens / median[name] / rate))
-        if "transformers Llama bf16" in median:
-            rows[-1]["times_llama"] = median["transformers Llama bf16"] / median[name]
-    print(f"decoupled {cfg.sem_dim}/{cfg.geo_dim}, {params:,} parameters, batch {cfg.batch_size} x {cfg.block}, on "
-          f"{device}, medians of {args.rounds} steps; matrix products alone: {rate / 1e12:.2f} TFLOP/s")
-    print(f"{'':26}{'tokens/s':>10}{'x naive':>9}{'x Llama':>9}{'of matmul rate':>16}")
-    for row in rows:
-        ratio = f"{row['times_llama']:9.2f}" if "times_llama" in row else f"{'-':>9}"
-        print(f"{row['name']:26}{row['tokens_per_second']:10.0f}{row['times_naive']:9.2f}{ratio}"
-              f"{row['share_of_matmul_rate']:16.2f}")
-    write(args.out, device, rounds=args.rounds, matmul_tflops=rate / 1e12, rows=rows, seconds=seconds)
+    device = pick_device(args.device)
+    if args.serve:
+        serve(args.serve, device)
+        return
+    params, seconds, load = {}, {}, os.getloadavg()[0]
+    for name in args.turns * args.only:                    # one at a time: there need not be memory for all
+        process, ready = start(name, device)
+        if not ready:
+            print(f"{name} is left out: exit code {process.wait()}", file=sys.stderr)
+            continue
+        params[name] = json.loads(ready)
+        seconds.setdefault(name, []).extend(ask(process) for _ in range(args.rounds))
+        process.stdin.close()
+        process.wait()
+    median = {name: [statistics.median(clock) for clock in zip(*times)] for name, times in seconds.items()}
+    tokens, rows = config().batch_size * config().block, []
+    fastest = {}                                           # of each kind of baseline, by both clocks
+    for kind in ("products", "naive", "Llama"):
+        times = [best for name, best in median.items() if name.startswith(kind)]
+        if times:
+            fastest[kind] = tuple(map(min, zip(*times)))
+    for name, (wall, cpu) in median.items():
+        rows.append(dict(name=name, params=params[name], tokens_per_second=tokens / wall, cpu_seconds=cpu,
+                         seconds=seconds[name]))
+        for key, kind in (("share_of_matmul_rate", "products"), ("times_naive", "naive"), ("times_llama", "Llama")):
+            if kind in fastest:
+                rows[-1] |= {key: fastest[kind][0] / wall, f"{key}_cpu": fastest[kind][1] / cpu}
+        print(f"{name:16}{tokens / wall:8.0f} tokens/s" + "".join(
+            f"  {base[0] / wall:5.2f} x {kind} ({base[1] / cpu:.2f} by CPU time)" for kind, base in fastest.items()))
+    write(args.out, device, block="speed", toy=False, rounds=args.turns * args.rounds, load=load, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
 What is measured and on which tokens: --ckpt to a Subject, --data to token ids; and a result to its file.
 
-load_subject() is the one loader: a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a
-Hugging Face folder.
+load_subject() reads what train_dba.read_model() does: a run folder (its best.pt), a checkpoint, or a pretrained Llama
+as a .gguf file or a Hugging Face folder.
 """
 
 import dataclasses
@@ -22,12 +22,10 @@ from train_dba import (
     UserError,
     cache_formats,
     check_same_data,
-    checkpoint_file,
-    load_checkpoint,
-    load_model,
     pick_device,
     pick_dtype,
     provenance,
+    read_model,
     tokenizer_hash,
 )
 
@@ -68,23 +66,9 @@ def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32")
     """The Subject of --ckpt, --device and --dtype. Raises UserError."""
     device = pick_device(device)
     dtype, _ = pick_dtype(dtype, device)
-    path = Path(ckpt)
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
-        return load_pretrained(path, device, dtype)
-    path = checkpoint_file(path)
-    content = load_checkpoint(path, device)
-    return Subject(load_model(content), content["tokenizer"], path, content["step"], file_hash(path), device, dtype,
-                   content.get("data"))
-
-
-def load_pretrained(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The Subject of a Llama: a .gguf file, or a Hugging Face folder with safetensors. Raises UserError."""
-    from convert_dba import load_llama
-    if not path.exists():
-        raise UserError(f"{path} is not a file")
-    model, tokenizer = load_llama(path, device)
+    model, tokenizer, path, content = read_model(ckpt, device)
     weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return Subject(model, tokenizer, path, None, file_hash(*weights), device, dtype)
+    return Subject(model, tokenizer, path, content.get("step"), file_hash(*weights), device, dtype, content.get("data"))
 
 
 # -----------------------------------------------------------------------------

@@ -536,13 +536,13 @@ def read_benchmarks(folder: Path) -> tuple[dict, list]:
 
 
 def read_devices(folder: Path) -> tuple[list, list]:
-    """(blocks of bench_dba.py that were measured, rehearsals left out: name, block, env, rows; a line on each damaged
-    one)."""
+    """(blocks of bench_dba.py that were measured on GPUs, rehearsals left out: name, block, env, rows; a line on each
+    damaged one)."""
     devices, problems = [], []
     for path in sorted(folder.glob("*/*.json")):
         try:
             document = read_json(path, DEVICE)
-            if document["block"] in BLOCKS and not document["toy"]:
+            if document["block"] in BLOCKS and not document["toy"] and document["env"]["device"] != "cpu":
                 read_json(path, dict(rows=BLOCKS[document["block"]]))
                 devices.append(dict(keep(document, "block", "env", "rows"), name=f"{path.parent.name}/{path.stem}"))
         except UserError as e:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from convert_dba import LAYER
-from train_dba import BYTE_CHARS, EOS, UNK, Config, UserError, load_checkpoint, load_model, why_unwritten
+from train_dba import BYTE_CHARS, EOS, UNK, Config, UserError, read_model, why_unwritten
 
 MODELING = Path(__file__).with_name("modeling_dba.py")
 DBA_FIELDS = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model" and f.name not in (
@@ -31,7 +31,7 @@ def no_llama(cfg: Config) -> list[str]:
     return [flag for flag, holds in reasons.items() if holds]
 
 
-def llama_folder(cfg: Config, weights: dict, vocab_size: int, eot: int) -> tuple[dict, dict]:
+def llama_folder(cfg: Config, weights: dict, vocab_size: int, bos: int, eot: int) -> tuple[dict, dict]:
     """(config.json, tensors) of a Llama."""
     shape = cfg.attention
     config = dict(
@@ -39,7 +39,7 @@ def llama_folder(cfg: Config, weights: dict, vocab_size: int, eot: int) -> tuple
         intermediate_size=cfg.d_ff, num_hidden_layers=cfg.layers, num_attention_heads=cfg.n_head,
         num_key_value_heads=shape.v_groups, head_dim=shape.v_width, hidden_act="silu", rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.block, rope_theta=cfg.rope_base, attention_bias=False, mlp_bias=False,
-        tie_word_embeddings=True, bos_token_id=eot, eos_token_id=eot, torch_dtype="float32")
+        tie_word_embeddings=True, bos_token_id=bos, eos_token_id=eot, torch_dtype="float32")
     tensors = {"model.embed_tokens.weight": weights["embed.weight"][:vocab_size], "model.norm.weight": weights[
         "norm.weight"]}
     for i in range(cfg.layers):
@@ -48,12 +48,12 @@ def llama_folder(cfg: Config, weights: dict, vocab_size: int, eot: int) -> tuple
     return config, tensors
 
 
-def dba_folder(cfg: Config, weights: dict, vocab_size: int, eot: int) -> tuple[dict, dict]:
+def dba_folder(cfg: Config, weights: dict, vocab_size: int, bos: int, eot: int) -> tuple[dict, dict]:
     """(config.json, tensors) for modeling_dba.py."""
     settings = {name: getattr(cfg, name) for name in DBA_FIELDS}
     remote = {"AutoConfig": "modeling_dba.DBAConfig", "AutoModelForCausalLM": "modeling_dba.DBAForCausalLM"}
     config = dict(architectures=["DBAForCausalLM"], model_type="dba", auto_map=remote, vocab_size=vocab_size,
-                  tie_word_embeddings=True, bos_token_id=eot, eos_token_id=eot, torch_dtype="float32", **settings)
+                  tie_word_embeddings=True, bos_token_id=bos, eos_token_id=eot, torch_dtype="float32", **settings)
     tied = [path.name for path in cfg.attention.paths if path.tied]
     tensors = {}
     for name, tensor in weights.items():
@@ -99,8 +99,8 @@ def word_level(words: list[str]):
 
 
 def to_tokenizers(tokenizer):
-    """(tokenizer of the library tokenizers with the ids of ours, its end of text). Raises UserError where there is
-    none."""
+    """(tokenizer of the library tokenizers with the ids of ours, its end of text)."""
+    from tokenizers import Tokenizer
     end = "<|endoftext|>"
     if tokenizer.name == "word":
         return word_level(tokenizer.words), EOS
@@ -112,15 +112,15 @@ def to_tokenizers(tokenizer):
         tokenizer.start_encoder()
         merges = json.loads(tokenizer.encoder.to_str())["model"]["merges"]
         made = byte_level(tokenizer.encoder.get_vocab(), [tuple(pair) for pair in merges], words=True)
-    else:
-        raise UserError(f"a {tokenizer.name} tokenizer can't be exported; only byte, word, gpt2 and bpe can")
+    else:                                                  # a Llama's, which is one
+        return Tokenizer.from_buffer(tokenizer.words[0].encode()), tokenizer.hf.eos_token
     made.add_special_tokens([end])
     return made, end
 
 
-def export(ckpt: str | Path, out: Path) -> str:
-    """Write the checkpoint as a folder `out`, whole or not at all; returns "Llama" or "DBA", what the folder holds.
-    Raises UserError for a checkpoint or a folder that won't do."""
+def export(ckpt: str | Path, out: Path) -> list[str]:
+    """Write what read_model() reads as a folder `out`, whole or not at all. Returns what keeps it from being a Llama,
+    empty for one. Raises UserError for a checkpoint or a folder that won't do."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -129,16 +129,17 @@ def export(ckpt: str | Path, out: Path) -> str:
         raise UserError(f"no module {e.name}: pip install -r requirements-eval.txt") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name another --out-dir")
-    ckpt = load_checkpoint(ckpt)
-    model, tokenizer = load_model(ckpt), ckpt["tokenizer"]
+    model, tokenizer, _, _ = read_model(ckpt)
     made, end = to_tokenizers(tokenizer)
     if made.token_to_id(end) != tokenizer.eot:
         raise UserError(f"the exported tokenizer would end a text with {made.token_to_id(end)}, not {tokenizer.eot}")
-    kind = "DBA" if no_llama(model.cfg) else "Llama"
+    reasons = no_llama(model.cfg)
     weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
-    make = {"DBA": dba_folder, "Llama": llama_folder}[kind]
-    config, tensors = make(model.cfg, weights, model.vocab_size, tokenizer.eot)
-    special = dict(bos_token=end, eos_token=end, **({"unk_token": UNK} if tokenizer.name == "word" else {}))
+    make = dba_folder if reasons else llama_folder
+    bos = tokenizer.bos if tokenizer.name == "llama" else tokenizer.eot
+    config, tensors = make(model.cfg, weights, model.vocab_size, bos, tokenizer.eot)
+    special = dict(bos_token=made.id_to_token(bos), eos_token=end, **({"unk_token": UNK} if tokenizer.name == "word"
+                                                                      else {}))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as whole:
@@ -149,9 +150,9 @@ def export(ckpt: str | Path, out: Path) -> str:
                       metadata={"format": "pt"})
             PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=model.cfg.block,
                                     **special).save_pretrained(folder)
-            if kind == "DBA":
+            if reasons:
                 shutil.copy(MODELING, folder)
             folder.replace(out)                            # an empty folder gives way
     except (OSError, SafetensorError) as e:
         raise UserError(f"can't write {out} ({why_unwritten(e)}); nothing is left of it") from None
-    return kind
+    return reasons

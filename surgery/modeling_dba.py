@@ -67,7 +67,8 @@ class Attention(nn.Module):
         self.mla = c.attn_mode == "mla"
         groups = c.kv_head or H
         v = c.attn_dim or D
-        sem, geo = {"decoupled": (c.sem_dim, c.geo_dim), "mla": (v, (c.rope_dim or 0) * H)}.get(c.attn_mode, (0, v))
+        sem, geo = {"standard": (0, v), "bottleneck": (0, v), "gqa": (0, v), "decoupled": (c.sem_dim, c.geo_dim),
+                    "mla": (v, (c.rope_dim or 0) * H)}[c.attn_mode]
         r, p = sem // H, geo // H
         joint = c.one_temperature or self.mla
         self.compressed = bool(c.kv_lora_rank)             # semantic keys and values are read from a latent

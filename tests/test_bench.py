@@ -2,10 +2,13 @@
 it writes."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 import bench_dba
+import train_dba
 from helpers import assert_error, call
 from train_dba import make_config
 
@@ -14,9 +17,11 @@ KEYS = {                                                   # of every row of a b
     "check": {"kernel", "case", "format", "residual", "difference", "ok"},
     "sdpa": {"case", "width", "backend", "ms"},
     "loss": {"case", "ms", "gib", "tflops"},
+    "compact": {"tokens", "width", "types", "ms"},
     "train": {"case", "micro", "compiled", "dtype", "params", "tok_s", "times_first"},
     "profile": {"case", "wall_ms", "busy_ms", "ms", "top"},
     "small": {"case", "micro", "tok_s", "ms", "gib", "formula_gib"},
+    "growth": {"case", "axis", "value", "params", "seconds", "fastest_s"},
     "decode": {"case", "format", "kernel", "batch", "tokens", "us", "cache_mib", "gb_per_s", "share_of_copy"},
     "checkpoint": {"gb", "save_s", "load_s"},
 }
@@ -63,6 +68,36 @@ def test_the_plan_runs_blocks_in_processes_and_names_what_failed(tmp_path):
 def test_wrong_flags(tmp_path):
     assert_error(call("ceilings --device gpu", tmp_path, bench_dba.main), "device")
     assert call("train --cases nonsense", tmp_path, bench_dba.main).code == 2
+
+
+@pytest.fixture
+def train_speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(bench_dba.__file__).parent / "benchmarks"))
+    import train_speed
+    small = make_config(data="-", attn_mode="decoupled", attn_dim=128, null_attn=True, tie_qk=True, layers=1, block=16,
+                        batch_size=2)
+    monkeypatch.setattr(train_speed, "config", lambda: small)
+    monkeypatch.setattr(train_speed, "VOCAB", 300)
+    return train_speed
+
+
+def test_contenders(train_speed, monkeypatch):
+    """Each takes a step; only ours run under our setting of the allocator."""
+    attend, settings = train_dba.attend, []
+    monkeypatch.setattr(train_dba, "keep_freed_memory", lambda: settings.append(1))
+    for name in ("products bf16", "naive fp32", "naive bf16", "fp32", "bf16"):
+        monkeypatch.setattr(train_dba, "attend", attend)
+        step, params = train_speed.contender(name, train_speed.config(), torch.device("cpu"))
+        step()
+        assert params > 300 * 512 and (train_dba.attend is attend) == ("naive" not in name), name
+        assert bool(settings) == (name in ("fp32", "bf16")), name
+        settings.clear()
+
+
+def test_naive_attention_is_ours(train_speed):
+    q, k, v = torch.randn(2, 4, 7, 9), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
+    for null_v, query in ((torch.randn(4, 6), q), (None, q[..., :8])):
+        torch.testing.assert_close(train_speed.naive_attend(query, k, v, null_v), train_dba.attend(query, k, v, null_v))
 
 
 def test_flops_are_those_of_the_matrix_products():

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import estimate
-from train_dba import EXPS, GPT, UserError, autocast, make_config, make_optimizer
+from train_dba import EXPS, GPT, Block, UserError, autocast, make_config, make_optimizer
 
 ROOT = Path(estimate.__file__).parent
 VOCAB, LAYERS = 50_257, 4
@@ -106,15 +106,45 @@ def test_a_compiled_step_keeps_what_the_formula_says(settings):
     assert parts["peak"] - parts["working"] + last_norm_and_loss == pytest.approx(kept, rel=0.01)
 
 
+@pytest.mark.parametrize("settings", [
+    dict(attn_mode="bottleneck", attn_dim=40), dict(attn_mode="decoupled", sem_dim=12, geo_dim=40),
+    dict(attn_mode="mla", attn_dim=48, kv_lora_rank=40)], ids=lambda settings: settings["attn_mode"])
+def test_an_eager_block_keeps_one_copy_of_each_norm(settings):
+    """However many products read it. All bytes that autograd keeps of a token are the formula's."""
+    cfg = make_config(data="-", d_model=72, n_head=2, d_ff=88, layers=1, **settings)
+    kept, tokens = {}, 7 * 13                              # no weight has so many elements, or twice as many
+    block, x = Block(cfg), torch.randn(7, 13, cfg.d_model, requires_grad=True)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.1)
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(CPU, torch.bfloat16):
+        block(x)
+    norms = [t for t in kept.values() if t.dtype == torch.bfloat16 and t.numel() == x.numel()]
+    assert len(norms) == 2
+    of_tokens = [t.untyped_storage().nbytes() for t in kept.values() if t.numel() % tokens == 0]
+    assert sum(of_tokens) / tokens == estimate.kept_by_block(cfg, on_gpu=False)
+
+
 def measured_steps():
     rows = [row for _, _, row in estimate.measured_rows(ROOT / "runs/bench") if row["case"] in EXPS]
     return pytest.mark.parametrize("row", rows, ids=lambda row: f"{row['case']}-{row['micro']}-{row['compiled']}")
 
 
+# Copies of norms, in half precision, that an eager block kept beyond one each when a GPU measured it.
+SPARE_COPIES = {"paper_baseline": 3, "paper_decoupled_sem8": 5}
+
+
 @measured_steps()
 def test_the_formula_is_what_a_gpu_measured(row):
     cfg = make_config(data="-", exp=row["case"], batch_size=row["micro"], block=row["block"], compile=row["compiled"])
-    assert estimate.training_memory(cfg, VOCAB)["peak"] / 2**30 == pytest.approx(row["gib"], rel=0.02)
+    spare = 0 if row["compiled"] else SPARE_COPIES[row["case"]]
+    spare *= cfg.layers * row["micro"] * cfg.block * estimate.HALF * cfg.d_model
+    peak = estimate.training_memory(cfg, VOCAB)["peak"] + spare
+    assert peak / 2**30 == pytest.approx(row["gib"], rel=0.02)
 
 
 def test_utilisation_is_measured_or_says_that_it_is_not(tmp_path):

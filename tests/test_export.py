@@ -57,7 +57,7 @@ def saved(path, settings, tokenizer=None, seed=0):
 def exported(tmp_path, settings, **kwargs):
     """(our model, transformers', its tokenizer) of one checkpoint."""
     model = saved(tmp_path / "run", settings, **kwargs)
-    assert export(tmp_path / "run", tmp_path / "hf") == ("DBA" if no_llama(model.cfg) else "Llama")
+    assert export(tmp_path / "run", tmp_path / "hf") == no_llama(model.cfg)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     theirs.generation_config.update(eos_token_id=None, pad_token_id=0)          # ours doesn't stop at the end of a text
     return model, theirs, AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -88,6 +88,33 @@ def test_logits_and_generation(tmp_path, settings):
     mask = torch.cat([torch.zeros(3, 5, dtype=torch.long), torch.ones_like(ids)], 1)
     again = theirs.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)
     assert again[0, 45:].tolist() == ours
+
+
+@pytest.mark.parametrize("make", ["byte_level", "sentencepiece"])
+def test_a_converted_llama_goes_out_with_its_tokenizer(tmp_path, make):
+    """What `convert_dba.py dba` made of a Hugging Face folder: in a checkpoint, and out again, its ids are the same."""
+    pytest.importorskip("gguf", reason="requirements-eval.txt")
+    import llamas
+    llamas.save_llama(tmp_path / "llama", tokenizer=getattr(llamas, make))
+    (tmp_path / "text.txt").write_text(llamas.TEXT * 60)
+    flags = ["--window", "32", "--calibration", "4", "--val-windows", "2", "--cache-share", "0.6"]
+    paths = {"--model": "llama", "--data": "text.txt", "--out-dir": "run"}
+    flags += [part for flag, name in paths.items() for part in (flag, str(tmp_path / name))]
+    assert convert_dba.main(["dba", *flags]) == 0
+    _, before = convert_dba.load_llama(tmp_path / "llama")
+    ckpt = train_dba.load_checkpoint(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    again = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (llamas.TEXT, "at  at\n", ""):
+        ids = before.encode(text).tolist()
+        assert ckpt["tokenizer"].encode(text).tolist() == again.encode(text, add_special_tokens=False) == ids
+        assert ckpt["tokenizer"].decode(ids) == before.decode(ids)
+    tokenizer, model = ckpt["tokenizer"], train_dba.load_model(ckpt)
+    assert (tokenizer.eot, tokenizer.bos, tokenizer.prefix) == (before.eot, before.bos, before.prefix)
+    assert not torch.equal(model.blocks[0].attn.inv_freq, GPT(model.cfg, 300).blocks[0].attn.inv_freq), "its own"
+    ids = torch.arange(40)[None] * 7 % 290
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
 
 
 def test_a_llama_comes_back(tmp_path):

@@ -214,7 +214,7 @@ def test_sampling_command(command, tiny_data, capsys):
 def test_python_of_the_readme(tiny_data, capsys):
     """The block does what it says with a run of the name that it has."""
     block, = re.findall(r"^```python\n(.*?)^```", TEXT["README.md"], re.MULTILINE | re.DOTALL)
-    run = re.search(r'load_checkpoint\("(.*?)"\)', block)[1]
+    run = re.search(r'read_model\("(.*?)"\)', block)[1]
     flags = f"--tokenizer byte --out-dir {run} --size tiny --steps 2".split()
     assert main(["--data", str(ROOT / "README.md"), *flags]) == 0
     capsys.readouterr()

@@ -248,3 +248,21 @@ def test_a_system_that_refuses_says_why(tmp_path, monkeypatch):
 
         with pytest.raises(UserError, match=words):
             train_dba.write_whole(tmp_path / "file", refuse)
+
+
+def test_utilisation_is_of_the_device_s_peak(folder, monkeypatch):
+    """tokens/s times the model's FLOPs, of 2 TFLOP/s; null in float32, of an unknown device, without estimate.py."""
+    import estimate
+
+    def logged(dtype):
+        assert_done(call(f"{TRAIN} --overwrite --dtype {dtype} --steps 2 --out-dir used", folder))
+        return [line for line in read_log(folder / "used") if line["type"] == "train"]
+
+    assert all(line["mfu"] is None for line in logged("bfloat16")), "the peak of a CPU is unknown"
+    monkeypatch.setattr(estimate, "PEAKS", {"cpu": 2e12})
+    cfg = train_dba.load_checkpoint(folder / "used").get("config")
+    for line in logged("bfloat16"):
+        assert line["mfu"] == pytest.approx(line["tok_s"] * estimate.model_flops(cfg, 257) / 2e12) and line["mfu"] > 0
+    assert all(line["mfu"] is None for line in logged("float32"))
+    monkeypatch.setitem(sys.modules, "estimate", None)
+    assert all(line["mfu"] is None for line in logged("bfloat16"))

@@ -23,19 +23,51 @@ def test_the_page_is_what_the_results_say(tmp_path):
     result = call(f"--bench {ROOT}/runs/bench --page page.md --out .", tmp_path, plot_scale.main)
     assert result.code == 0, result.stderr
     assert (tmp_path / "page.md").read_text() == page
-    assert (tmp_path / "fig_scale.png").stat().st_size > 10_000
+    for name in ("fig_scale.png", "fig_growth.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_growth_is_fitted_and_extrapolated_by_hand():
-    """Twice the time at four times the context: exponent 1/2. A 7B model of standard attention in fp16 caches
-    2 x 32 x 4096 x 2 bytes a token."""
+    """Twice the time at four times the context: exponent 1/2, the overhead of short ones apart. A 7B model of standard
+    attention in fp16 caches 2 x 32 x 4096 x 2 bytes a token."""
     rows = [dict(case="standard", format="fp16", kernel="sdpa", batch=batch, tokens=tokens, us=us, gb_per_s=1024.0)
-            for batch, tokens, us in ((1, 4096, 20.0), (1, 1024, 10.0), (8, 8192, 1.0))]
+            for batch, tokens, us in ((1, 16384, 20.0), (1, 4096, 10.0), (1, 1024, 9.0), (8, 8192, 1.0))]
     (name, line), = plot_scale.curves(rows).items()
-    assert plot_scale.exponent(line) == pytest.approx(0.5)
+    assert plot_scale.context_exponent(line) == pytest.approx(0.5)
     gib, ms = plot_scale.extrapolated(name, line)
-    assert gib == 4096 * 524_288 / 2**30
-    assert ms == pytest.approx(4096 * 524_288 / 1024e9 * 1000)
+    assert gib == 131_072 * 524_288 / 2**30
+    assert ms == pytest.approx(131_072 * 524_288 / 1024e9 * 1000)
+
+
+def test_a_cpu_and_what_it_measured(tmp_path):
+    """Each block of a CPU becomes a table, the growth of a step a figure too; whose clock was the CPU's is said."""
+    growth = [dict(case=case, axis=axis, value=value, seconds=0.5 * (value / start) ** power)
+              for case, power in (("standard", 1), ("decoupled", 2)) for axis, start in (
+                  ("batch_size", 1), ("d_model", 128), ("layers", 2)) for value in (start, 2 * start, 8 * start)]
+    speed = dict(name="fp32", tokens_per_second=100.0, cpu_seconds=20.48, share_of_matmul_rate_cpu=0.75)
+    step = dict(format="q4_0", slope_cpu_ms=4.5)
+    blocks = {
+        "growth": growth,
+        "speed": [speed],
+        "compact": [dict(tokens=8, width=4, types=1000, ms={"ours float32": 10.0, "compact float32": 8.0,
+                                                            "ours bfloat16": 20.0})],
+        "llama_cpp": [dict(step, engine="ours", cpu_ms={"1024": 9.0, "4096": 22.5})],
+    }
+    (tmp_path / "here").mkdir()
+    env = dict(ENV, device="cpu", cpu="A CPU", threads=1)
+    for block, rows in blocks.items():
+        content = dict(block=block, toy=False, env=env, rows=rows, clock="process_time", load=3.2)
+        (tmp_path / f"here/{block}.json").write_text(json.dumps(content))
+    result = call("--bench . --page '' --out .", tmp_path, plot_scale.main)
+    assert result.code == 0, result.stderr
+    said = result.stdout
+    assert "### A CPU" in said and "One thread" in said and "load up to 3" in said
+    assert "| standard | d_model | 128: 500, 256: 1,000, 1024: 4,000 | 1.00 |" in said
+    assert "| decoupled | layers | 2: 500, 4: 2,000, 16: 32,000 | 2.00 |" in said
+    assert "| fp32 | 20.48 | 0.75 | - | - |" in said
+    assert "| 8 x 4 x 1,000 | 10 | 20 | 0.80 | - |" in said
+    assert "| q4_0 | ours | 4.50 | 9.0 | 22.5 |" in said
+    assert (tmp_path / "fig_growth.png").stat().st_size > 10_000 and not (tmp_path / "fig_scale.png").exists()
 
 
 def test_what_is_left_out_and_what_is_refused(tmp_path):

@@ -21,20 +21,19 @@ import torch
 import train_dba
 {before}
 code = train_dba.main()
-{after}
 sys.exit(code)
 """
 
 
-def script(folder, before, after=""):
+def script(folder, before):
     """A program that changes the trainer before it runs it."""
     path = folder / "changed.py"
-    path.write_text(SCRIPT.format(path=str(Path(TRAINER).parent), before=before, after=after))
+    path.write_text(SCRIPT.format(path=str(Path(TRAINER).parent), before=before))
     return path
 
 
 def ranks(count, args, cwd, program=TRAINER, options=()):
-    return finish(start(args, cwd, [*TORCHRUN, str(count), *options, str(program)]))
+    return finish(start(args, cwd, [*TORCHRUN, str(count), *options, str(program)]), timeout=400)
 
 
 def assert_curve(folder, other, steps, loss=1e-5, norm=1e-4):
@@ -48,26 +47,86 @@ def assert_curve(folder, other, steps, loss=1e-5, norm=1e-4):
             assert b[key] == pytest.approx(a[key], rel=limits[key]), (a, b)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shard")
-    make_text(folder)
-    assert_done(call(f"{RUN} --steps 32 --out-dir one", folder))
-    return folder
-
-
-BACKEND = """
-compile_with = torch.compile
-torch.compile = lambda function, **how: compile_with(function, backend="aot_eager", **how)
+# What two ranks do one after the other, each with a store of its own, so that torchrun starts once: flags after RUN,
+# and what else holds.
+RUNS = {
+    "half": dict(flags="--steps 3", rank_1="--shard"),
+    "both": dict(flags="--steps 32 --shard --activation-checkpointing --compile", backend="aot_eager"),
+    "bf16_sharded": dict(flags="--steps 10 --shard --dtype bfloat16", watched=True),
+    "turns 1": dict(flags="--steps 8 --shard"),
+    "turns 2": dict(flags="--steps 16 --activation-checkpointing", alone=True),
+    "turns 3": dict(flags="--steps 24 --shard --activation-checkpointing"),
+    "turns 4": dict(flags="--steps 32"),
+}
+WATCHED = """
+shard_model, rms_norm, seen = train_dba.shard_model, torch.nn.functional.rms_norm, set()
+def watched(model, *args):
+    model = shard_model(model, *args)
+    up = model.blocks[0].mlp.up
+    up.register_forward_hook(lambda *_: seen.add(f"gathered {up.weight.dtype} {model.embed.weight.dtype}"))
+    whole, own = (sum(p.numel() for p in parts) for parts in (model.parameters(), [
+        p.to_local() for p in model.parameters()]))
+    print(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}", flush=True)
+    return model
+def watched_norm(x, shape, weight, eps):
+    seen.add(f"norm {x.dtype} {weight.dtype}")
+    return rms_norm(x, shape, weight, eps)
+"""
+WATCH = "train_dba.shard_model, torch.nn.functional.rms_norm = watched, watched_norm\n"
+SEQUENCE = """
+compile_with, environment, rank = torch.compile, dict(os.environ), os.environ["RANK"]
+for number, (name, run) in enumerate({runs!r}.items()):
+    os.environ.clear()
+    os.environ.update(environment, TORCHELASTIC_RESTART_COUNT=str(number))      # by which ranks find each other
+    if run.get("alone"):
+        if rank == "1":
+            continue                                       # it waits for rank 0 at the start of the next run
+        del os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    backend = run.get("backend", "inductor")
+    torch.compile = lambda function, backend=backend, **how: compile_with(function, backend=backend, **how)
+    train_dba.shard_model, torch.nn.functional.rms_norm = shard_model, rms_norm
+    if run.get("watched"):
+        train_dba.shard_model, torch.nn.functional.rms_norm = watched, watched_norm
+    flags = f"{common} --out-dir {{name.split()[0]}} " + run["flags"] + " " + run.get("rank_" + rank, "")
+    print("exit code of", name, train_dba.main(flags.split()), flush=True)
+print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+print("seen:", sorted(seen))
+sys.exit()
 """
 
 
-def test_sharded_checkpointed_and_compiled_runs_follow_the_curve_of_one_rank(folder, tmp_path):
-    """Compiled without Inductor's kernels, which would take a minute."""
-    program = script(tmp_path, BACKEND, 'print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])')
-    result = ranks(2, f"{RUN} --steps 32 --shard --activation-checkpointing --compile --out-dir both", folder, program)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Run folders: of one process, of two after each other in one process each, and what those printed."""
+    folder = tmp_path_factory.mktemp("shard")
+    make_text(folder)
+    assert_done(call(f"{RUN} --steps 32 --out-dir one", folder))
+    result = ranks(2, "", folder, script(folder, WATCHED + SEQUENCE.format(runs=RUNS, common=RUN)))
     assert_done(result)
-    assert min(map(int, re.findall(r"graphs: (\d+)", result.stdout))) >= 2, result.stdout
+    (folder / "printed").write_text(result.stdout)
+    (folder / "errors").write_text(result.stderr)
+    return folder
+
+
+def printed(folder):
+    return (folder / "printed").read_text()
+
+
+def test_each_run_ended_as_it_should(folder):
+    for name, run in RUNS.items():
+        code, times = (1 if name == "half" else 0), (1 if run.get("alone") else 2)
+        assert printed(folder).count(f"exit code of {name} {code}\n") == times, printed(folder)
+
+
+def test_ranks_that_do_not_all_shard_are_refused(folder):
+    assert not (folder / "half").exists()
+    errors = (folder / "errors").read_text()
+    assert re.search(r"(?m)^error: the ranks don't see the same run \(shard False and of 1 x 2\)", errors)
+
+
+def test_sharded_checkpointed_and_compiled_runs_follow_the_curve_of_one_rank(folder):
+    """Compiled without Inductor's kernels, which would take a minute."""
+    assert min(map(int, re.findall(r"graphs: (\d+)", printed(folder)))) >= 2
     assert_curve(folder / "one", folder / "both", 32)
 
 
@@ -80,15 +139,9 @@ def same_tensors(expected, seen):
 
 def test_runs_go_on_in_all_orders_of_ranks(folder):
     """Two ranks, sharded, one, two, sharded, two, not sharded: one plain last.pt, which each of them can read."""
-    flags = f"{RUN} --out-dir turns --steps"
-    assert_done(ranks(2, f"{flags} 8 --shard", folder))
-    assert read_log(folder / "turns")[0]["config"]["shard"]
-    sampled = call("--mode sample --ckpt turns --prompt a --temperature 0 --max-new-tokens 3", folder)
-    assert_done(sampled)
-    assert_done(call(f"{flags} 16 --activation-checkpointing", folder))
-    assert_done(ranks(2, f"{flags} 24 --shard --activation-checkpointing", folder))
-    assert_done(ranks(2, f"{flags} 32", folder))
-    assert [line["type"] for line in read_log(folder / "turns")].count("resume_meta") == 3
+    log = read_log(folder / "turns")
+    shards = [(line["config"]["shard"], line["env"]["ranks"]) for line in log if line["type"] == "resume_meta"]
+    assert log[0]["config"]["shard"] and shards == [(False, 1), (True, 2), (False, 2)]
     assert_curve(folder / "one", folder / "turns", 32)
     one, turns = (train_dba.load_checkpoint(folder / name / "last.pt") for name in ("one", "turns"))
     same_tensors(one["model"], turns["model"])
@@ -97,27 +150,15 @@ def test_runs_go_on_in_all_orders_of_ranks(folder):
     assert one["rng"] == turns["rng"]
 
 
-WATCHED = """
-shard_model = train_dba.shard_model
-def watched(model, *args):
-    model = shard_model(model, *args)
-    up, norm = model.blocks[0].mlp.up, model.blocks[0].mlp_norm
-    norm.register_forward_hook(lambda _, x, y: seen.append((up.weight.dtype, y.dtype, model.embed.weight.dtype)))
-    whole, own = (sum(p.numel() for p in parts) for parts in (model.parameters(), [
-        p.to_local() for p in model.parameters()]))
-    print(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}", flush=True)
-    return model
-seen, train_dba.shard_model = [], watched
-"""
+def test_one_process_samples_from_a_sharded_run(folder):
+    assert_done(call("--mode sample --ckpt both --prompt a --temperature 0 --max-new-tokens 3", folder))
 
 
-def test_blocks_are_gathered_in_bfloat16_and_norms_are_float32(folder, tmp_path):
-    flags = f"{RUN} --dtype bfloat16 --steps 10 --out-dir"
-    assert_done(call(f"{flags} bf16", folder))
-    result = ranks(2, f"{flags} bf16_sharded --shard", folder, script(tmp_path, WATCHED, "print(set(seen))"))
-    assert_done(result)
-    assert result.stdout.count("(2,) (Shard(dim=0),) 0.50") == 2
-    assert result.stdout.count("{(torch.bfloat16, torch.float32, torch.float32)}") == 2, result.stdout
+def test_blocks_are_gathered_in_bfloat16_and_norms_are_float32(folder):
+    assert_done(call(f"{RUN} --dtype bfloat16 --steps 10 --out-dir bf16", folder))
+    assert printed(folder).count("(2,) (Shard(dim=0),) 0.50") == 2
+    seen = "seen: ['gathered torch.bfloat16 torch.float32', 'norm torch.float32 torch.float32']"
+    assert printed(folder).count(seen) == 2, printed(folder)
     assert_curve(folder / "bf16", folder / "bf16_sharded", 10, loss=5e-4, norm=5e-3)
     model = train_dba.load_checkpoint(folder / "bf16_sharded/last.pt")["model"]
     assert {tensor.dtype for tensor in model.values()} == {torch.float32}
@@ -125,7 +166,7 @@ def test_blocks_are_gathered_in_bfloat16_and_norms_are_float32(folder, tmp_path)
 
 def test_nodes_hold_copies_of_what_their_ranks_share(folder, tmp_path):
     """Four ranks that take themselves for two nodes of two."""
-    program = script(tmp_path, 'os.environ["LOCAL_WORLD_SIZE"] = "2"' + WATCHED)
+    program = script(tmp_path, 'os.environ["LOCAL_WORLD_SIZE"] = "2"' + WATCHED + WATCH)
     result = ranks(4, f"{RUN} --steps 8 --shard --out-dir nodes", folder, program)
     assert_done(result)
     assert result.stdout.count("(2, 2) (Replicate(), Shard(dim=0)) 0.50") == 4, result.stdout
@@ -152,13 +193,6 @@ def test_torchrun_starts_again_after_a_kill(folder, tmp_path):
     assert [line["step"] for line in log if line["type"] == "resume_meta"] == [4]
     assert log[-1]["type"] == "done"
     assert_curve(folder / "one", folder / "again", 11)
-
-
-def test_ranks_that_do_not_all_shard_are_refused(folder, tmp_path):
-    program = script(tmp_path, 'sys.argv += ["--shard"] * (os.environ["RANK"] == "1")')
-    result = ranks(2, f"{RUN} --steps 3 --out-dir half", folder, program)
-    assert result.code != 0 and not (folder / "half").exists()
-    assert re.search(r"(?m)^error: the ranks don't see the same run \(shard False and of 1 x 2\)", result.stderr)
 
 
 def test_shard_needs_ranks(folder):

@@ -116,11 +116,11 @@ def test_rolling_and_greedy_texts_are_those_of_lm_evals_own_model(llama):
         assert ours.generate_until(prompts) == its.generate_until(prompts)
 
 
-def byte_checkpoint(path, seed=0):
+def byte_checkpoint(path, seed=0, **settings):
     import train_dba
     from reference import randomize
-    cfg = train_dba.make_config(data="-", d_model=32, layers=1, n_head=2, d_ff=64, block=512, attn_mode="decoupled",
-                                sem_dim=8, geo_dim=8, null_attn=True)
+    settings = settings or dict(attn_mode="decoupled", sem_dim=8, geo_dim=8, null_attn=True)
+    cfg = train_dba.make_config(data="-", d_model=32, layers=1, n_head=2, d_ff=64, block=512, **settings)
     model = randomize(train_dba.GPT(cfg, ByteTokenizer.vocab_size), seed)
     save_checkpoint(path, cfg, ByteTokenizer(), model, step=0)
 
@@ -149,6 +149,29 @@ def test_command_and_comparison(tmp_path, capsys):
     row, (mine, its) = second["compared"][1], (result["tasks"]["piqa"]["correct"]["acc"] for result in (second, first))
     assert (row["only_this"], row["only_other"], row["p"]) == tasks.discordant(mine, its[:6])
     assert row["other"] == sum(its[:6]) / 6
+
+
+@pytest.mark.parametrize("settings", [dict(attn_mode="decoupled", sem_dim=8, geo_dim=8, null_attn=True),
+                                      dict(attn_mode="gqa", kv_head=1)], ids=["decoupled", "gqa"])
+def test_an_exported_folder_scores_the_same_by_lm_evals_own_adapter(tmp_path, monkeypatch, settings):
+    """Both kinds of folders, a Llama and one with modeling_dba.py, loaded by HFLM from their paths."""
+    needs_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    from surgery.export import export
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    write_items(tmp_path / "data", ("arc_easy", "boolq"))
+    (tmp_path / "tasks").mkdir()
+    byte_checkpoint(tmp_path / "best.pt", **settings)
+    export(tmp_path / "best.pt", tmp_path / "hf")
+    its = HFLM(pretrained=str(tmp_path / "hf"), trust_remote_code=True, dtype="float32", device="cpu", batch_size=3)
+    ours = tasks.lm_eval_model(load_subject(tmp_path / "best.pt", "cpu"), 4)
+    a, b = (evaluate(lm, ["arc_easy", "boolq"], tmp_path / "data", tmp_path / "tasks") for lm in (ours, its))
+    for name in ("arc_easy", "boolq"):
+        assert tasks.task_result(a, name) == tasks.task_result(b, name) and tasks.task_result(a, name)["n"] == COUNT
+        for mine, theirs in zip(a["samples"][name], b["samples"][name], strict=True):
+            for (x, greedy), (y, likeliest) in zip(mine["filtered_resps"], theirs["filtered_resps"]):
+                assert x == pytest.approx(y, abs=1e-3) and greedy == likeliest, name
 
 
 @pytest.mark.parametrize("this, other, expected", [

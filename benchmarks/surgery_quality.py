@@ -1,0 +1,260 @@
+"""
+What conversion to one latent costs a pretrained model, beside what quantising its cache costs, on held-out text.
+
+    python3 benchmarks/surgery_quality.py SmolLM2.gguf --data wiki.train.tokens --text wiki.test.tokens piqa.jsonl \
+        --windows 34 9 --healed 50=runs/llama/heal50 --out runs/llama/smollm2_135m/surgery.json
+
+--rows says which rows to measure; those of an earlier call stay in the file, which must be of the same windows. All
+rows see the same windows of 512 tokens; the first 16 predictions of a window don't count. Per row and text: mean KL of
+the next-token distribution to the teacher's, in nats per token, its standard error over windows, and the difference in
+nll. A .jsonl is PIQA's: its goals with the right solutions. Weights and activations are float32. The file is written
+after every window; `windows` and `kls` say which a row has seen.
+
+Conversions: `latent` is surgery/convert.py's. Two controls keep RoPE on as many pairs but cut each head by itself:
+`per head` chooses pairs by de-rotation error, folds what stands in for the others into the queries, and cuts keys by
+the SVD of whitened queries and keys, values by that of W_o and W_v; `MHA2MLA-like` is the published recipe (2502.14837)
+as far as a cache per head goes: pairs of the largest norms, no fold, the SVD of the key matrix. Its one latent for all
+heads has an RMSNorm and training behind it, which isn't compared here.
+"""
+
+import json
+import math
+import re
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from common import parser_of, write
+from evals.subject import formats_of, load_subject
+from kernels.rotate import rotate_cache
+from surgery.calibrate import Moments, calibrate
+from surgery.convert import Layer, choose, convert, root, split
+from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
+
+WINDOW, SKIP, CALIBRATED, GRADED = 512, 16, 12, 6
+RIDGE = 1e-4
+
+
+# -----------------------------------------------------------------------------
+# Controls: a cut per key head
+
+def cut_keys(layer, group, parts, rank, whitened):
+    """(of queries, of keys): matrices [rank, n] for the unrotated part of a key head."""
+    keys, C, mean = parts.keys[group], layer.moments.inputs, layer.moments.mean
+    if not whitened:
+        basis = torch.linalg.svd(keys, full_matrices=False)[0][:, :rank].T
+        return basis, basis
+    spread = root(keys @ (C - torch.outer(mean, mean)) @ keys.T, RIDGE)
+    scores = sum(parts.queries[h] @ C @ parts.queries[h].T for h in layer.heads(group))
+    basis = torch.linalg.eigh(spread @ scores @ spread)[1][:, -rank:].T
+    return basis @ spread, torch.linalg.solve(spread, basis.T).T
+
+
+def cut_values(layer, width):
+    """(W_v [G·width, D], W_o [D, H·width]): values by the SVD of W_o W_v, W_o fitted anew to what the cut tells of all
+    averaged values."""
+    H, M, cuts, wv = len(layer.wo), layer.moments.values, [], []
+    own = M.unflatten(0, (H, -1)).unflatten(2, (H, -1))[range(H), :, range(H)]  # [H, v, v]
+    for g, weight in enumerate(layer.wv):
+        heads = layer.heads(g)
+        spread = root(sum(own[h] for h in heads) / len(heads), RIDGE)
+        reads = sum(layer.wo[h].T @ layer.wo[h] for h in heads)
+        basis = torch.linalg.eigh(spread @ reads @ spread)[1][:, -width:].T
+        cuts += [torch.linalg.solve(spread, basis.T).T] * len(heads)
+        wv.append(cuts[-1] @ weight)
+    cut, wo = torch.block_diag(*cuts), layer.wo.transpose(0, 1).flatten(1)
+    gram = cut @ M @ cut.T
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.cat(wv), torch.linalg.solve(gram, cut @ M @ wo.T).T
+
+
+class ByNorm(Layer):
+    """A layer whose pairs are worth their norms, and for whose rotation nothing stands in."""
+    stand_ins = property(lambda self: torch.ones(len(self.wq), self.wq.size(1) // 2, dtype=torch.complex128))
+
+    @property
+    def derotation(self):
+        C = self.moments.inputs
+        q, k = (torch.einsum("hwd,de,hwe->hw", x, C, x).unflatten(1, (2, -1)).sum(1) for x in (self.wq, self.wk))
+        return (q.sqrt().unflatten(0, (len(self.wk), -1)).sum(1) * k.sqrt())
+
+
+class ByError(Layer):
+    """A layer whose pairs are worth their de-rotation errors in scores, all heads counting alike."""
+    energies = property(lambda self: torch.ones(len(self.wq), dtype=torch.float64))
+
+
+def per_head(teacher, layers, pairs, rank, values, kind, whitened):
+    """GPT of a cut per key head: pairs, rank and values are widths per head."""
+    shape, H = teacher.cfg.attention, teacher.cfg.n_head
+    cfg = Config(**{**vars(teacher.cfg), "attn_mode": "decoupled", "sem_dim": rank * H, "geo_dim": 2 * pairs * H,
+                    "attn_dim": values * H, "kv_head": shape.v_groups, "one_temperature": True})
+    scale, half = ((rank + 2 * pairs) / shape.paths[0].width) ** 0.5, shape.paths[0].width // 2
+    student = GPT(cfg, teacher.vocab_size)
+    own = {name: tensor for name, tensor in teacher.state_dict().items() if ".attn." not in name}
+    student.load_state_dict(own, strict=False, assign=True)
+    for layer, block in zip(layers, student.blocks):
+        layer = kind(layer.wq, layer.wk, layer.wv, layer.wo, layer.inv_freq, layer.moments)
+        parts, queries, turned, keys = split(layer, pairs), [], [], []
+        kept = torch.cat([parts.kept, parts.kept + half], 1)
+        for g in range(len(kept)):
+            of_queries, of_keys = cut_keys(layer, g, parts, rank, whitened)
+            keys.append(of_keys @ parts.keys[g])
+            for h in layer.heads(g):
+                queries.append(scale * of_queries @ parts.queries[h])
+                turned.append(scale * layer.wq[h][kept[g]])
+        wv, wo = cut_values(layer, values)
+        attn = block.attn
+        for module, weight in ((attn.q["sem"], torch.cat(queries)), (attn.q["geo"], torch.cat(turned)),
+                               (attn.k["sem"], torch.cat(keys)), (attn.v, wv), (attn.o, wo),
+                               (attn.k["geo"], torch.cat([layer.wk[g][kept[g]] for g in range(len(kept))]))):
+            module.weight = torch.nn.Parameter(weight.float())
+        attn.inv_freq = layer.inv_freq[parts.kept].float()
+    return student.eval().requires_grad_(False)
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+def rotated(model):
+    """The same model with attention of its own, whose cache is rotated."""
+    with torch.device("meta"):
+        copy = GPT(model.cfg, model.vocab_size)
+    state = model.state_dict()
+    copy.load_state_dict({name: x.clone() if ".attn." in name else x for name, x in state.items()}, assign=True)
+    rotate_cache(copy.requires_grad_(False).eval())
+    return copy
+
+
+def rows_of(teacher, layers, healed):
+    """{name: (function that makes the model, formats or None)} of the table."""
+    @cache
+    def latent(share):
+        pairs, width, _ = choose(teacher.cfg, layers, share)
+        return convert(teacher, layers, pairs, width)
+
+    made = {"teacher": lambda: teacher}
+    made.update({f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5)})
+    for name, path in healed.items():
+        made[f"latent {name} %, healed"] = lambda path=path: load_subject(path, "cpu").model
+    rows = {name: (lambda: rotated(teacher), fmt) for name, fmt in (
+        ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("k q4_0, v q3_0", "k=q4_0,v=q3_0"), ("q3_0", "q3_0"),
+        ("k q4_0, v q2_0", "k=q4_0,v=q2_0"), ("k q3_0, v q2_0", "k=q3_0,v=q2_0"))}
+    rows["MHA2MLA-like 75 %"] = (lambda: per_head(teacher, layers, 16, 16, 48, ByNorm, False)), None
+    for share, pairs, rank, values in ((75, 16, 16, 48), (62.5, 16, 16, 32), (50, 8, 16, 32)):
+        rows[f"per head {share} %"] = partial(per_head, teacher, layers, pairs, rank, values, ByError, True), None
+    for name, make in made.items():
+        rows[name] = make, None
+        for fmt in ("q8_0", "q4_0") if name != "teacher" else ():
+            rows[f"{name}, {fmt}"] = (lambda make=make: rotated(make())), fmt
+    return rows
+
+
+def formats_for(model, name):
+    """{stream: format} of a --kv-cache."""
+    class Asked:
+        cfg = model.cfg
+    return formats_of(Asked, name)
+
+
+@torch.inference_mode()
+def log_probabilities(model, ids, formats):
+    """[T, V] of one window of ids [T], through a cache of these formats or None."""
+    kept = None if formats is None else KVCache(model.cfg, 1, len(ids), formats)
+    return model(ids[None], cache=kept)[0, SKIP:].log_softmax(-1)
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+def windows_of(tokenizer, path, count):
+    """[count, WINDOW + 1] token ids of a text's beginning."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = "\n".join(f"{item['goal']} {item['sol2' if item['label'] else 'sol1']}" for item in items)
+    else:
+        text = read_text(path)
+    ids = torch.from_numpy(tokenizer.encode(text[:count * WINDOW * 12]).astype("int64"))
+    if len(ids) < count * WINDOW + 1:
+        raise UserError(f"{path} has {len(ids)} tokens, too few for {count} windows of {WINDOW}")
+    return ids[:count * WINDOW + 1].unfold(0, WINDOW + 1, WINDOW)
+
+
+def figures(losses, teacher_losses, kls):
+    """Means over windows of equal size, and the standard error of the KL."""
+    kl, nll, base = (torch.tensor(x) for x in (kls, losses, teacher_losses))
+    error = kl.std().item() / math.sqrt(len(kl)) if len(kl) > 1 else None
+    return dict(kl=kl.mean().item(), kl_se=error, dnll=(nll - base).mean().item(), windows=len(kl), kls=kls,
+                teacher_nll=base.mean().item(), tokens=len(kl) * (WINDOW - SKIP))
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("model", help="the teacher: .gguf file, Hugging Face folder, run folder")
+    parser.add_argument("--data", required=True, help="text to calibrate on")
+    parser.add_argument("--text", nargs="+", required=True, help="texts to measure on")
+    parser.add_argument("--windows", type=int, nargs="+", required=True, help="windows of each")
+    parser.add_argument("--healed", nargs="*", default=[], metavar="SHARE=RUN", help="healed conversions")
+    parser.add_argument("--rows", default=".*", help="regular expression of the rows' names (all)")
+    parser.add_argument("--moments", type=Path, help="file that keeps the moments")
+    args = parser.parse_args()
+    subject = load_subject(args.model, "cpu")
+    teacher = subject.model.requires_grad_(False)
+    if args.moments and args.moments.exists():
+        moments = [Moments(**fields) for fields in torch.load(args.moments)]
+    else:
+        calibration = windows_of(subject.tokenizer, args.data, CALIBRATED)[:, :-1]
+        bar = progress(CALIBRATED, "window", "calibrating")
+        moments = calibrate(teacher, calibration, GRADED, report=lambda done, total: bar.update())
+        bar.close()
+        if args.moments:
+            torch.save([vars(each) for each in moments], args.moments)
+    layers = [Layer.of(block.attn, each) for block, each in zip(teacher.blocks, moments)]
+    rows = rows_of(teacher, layers, dict(pair.split("=", 1) for pair in args.healed))
+    chosen = {name: row for name, row in rows.items() if re.fullmatch(args.rows, name)}
+    models, table, full = {}, {}, bytes_per_token(teacher.cfg, "fp16")
+    for name, (make, fmt) in chosen.items():
+        models[name] = make()
+        cfg, formats = models[name].cfg, formats_for(models[name], fmt or "fp16")
+        share = sum(cfg.attention.streams.values()) / sum(teacher.cfg.attention.streams.values())
+        table[name] = dict(elements=share, bytes=bytes_per_token(cfg, formats) / full, formats=formats if fmt else None)
+        if cfg.attention.latent:
+            table[name].update(pairs=cfg.attention.paths[-1].width // 2, latent=cfg.attention.latent)
+    windows = {Path(path).stem: windows_of(subject.tokenizer, path, count)
+               for path, count in zip(args.text, args.windows)}
+    order = sorted((place / len(each), text, place) for text, each in windows.items() for place in range(len(each)))
+    before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    settings = dict(teacher=Path(args.model).name, calibration=Path(args.data).name, window=WINDOW, skipped=SKIP)
+    if any(before.get(name, value) != value for name, value in settings.items()):
+        raise UserError(f"{args.out} is of other windows; name another --out")
+    base = {text: [] for text in windows}
+    seen = {(name, text): ([], []) for name in models for text in windows}
+    bar = progress(len(order) * (1 + len(models)), "pass", "measuring")
+    for _, text, place in order:                           # texts in turn, so that a stopped run has some of each
+        window = windows[text][place]
+        targets = window[SKIP + 1:, None]
+        t = log_probabilities(teacher, window[:-1], None)
+        base[text].append(-t.gather(1, targets).mean().item())
+        bar.update()
+        for name, model in models.items():
+            s = log_probabilities(model, window[:-1], table[name]["formats"])
+            losses, kls = seen[name, text]
+            losses.append(-s.gather(1, targets).mean().item())
+            kls.append((t.exp() * (t - s)).sum(-1).mean().item())
+            table[name][text] = figures(losses, base[text], kls)
+            bar.update()
+        write(args.out, torch.device("cpu"), **settings, rows={**before.get("rows", {}), **table})
+    bar.close()
+    for name, row in table.items():
+        print(f"{name}: {row['bytes']:.3f} of the bytes", *(f"{text} KL {row[text]['kl']:.4f}" for text in windows))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,279 @@
+"""
+The commands of convert_dba.py that give a pretrained model decoupled attention with one latent (dba), and that measure
+what a share of its cache's bytes is best spent on (advise).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from evals.policy import calibration_windows
+from evals.subject import Progress, Subject, file_hash, formats_of, json_text, load_subject, read_data, text_table
+from kernels.rotate import rotate_cache
+from surgery.calibrate import calibrate, check_teacher
+from surgery.convert import Layer, choose, convert, student_config
+from surgery.heal import Texts, distance, heal
+from train_dba import (
+    BROKEN,
+    GPT,
+    KVCache,
+    UserError,
+    brief,
+    bytes_per_token,
+    count_params,
+    kv_bytes_per_token,
+    load_checkpoint,
+    load_model,
+    own_folder,
+    pick_device,
+    pick_dtype,
+    provenance,
+    read_json,
+    read_log,
+    relative,
+    shell_quote,
+    tokenizer_hash,
+    write_text,
+)
+
+RECORD = "convert.json"                                    # in the run folder: what was asked for, and what was chosen
+QUANTISED = ("q8_0", "q4_0", "q3_0", "q2_0")               # what advise() tries, keys never below values
+LEAST_SHARE, MOST_TRIED = 0.2, 3                           # of the elements; and candidates of a kind
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def rate(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    return value
+
+
+def common_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="the teacher: .gguf file, Hugging Face folder or run folder")
+    p.add_argument("--cache-share", type=fraction, required=True, help="of the teacher's cache that may be kept")
+    p.add_argument("--data", type=Path, required=True, help="text to calibrate on, and to heal on")
+    p.add_argument("--val-data", type=Path, help="text to measure on (the last tenth of --data)")
+    p.add_argument("--window", type=positive, default=512, help="tokens of a window (%(default)s)")
+    p.add_argument("--calibration", type=positive, default=12, help="windows of the moments (%(default)s)")
+    p.add_argument("--fisher", type=positive, default=6, help="of these, windows of the Fisher matrices (%(default)s)")
+    p.add_argument("--val-windows", type=positive, default=8, help="windows to measure on (%(default)s)")
+
+
+def dba_flags(p: argparse.ArgumentParser) -> None:
+    common_flags(p)
+    p.add_argument("--out-dir", type=Path, required=True, help="run folder; what it has is gone on with")
+    p.add_argument("--heal-tokens", type=count, default=0, help="tokens to heal on after the conversion (none)")
+    p.add_argument("--lr", type=rate, default=3e-5, help="of healing (%(default)s; 2e-4 destroyed)")
+    p.add_argument("--batch-size", type=positive, default=1, help="windows of a step (%(default)s)")
+    p.add_argument("--eval-every", type=positive, default=50, help="steps (%(default)s)")
+    p.add_argument("--save-every", type=positive, default=50, help="steps (%(default)s)")
+    p.add_argument("--seed", type=count, default=0)
+    p.add_argument("--device", default="auto", help="of healing; the conversion is a CPU's")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    p.add_argument("--overwrite", action="store_true", help="start afresh")
+
+
+def advise_flags(p: argparse.ArgumentParser) -> None:
+    common_flags(p)
+    p.add_argument("--out", type=Path, help="write the table as JSON")
+
+
+# -----------------------------------------------------------------------------
+# What both begin with
+
+def open_teacher(path: str) -> Subject:
+    subject = load_subject(path, "cpu")
+    check_teacher(subject.model)
+    subject.model.requires_grad_(False)
+    return subject
+
+
+def read_texts(subject: Subject, args: argparse.Namespace) -> tuple[Texts, torch.Tensor]:
+    """(texts to train and to measure on, calibration windows [n, window])."""
+    if args.window > subject.cfg.block:
+        raise UserError(f"--window {args.window} is longer than the model's context of {subject.cfg.block}")
+    train = read_data(subject, args.data)
+    ids, val = train.ids, train.ids[-len(train.ids) // 10:]
+    if args.val_data:
+        val = read_data(subject, args.val_data).ids
+    else:
+        ids = ids[:-len(ids) // 10]
+    identity = dict(train_tokens=len(ids), val_tokens=len(val), vocab_size=subject.tokenizer.vocab_size,
+                    sha256=train.sha256, val_sha256=file_hash(args.val_data) if args.val_data else None,
+                    tokenizer_sha256=tokenizer_hash(subject.tokenizer))
+    windows = calibration_windows(ids, args.calibration, args.window)[:, :-1]
+    return Texts(ids.numpy(), calibration_windows(val, args.val_windows, args.window), identity), windows
+
+
+def layers_of(teacher: GPT, windows: torch.Tensor, graded: int) -> list[Layer]:
+    with Progress("window", "calibrating") as report:
+        moments = calibrate(teacher, windows, min(graded, len(windows)), report=report)
+    return [Layer.of(block.attn, each) for block, each in zip(teacher.blocks, moments)]
+
+
+# -----------------------------------------------------------------------------
+# dba
+
+def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
+    """The folder's record, {} where it has none. Raises UserError where that is of other settings."""
+    path = folder / RECORD
+    if overwrite or not path.exists():
+        return {}
+    try:
+        record = read_json(path, {"asked": dict, "pairs": int, "latent": int})
+    except (*BROKEN, OSError) as e:
+        raise UserError(f"{path} is damaged ({brief(e)}); use another --out-dir, or --overwrite") from None
+    differ = [f"{name} was {record['asked'].get(name)!s:.20}, is {value!s:.20}" for name, value in asked.items()
+              if record["asked"].get(name) != value]
+    if differ:
+        raise UserError(f"{folder} holds another conversion ({'; '.join(differ)}); use another --out-dir, or "
+                        "--overwrite")
+    return record
+
+
+def make_dba(args: argparse.Namespace, argv: list[str]) -> int:
+    """Convert, then heal where that was asked for. Returns the exit code."""
+    with own_folder(args.out_dir):
+        return make_dba_in(args.out_dir, args, argv)
+
+
+def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
+    teacher = open_teacher(args.model)
+    texts, windows = read_texts(teacher, args)
+    asked = dict(model=teacher.sha256, data=texts.identity["sha256"], val_data=texts.identity["val_sha256"],
+                 **{name: getattr(args, name) for name in ("cache_share", "window", "calibration", "fisher", "seed")})
+    record, steps = check_record(folder, asked, args.overwrite), -(-args.heal_tokens // (args.batch_size * args.window))
+    if args.overwrite:
+        for name in ("last.pt", "best.pt", "train.jsonl", RECORD):
+            (folder / name).unlink(missing_ok=True)
+    log = read_log(folder / "train.jsonl")
+    if record and log and log[-1]["type"] == "done" and log[-1]["step"] >= steps:
+        print(f"{folder} is finished ({log[-1]['step']} steps of healing); larger --heal-tokens go on, --overwrite "
+              "starts afresh")
+        return 0
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    if (folder / "last.pt").exists():                      # heal() puts the student where that left off
+        ckpt = load_checkpoint(folder / "last.pt")
+        student, dtype = load_model(ckpt), getattr(torch, ckpt["config"].dtype)
+    else:
+        layers = layers_of(teacher.model, windows, args.fisher)
+        with Progress("layer", "choosing widths") as report:
+            pairs, latent, nats = choose(teacher.cfg, layers, args.cache_share, report)
+        with Progress("layer", "converting") as report:
+            student = convert(teacher.model, layers, pairs, latent, report)
+        record = dict(asked=asked, pairs=pairs, latent=latent, predicted_nats=nats)
+        sizes = " of ".join(f"{bytes_per_token(cfg, 'fp16'):,}" for cfg in (student.cfg, teacher.cfg))
+        print(f"{pairs} RoPE pairs of each of {teacher.cfg.attention.v_groups} key heads, a latent of {latent}: "
+              f"{sizes} bytes per token in fp16; predicted loss {nats:.3f} nats", flush=True)
+    student.cfg = cfg = dataclasses.replace(
+        student.cfg, seed=args.seed, data=relative(str(args.data)), val_data=None, out_dir=relative(str(folder)),
+        dtype=str(dtype).removeprefix("torch."), steps=max(1, steps), batch_size=args.batch_size, lr=args.lr,
+        min_lr=args.lr / 10, schedule="wsd", warmup_steps=min(5, steps), weight_decay=0.0, eval_every=args.eval_every,
+        save_every=args.save_every)
+    write_text(folder / "command.txt", " ".join(["python3 convert_dba.py", *map(shell_quote, argv)]) + "\n")
+    for name, content in (("resolved_config.json", dataclasses.asdict(cfg)), ("env.json", provenance(device)),
+                          (RECORD, record)):
+        write_text(folder / name, json.dumps(content, indent=1) + "\n")
+    meta = dict(config=dataclasses.asdict(cfg), params=count_params(cfg, student.vocab_size),
+                kv_bytes_per_token=kv_bytes_per_token(cfg), data=texts.identity, conversion=record)
+    return heal(student.to(device), teacher.model.to(device), teacher.tokenizer, texts, steps, args.window, folder,
+                dtype, meta)
+
+
+# -----------------------------------------------------------------------------
+# advise
+
+def rotated(model: GPT) -> GPT:
+    """The same model with attention of its own, whose cache is rotated."""
+    with torch.device("meta"):
+        copy = GPT(model.cfg, model.vocab_size)
+    state = model.state_dict()
+    copy.load_state_dict({name: x.clone() if ".attn." in name else x for name, x in state.items()}, assign=True)
+    rotate_cache(copy.requires_grad_(False).eval())
+    return copy
+
+
+def through_cache(model: GPT, formats: dict[str, str]):
+    """The model as a function of token ids [1, T], each window through a cache of its own."""
+    return lambda ids: model(ids, cache=KVCache(model.cfg, len(ids), ids.size(1), formats))
+
+
+def quantised_alone(subject: Subject, most: float) -> list[dict]:
+    """Formats of keys and values that fit, the largest first."""
+    fitting = []
+    for i, k in enumerate(QUANTISED):
+        for v in QUANTISED[i:]:
+            formats = formats_of(subject, f"k={k},v={v}")
+            if (size := bytes_per_token(subject.cfg, formats)) <= most:
+                fitting.append((size, formats))
+    return [formats for _, formats in sorted(fitting, key=lambda pair: -pair[0])[:MOST_TRIED]]
+
+
+def advise(args: argparse.Namespace) -> None:
+    """Print, and write, the KL of what fits into a share of the bytes of an fp16 cache, and the best of it."""
+    subject = open_teacher(args.model)
+    texts, windows = read_texts(subject, args)
+    teacher, full = subject.model, bytes_per_token(subject.cfg, "fp16")
+    most, candidates = args.cache_share * full, []
+    turned = rotated(teacher)
+    for formats in quantised_alone(subject, most):
+        candidates.append(("quantised", turned, formats))
+    layers = layers_of(teacher, windows, args.fisher)
+    for fmt in ("fp16", "q8_0", "q4_0"):
+        share = most / bytes_per_token(subject.cfg, fmt)
+        if LEAST_SHARE <= share < 1:
+            with Progress("layer", f"converting for {fmt}") as report:
+                pairs, latent, _ = choose(subject.cfg, layers, share, report)
+            while latent > 1 and bytes_per_token(student_config(subject.cfg, pairs, latent), fmt) > most:
+                latent -= 1                                # blocks' scales take their share, too
+            student = convert(teacher, layers, pairs, latent)
+            candidates.append(("converted", rotated(student), dict.fromkeys(student.cfg.attention.streams, fmt)))
+    if not candidates:
+        raise UserError(f"nothing that is tried fits into --cache-share {args.cache_share}; give more")
+    rows = []
+    for kind, model, formats in candidates:
+        with Progress("window", f"{kind} {formats_text(formats)}") as report:
+            figures = distance(teacher, through_cache(model, formats), texts.held_out, report=report)
+        rows.append(dict(kind=kind, formats=formats, bytes_share=bytes_per_token(model.cfg, formats) / full,
+                         elements_share=sum(model.cfg.attention.streams.values()) / sum(
+                             subject.cfg.attention.streams.values()), **figures))
+    rows.sort(key=lambda row: row["kl"])
+    print(text_table([("cache", "of fp16's bytes", "of the elements", "KL", "nll more"), *(
+        (f"{row['kind']}, {formats_text(row['formats'])}", f"{100 * row['bytes_share']:.1f} %",
+         f"{100 * row['elements_share']:.1f} %", f"{row['kl']:.4f}", f"{row['nll'] - row['teacher_nll']:+.4f}")
+        for row in rows)]))
+    best = rows[0]
+    what = "quantise the cache" if best["kind"] == "quantised" else "convert, then quantise the cache"
+    print(f"{what}: {formats_text(best['formats'])}, rotated, has the least KL, {best['kl']:.4f} nats per token over "
+          f"{best['tokens']:,} tokens (conversions are not healed here)")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.out, json_text(dict(model=Path(args.model).name, cache_share=args.cache_share, rows=rows,
+                                            env=provenance(subject.device))))
+
+
+def formats_text(formats: dict[str, str]) -> str:
+    return ", ".join(f"{name} {fmt}" for name, fmt in formats.items())

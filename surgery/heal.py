@@ -1,0 +1,211 @@
+"""
+Healing of a converted model: its attention weights learn the teacher's next-token distributions.
+
+The loss is KL(teacher ‖ student) + 0.1 cross-entropy, over random windows of the training text. A run folder as
+train_dba.py writes one: train.jsonl, last.pt to go on from, best.pt of the least KL on held-out text.
+"""
+
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train_dba import (
+    GPT,
+    MAY_CHANGE,
+    Config,
+    UserError,
+    append_line,
+    autocast,
+    catch_signals,
+    flag_name,
+    load_checkpoint,
+    lr_at,
+    make_optimizer,
+    peak_memory,
+    perplexity,
+    progress,
+    read_log,
+    restore,
+    sample_batch,
+    save_checkpoint,
+    write_text,
+)
+
+CROSS_ENTROPY = 0.1                                        # its weight beside the KL
+LATENT_SCALE = "latent_scale"                              # in last.pt: what the latents' channels were divided by
+
+
+@dataclass
+class Texts:
+    """Token ids: train [N], held-out windows [n, window + 1] and what the checkpoint says of both."""
+    train: np.ndarray
+    held_out: Tensor
+    identity: dict
+
+
+@torch.no_grad()
+def distance(teacher, student, windows: Tensor, skip: int = 0, report=lambda done, total: None) -> dict:
+    """{"kl": KL(teacher ‖ student), "nll", "teacher_nll"}: nats per token of windows [n, T + 1] in float32, leaving out
+    the first `skip` predictions of each, and "tokens", their number. The models take ids [1, T]."""
+    sums = dict(kl=0.0, nll=0.0, teacher_nll=0.0)
+    for n, window in enumerate(windows):
+        t, s = (model(window[None, :-1])[0, skip:].log_softmax(-1) for model in (teacher, student))   # [T, V]
+        targets = window[skip + 1:, None]
+        sums["kl"] += (t.exp() * (t - s)).sum().item()
+        sums["nll"] -= s.gather(1, targets).sum().item()
+        sums["teacher_nll"] -= t.gather(1, targets).sum().item()
+        report(n + 1, len(windows))
+    tokens = windows[:, skip + 1:].numel()
+    return {**{name: total / tokens for name, total in sums.items()}, "tokens": tokens}
+
+
+@torch.no_grad()
+def scale_latents(model: GPT, factors: list[Tensor]) -> None:
+    """Multiply each layer's latent by a factor per channel, in place; what reads it is divided."""
+    for block, factor in zip(model.blocks, factors):
+        block.attn.latent[0].weight.mul_(factor[:, None])
+        for reader in (block.attn.k["sem"], block.attn.v):
+            reader.weight.div_(factor)
+        for null in [block.attn.null["latent"]] if block.attn.null else []:
+            null.mul_(factor)
+
+
+@torch.no_grad()
+def latent_sizes(model: GPT, window: Tensor) -> list[Tensor]:
+    """Root mean square of each channel of each layer's latent, over a window of tokens [T]."""
+    sizes = []
+
+    def note(module, args, latent):
+        sizes.append(latent.square().mean((0, 1)).sqrt().clamp(min=1e-12))
+
+    hooks = [block.attn.latent.register_forward_hook(note) for block in model.blocks]
+    model.hidden(window[None])
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+def freeze_all_but_attention(model: GPT) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(".attn." in name)
+
+
+def loss_of(teacher: GPT, student: GPT, x: Tensor, y: Tensor, dtype) -> tuple[Tensor, float]:
+    """(KL + CROSS_ENTROPY · nll, KL) in nats per token, over inputs x and targets y [B, T]; gradients are accumulated a
+    sequence at a time."""
+    total, kls = 0.0, 0.0
+    for ids, targets in zip(x, y):
+        with autocast(x.device, dtype):
+            with torch.no_grad():
+                t = teacher(ids[None])[0].log_softmax(-1)                       # [T, V]
+            s = student(ids[None])[0].log_softmax(-1)
+        kl = F.kl_div(s, t, reduction="sum", log_target=True) / y.numel()
+        loss = kl + CROSS_ENTROPY * F.nll_loss(s, targets, reduction="sum") / y.numel()
+        loss.backward()
+        total, kls = total + loss.item(), kls + kl.item()
+    return total, kls
+
+
+def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: dict):
+    """(step, best KL, latent scale or None) where the folder's last.pt left off; model, optimiser and generator are put
+    there. Raises UserError where that is another run."""
+    if not (folder / "last.pt").exists():
+        return 0, math.inf, None
+    ckpt = load_checkpoint(folder / "last.pt")
+    if ckpt.get("data") != identity:
+        raise UserError(f"{folder}/last.pt was healed on other text; use another --out-dir, or --overwrite")
+    before = vars(ckpt["config"])
+    differ = [f"{flag_name(name)} was {before[name]!r}, is {value!r}" for name, value in vars(cfg).items()
+              if name not in MAY_CHANGE | {"steps"} and before[name] != value]
+    if differ:
+        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); use another --out-dir, or "
+                        "--overwrite")
+    restore(ckpt, student, optimizer, rng)
+    return ckpt["step"], ckpt["best_val_loss"], [factor for factor in ckpt[LATENT_SCALE]]
+
+
+def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window: int, folder: Path, dtype,
+         meta: dict) -> int:
+    """Train the student, whose config is that of the run, for so many steps (0: it is only measured and saved), on from
+    the folder's last.pt if there is one. Returns the exit code."""
+    cfg, device = student.cfg, student.embed.weight.device
+    teacher.requires_grad_(False)
+    freeze_all_but_attention(student)
+    optimizer, rng = make_optimizer(student, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
+    step, best, sizes = resume(folder, cfg, student, optimizer, rng, texts.identity)
+    if sizes is None:                                      # in last.pt, latents have a variance of 1, as Adam likes it
+        sizes = latent_sizes(student, texts.held_out[0].to(device))
+        scale_latents(student, [1 / size for size in sizes])
+    log_path, per_step = folder / "train.jsonl", cfg.batch_size * window
+    kept = read_log(log_path) if step else []
+    kept = [line for line in kept if line.get("step", 0) <= step and line["type"] != "done"]
+    first = dict(type="resume_meta", step=step) if kept else dict(type="meta")
+    write_text(log_path, "".join(json.dumps(line) + "\n" for line in [*kept, {**first, **meta}]))
+
+    def log(kind, **numbers):
+        append_line(log_path, type=kind, step=step, tokens=step * per_step, **numbers)
+
+    def save(name, model, **state):
+        save_checkpoint(folder / name, cfg, tokenizer, model, step=step, tokens=step * per_step, best_val_loss=best,
+                        data=texts.identity, **state)
+
+    def evaluate():
+        """Log the distance on held-out text, and keep the student where it is the least so far."""
+        nonlocal best
+        student.eval()
+        result = distance(teacher, student, texts.held_out.to(device))
+        student.train()
+        improved, best = result["kl"] < best, min(result["kl"], best)
+        log("eval", val_loss=result["nll"], val_ppl=perplexity(result["nll"]), val_bpb=None,
+            val_tokens=result["tokens"], val_kl=result["kl"], teacher_loss=result["teacher_nll"], best_val_kl=best)
+        if improved:
+            converted = copy.deepcopy(student)             # whose latents' errors cost alike in all channels
+            scale_latents(converted, sizes)
+            save("best.pt", converted)
+
+    if step == 0:
+        evaluate()
+    caught = catch_signals(lambda: f"\nfinishing step {step}, then saving\n")
+    bar = progress(steps * per_step, "tok", "healing", initial=step * per_step)
+    seconds, timed, stop_with = 0.0, 0, 0
+    student.train()
+    while step < steps and not stop_with:
+        step += 1
+        started = time.perf_counter()
+        rate = lr_at(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        x, y = (part.to(device) for part in sample_batch(rng, texts.train, cfg.batch_size, window))
+        loss, kl = loss_of(teacher, student, x, y, dtype)
+        grad_norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], cfg.grad_clip).item()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update; start "
+                            "again with a lower --lr and --overwrite")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds, timed = seconds + time.perf_counter() - started, timed + 1
+        bar.set_postfix_str(f"step {step} KL {kl:.4f}", refresh=False)
+        bar.update(per_step)
+        last = step == steps
+        if step % cfg.log_every == 0 or step == 1 or last:
+            log("train", loss=loss, kl=kl, lr=rate, grad_norm=grad_norm, tok_s=timed * per_step / seconds,
+                step_ms=1000 * seconds / timed, mem_bytes=peak_memory(device))
+            seconds, timed = 0.0, 0
+        if step % cfg.eval_every == 0 or last:
+            evaluate()
+        stop_with = 128 + max(caught, default=-128)
+        if step % cfg.save_every == 0 or last or stop_with:
+            save("last.pt", student, optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
+                 **{LATENT_SCALE: torch.stack(sizes)})
+    bar.close()
+    if not stop_with:
+        log("done", best_val_kl=best)
+    return stop_with

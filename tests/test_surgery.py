@@ -1,0 +1,320 @@
+"""Conversion to decoupled attention with one latent: exactness, what is predicted, healing, and the commands."""
+
+import dataclasses
+import json
+import signal
+
+import pytest
+import torch
+
+import convert_dba
+import reference
+import train_dba as dba
+from helpers import assert_done, assert_error, call, losses, make_text, read_log
+from kernels.rotate import rotate_cache
+from reference import cached_logits, close, config, randomize
+from surgery import heal as healing
+from surgery.calibrate import calibrate
+from surgery.convert import Layer, choose, convert, split, widths
+
+TEACHERS = {
+    "gqa": dict(attn_mode="gqa", n_head=6, d_model=60, attn_dim=48, kv_head=2),     # heads of 8, three a group
+    "standard": dict(attn_mode="standard", n_head=4, d_model=48),                   # 12
+    "bottleneck": dict(attn_mode="bottleneck", n_head=3, d_model=56, attn_dim=30),  # 10
+}
+VOCAB, T = 70, 96
+
+
+def teacher_of(name, seed=0):
+    model = dba.GPT(config({**TEACHERS[name], **dict(layers=2, d_ff=64, block=128, rope_base=500.0)}), VOCAB)
+    model = randomize(model, seed)
+    with torch.no_grad():
+        model.embed.weight *= 0.5
+    return model.eval().requires_grad_(False)
+
+
+def ids_of(n, length=T, seed=0):
+    return torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def layers_of(model, windows=6):
+    moments = calibrate(model, ids_of(windows), windows)
+    return [Layer.of(block.attn, each) for block, each in zip(model.blocks, moments)]
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def taught(request):
+    """(teacher, its layers with moments)."""
+    model = teacher_of(request.param)
+    return model, layers_of(model)
+
+
+def kl(teacher, student, ids):
+    t, s = (model(ids).log_softmax(-1) for model in (teacher, student))
+    return (t.exp() * (t - s)).sum(-1).mean().item()
+
+
+def full(model, pairs):
+    """The largest latent that is of use beside so many pairs."""
+    shape = model.cfg.attention
+    return min(model.cfg.d_model, shape.v_groups * (shape.paths[0].width - 2 * pairs + shape.v_width))
+
+
+# --- Moments
+
+def test_moments_are_what_their_names_say(taught):
+    """Beside explicit sums over an explicit attention matrix."""
+    model, layers = taught
+    attn, shape, windows = model.blocks[0].attn, model.cfg.attention, ids_of(6)
+    H, G, w, v = model.cfg.n_head, shape.v_groups, shape.paths[0].width, shape.v_width
+    x = model.blocks[0].attn_norm(model.embed(windows)).double()                     # [n, T, D]
+    close(layers[0].moments.inputs, torch.einsum("ntd,nte->de", x, x) / x[..., 0].numel(), 1e-5)
+    close(layers[0].moments.mean, x.mean((0, 1)), 1e-5)
+    values, mass = 0.0, torch.zeros(H, T, dtype=torch.float64)
+    for window in x:
+        heads = []
+        for h in range(H):
+            g = h // (H // G)
+            q = reference.rotate(window @ attn.q["geo"].weight[h * w:(h + 1) * w].double().T, 500.0)
+            k = reference.rotate(window @ attn.k["geo"].weight[g * w:(g + 1) * w].double().T, 500.0)
+            scores = (q @ k.T / w ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+            p = reference.softmax_rows(scores)
+            heads.append(p @ (window @ attn.v.weight[g * v:(g + 1) * v].double().T))
+            for distance in range(T):
+                mass[h, distance] += p.diagonal(-distance).sum()
+        z = torch.cat(heads, 1)
+        values = values + z.T @ z
+    close(layers[0].moments.values, values / x[..., 0].numel(), 1e-4)
+    close(layers[0].moments.mass, mass / x[..., 0].numel(), 1e-4)
+    close(layers[0].moments.mass.sum(1), torch.ones(H), 1e-5)
+
+
+def test_the_fisher_matrix_predicts_the_loss_of_a_perturbed_layer():
+    """A small random error of the last layer's output, a new one at each position, costs d·F·d / 2 nats."""
+    model = teacher_of("gqa")
+    F = calibrate(model, ids_of(40), 40)[-1].fisher
+    ids, noise = ids_of(30, seed=9), torch.Generator().manual_seed(1)
+    D, size, costs = model.cfg.d_model, 0.05, []
+    hook = model.blocks[-1].attn.register_forward_hook(
+        lambda module, args, y: y + size * torch.randn(y.shape, generator=noise))
+    for each in ids:
+        student = model(each[None])
+        hook.remove()
+        teacher = model(each[None]).log_softmax(-1)
+        costs.append((teacher.exp() * (teacher - student.log_softmax(-1))).sum(-1).mean().item())
+        hook = model.blocks[-1].attn.register_forward_hook(
+            lambda module, args, y: y + size * torch.randn(y.shape, generator=noise))
+    predicted = size ** 2 * F.trace().item() / 2
+    assert D > 0 and sum(costs) / len(costs) == pytest.approx(predicted, rel=0.15)
+
+
+def test_calibration_changes_nothing_of_the_teacher():
+    model, ids = teacher_of("gqa"), ids_of(2, seed=3)
+    before = model(ids)
+    calibrate(model, ids_of(3), 2)
+    assert torch.equal(model(ids), before)
+    assert not any(block.attn._forward_hooks for block in model.blocks) and not model.embed._forward_hooks
+
+
+# --- Exactness
+
+def test_full_widths_give_the_teachers_logits(taught):
+    model, layers = taught
+    pairs, ids = model.cfg.attention.paths[0].width // 2, ids_of(3, seed=4)
+    student = convert(model, layers, pairs, full(model, pairs))
+    close(student(ids), model(ids), 1e-4)
+
+
+def folded(layer, pairs, x):
+    """Float64 attention output [T, D] of a layer whose kept pairs turn and whose others are multiplied by what stands
+    in for their rotation, one head at a time."""
+    H, G, w, n = len(layer.wq), len(layer.wk), layer.wq.size(1), len(x)
+    kept, half = split(layer, pairs).kept, layer.wq.size(1) // 2
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    out = 0.0
+    for h in range(H):
+        g = h // (H // G)
+        q, k = (torch.complex(y[:, :half], y[:, half:]) for y in (x @ layer.wq[h].T, x @ layer.wk[g].T))
+        scores = 0.0
+        for f in range(half):
+            turns = torch.exp(1j * layer.inv_freq[f] * torch.arange(len(layer.moments.mass[0])))
+            turn = (layer.moments.mass[h] * turns).sum() / layer.moments.mass[h].sum()
+            if f in kept[g].tolist():
+                turn = torch.exp(1j * layer.inv_freq[f] * distance)
+            scores = scores + (q[:, f, None] * k[:, f].conj() * turn).real
+        scores = (scores / w ** 0.5).masked_fill(distance < 0, -torch.inf)
+        out = out + reference.softmax_rows(scores) @ (x @ layer.wv[g].T) @ layer.wo[h].T
+    return out
+
+
+@pytest.mark.parametrize("pairs", (1, 3))
+def test_the_folded_teacher_is_met_at_full_rank(taught, pairs):
+    model, layers = taught
+    student = convert(model, layers, pairs, full(model, pairs))
+    for i, layer in enumerate(layers):
+        x = torch.randn(23, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
+        expected = folded(layer, pairs, x.double())
+        assert (model.blocks[i].attn(x[None])[0] - expected).abs().max() > 0.01, "nothing was taken from any pair"
+        close(student.blocks[i].attn(x[None])[0], expected, 1e-4)
+
+
+def test_the_loss_falls_with_the_rank(taught):
+    model, layers = taught
+    ids, pairs = ids_of(8, seed=5), 3
+    most = full(model, pairs)
+    losses = [kl(model, convert(model, layers, pairs, latent), ids) for latent in (2, most // 4, most // 2, most)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > 5 * losses[-1]
+
+
+@torch.no_grad()
+def test_a_conversion_commutes_with_the_cache(taught):
+    model, layers = taught
+    student, ids = convert(model, layers, 2, full(model, 2) // 2), ids_of(2, 40, seed=6)
+    exact = student(ids)
+    close(cached_logits(student, ids, [7, 1, 1, 31]), exact, 2e-5)
+    rotate_cache(student)
+    close(cached_logits(student, ids, [7, 1, 1, 31]), exact, 2e-5)
+    close(cached_logits(student, ids, [7, 1, 1, 31], "q8_0"), exact, 0.05)
+
+
+# --- Widths
+
+def test_widths_fit_and_the_chosen_are_those_of_the_least_predicted_loss(taught):
+    model, layers = taught
+    shape = model.cfg.attention
+    elements, before = 2 * shape.v_groups * shape.v_width, torch.inf
+    for share in (0.4, 0.6, 0.9):
+        choices = widths(model.cfg, share)
+        for pairs, latent in choices.items():
+            cached = dba.bytes_per_token(convert(model, layers, pairs, latent).cfg, "fp16") // (2 * model.cfg.layers)
+            assert cached <= share * elements
+        pairs, latent, nats = choose(model.cfg, layers, share)
+        assert choices[pairs] == latent and nats < before
+        before = nats
+
+
+@pytest.mark.parametrize("given, word", [
+    (dict(attn_mode="decoupled"), "--attn-mode decoupled"), (dict(null_attn=True), "--null-attn"),
+    (dict(tie_qk=True), "--tie-qk"), (dict(learned_temp=True), "--learned-temp"), (dict(rope=False), "--no-rope")])
+def test_teachers_that_are_refused(tmp_path, given, word):
+    save_teacher(tmp_path / "run", **{"d_model": 32, "n_head": 2, "layers": 1, "d_ff": 16, "block": 32, **given})
+    make_text(tmp_path)
+    assert_error(dba_command(tmp_path), word, "can't be converted")
+
+
+# --- The commands
+
+def save_teacher(folder, **given):
+    cfg, tokenizer = dba.make_config(data="none", **given), dba.make_tokenizer("byte", None)
+    model = randomize(dba.GPT(cfg, tokenizer.vocab_size))
+    with torch.no_grad():
+        model.embed.weight *= 0.1
+    folder.mkdir()
+    dba.save_checkpoint(folder / "best.pt", cfg, tokenizer, model, step=1)
+
+
+FLAGS = "--model run --data text.txt --window 32 --calibration 3 --val-windows 2"
+DBA = f"dba {FLAGS} --out-dir y --cache-share 0.6 --device cpu --dtype float32 --eval-every 2 --save-every 1"
+
+
+def dba_command(folder, more=""):
+    return call(f"{DBA} {more}", folder, convert_dba.main)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a text and a teacher of bytes."""
+    make_text(tmp_path)
+    save_teacher(tmp_path / "run", attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=64)
+    return tmp_path
+
+
+def test_a_conversion_is_an_ordinary_run(folder):
+    assert_done(dba_command(folder))
+    assert "is finished" in dba_command(folder).stdout
+    log, record = read_log(folder / "y"), json.loads((folder / "y/convert.json").read_text())
+    assert [line["type"] for line in log] == ["meta", "eval", "done"]
+    ckpt = dba.load_checkpoint(folder / "y")
+    shape = ckpt["config"].attention
+    assert shape.streams == dict(latent=record["latent"], k_geo=2 * 2 * record["pairs"])
+    assert sum(shape.streams.values()) <= 0.6 * 2 * 2 * 8
+    teacher, student = dba.load_model(dba.load_checkpoint(folder / "run")), dba.load_model(ckpt)
+    text = torch.from_numpy(ckpt["tokenizer"].encode((folder / "text.txt").read_text()).astype("int64"))
+    assert kl(teacher, student, text[-64:][None]) < 0.5 * kl(teacher, dba.GPT(ckpt["config"], 257).init_weights(),
+                                                             text[-64:][None])
+    assert_done(call("--mode sample --ckpt y --prompt ab --max-new-tokens 4 --kv-cache hetero --device cpu", folder))
+
+
+def test_healing_lowers_the_distance(folder, monkeypatch):
+    monkeypatch.setattr(healing, "CROSS_ENTROPY", 0.0)     # of a random teacher it leads elsewhere
+    assert_done(dba_command(folder, "--cache-share 0.4 --heal-tokens 3200 --lr 2e-3 --batch-size 2 --eval-every 25"))
+    kls = [line["val_kl"] for line in read_log(folder / "y") if line["type"] == "eval"]
+    assert kls[-1] == min(kls) < 0.7 * kls[0]
+    teacher, student = (dba.load_model(dba.load_checkpoint(folder / name)) for name in ("run", "y"))
+    frozen = [name for name, p in teacher.state_dict().items() if ".attn." not in name]
+    assert all(torch.equal(teacher.state_dict()[name], student.state_dict()[name]) for name in frozen)
+
+
+def test_healing_resumes_from_every_step(folder, monkeypatch):
+    """Stopped at each step in turn: the same losses and weights as in one go."""
+    more = "--heal-tokens 160 --lr 1e-3"
+    assert_done(dba_command(folder, more))
+    (folder / "y").rename(folder / "whole")
+    draw = healing.sample_batch
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(healing, "sample_batch", interrupted)
+    assert [dba_command(folder, more).code for _ in range(6)] == [130] * 5 + [0]
+    assert losses(folder / "y") == losses(folder / "whole")
+    a, b = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("y", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_scaling_latents_changes_no_logit():
+    model, ids = teacher_of("gqa"), ids_of(2, 20)
+    student = convert(model, layers_of(model), 2, 9)
+    before, sizes = student(ids), healing.latent_sizes(student, ids[0])
+    healing.scale_latents(student, [1 / size for size in sizes])
+    close(student(ids), before, 1e-5)
+    close(torch.stack(healing.latent_sizes(student, ids[0])), torch.ones(2, 9), 1e-5)
+
+
+@pytest.mark.parametrize("change, words", [
+    ("--cache-share 0.5", ["cache_share was 0.6, is 0.5"]), ("--seed 3", ["seed was 0, is 3"]),
+    ("--heal-tokens 320 --lr 1e-4", ["--lr was 0.001, is 0.0001"])])
+def test_a_folder_of_other_settings_is_refused(folder, change, words):
+    assert_done(dba_command(folder, "--heal-tokens 64 --lr 1e-3"))
+    assert_error(dba_command(folder, change), *words, "--overwrite")
+    assert_done(dba_command(folder, f"{change} --overwrite"))
+
+
+@pytest.mark.parametrize("change, words, code", [
+    ("--cache-share 0", ["--cache-share"], 2), ("--cache-share 1.5", ["--cache-share"], 2),
+    ("--cache-share 0.1", ["--cache-share 0.1", "too few"], 1), ("--window 65", ["--window 65", "64"], 1),
+    ("--data none.txt", ["none.txt"], 1), ("--model none", ["none"], 1), ("--calibration 0", ["--calibration"], 2),
+    ("--val-data short.txt", ["too few"], 1), ("--heal-tokens 99 --lr nan", ["--lr"], 2),
+    ("--heal-tokens -1", ["--heal-tokens"], 2), ("--device tpu", ["tpu"], 1)])
+def test_bad_input(folder, change, words, code):
+    (folder / "short.txt").write_text("short")
+    assert_error(dba_command(folder, change), *words, code=code)
+    assert not (folder / "y").exists()
+
+
+def test_advice_keeps_to_its_share(folder):
+    result = call(f"advise {FLAGS} --cache-share 0.3 --out advice.json", folder, convert_dba.main)
+    assert_done(result)
+    rows = json.loads((folder / "advice.json").read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"quantised", "converted"}
+    assert all(row["bytes_share"] <= 0.3 for row in rows)
+    kls = [row["kl"] for row in rows]
+    assert kls == sorted(kls)
+    assert ("convert, then" in result.stdout) == (rows[0]["kind"] == "converted")
+
+
+def test_configs_of_students_are_valid():
+    model = teacher_of("gqa")
+    student = convert(model, layers_of(model), 4, 5)
+    assert not dba.problems(dataclasses.replace(student.cfg, data="x"), {})
