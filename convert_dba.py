@@ -507,6 +507,8 @@ def mask_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mass-steps", type=int, default=32, help="windows from which gates learn the model's own "
                    "attention (%(default)s)")
     p.add_argument("--updates", type=int, default=4, help="of each layer's gates by such a window (%(default)s)")
+    p.add_argument("--lost", type=float, default=0.01, help="share of attention that every head's threshold then "
+                   "leaves out (%(default)s)")
     p.add_argument("--logits-steps", type=int, default=16, help="windows from which gates and thresholds learn by the "
                    "KL of the next token (%(default)s)")
     p.add_argument("--logits-length", type=int, default=512, help="tokens of those (%(default)s)")
@@ -530,9 +532,8 @@ def make_mask(args: argparse.Namespace) -> None:
     from evals.subject import Progress, read_data, text_table
     from surgery import learn_mask
     host, subject = learn_mask.open_host(args.model, args.device)
-    plan = learn_mask.plan_of(vars(args), host, subject)
-    folder = args.out_dir
-    ids = read_data(subject, args.data).ids
+    ids, folder = read_data(subject, args.data).ids, args.out_dir
+    plan = learn_mask.plan_of(vars(args), subject)
     texts = {path.name: read_data(subject, path).ids for path in args.eval_data}
     learn_mask.check_lengths(plan, host, ids, texts, learn_mask.windows_of(vars(args)))
     with learn_mask.held(folder):
