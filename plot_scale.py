@@ -26,7 +26,7 @@ DOCUMENT = {"block": str, "toy": bool, "rows": list, "clock?": str, "load?": flo
             "env": {"device": str, "cpu?": str, "threads?": int, "torch": str, "commit": str, "dirty": bool}}
 LAYERS = SIZES["1b"]["layers"]                             # of the suite whose layer `decode` measures
 BIG = dict(layers=32, d_model=4096)                        # 7B, with 32 heads of twice the width
-FAR = 131_072                                              # tokens that it is extrapolated to
+NEAR, FAR = 4096, 131_072                                  # tokens: time grows from here on; extrapolated to
 WIDTHS = ("sem_dim", "geo_dim", "kv_lora_rank", "rope_dim")
 MODES = {"standard": "standard", "gqa": "gqa", "8+32": "decoupled", "mla": "mla"}                 # of what is decoded
 
@@ -67,19 +67,25 @@ def decoded(case: str, layers: int = LAYERS, scale: int = 1, d_model: int = 2048
     return make_config(data="-", n_head=32, d_model=d_model, layers=layers, **settings)
 
 
+def fitted_exponent(line: list) -> float:
+    """Of x in the times of a curve [(x, time)]: by least squares over the logarithms of all its points."""
+    values, seconds = zip(*line)
+    return statistics.linear_regression([math.log(v) for v in values], [math.log(s) for s in seconds]).slope
+
+
 def curves(rows: list) -> dict:
-    """{(case, format, kernel): [(context, row)]} of one sequence, in order, where there are two contexts at least."""
+    """{(case, format, kernel): [(context, row)]} of one sequence, in order, where two contexts at least are long."""
     by_line = {}
     for row in rows:
         if row["batch"] == 1:
             by_line.setdefault((row["case"], row["format"], row["kernel"]), []).append((row["tokens"], row))
-    return {name: sorted(line, key=lambda point: point[0]) for name, line in by_line.items() if len(line) > 1}
+    return {name: sorted(line, key=lambda point: point[0]) for name, line in by_line.items()
+            if sum(tokens >= NEAR for tokens, _ in line) > 1}
 
 
-def exponent(line: list) -> float:
-    """Of the context, in the time between the last two contexts of a curve."""
-    (n, before), (m, after) = line[-2:]
-    return math.log(after["us"] / before["us"]) / math.log(m / n)
+def context_exponent(line: list) -> float:
+    """Of the context in the time of such a curve, from NEAR tokens on."""
+    return fitted_exponent([(tokens, row["us"]) for tokens, row in line if tokens >= NEAR])
 
 
 def extrapolated(name: tuple, line: list) -> tuple[float, float]:
@@ -94,12 +100,6 @@ def growth_curves(rows: list) -> dict:
     for row in rows:
         by_line.setdefault((row["case"], row["axis"]), []).append((row["value"], row["seconds"]))
     return {name: sorted(line) for name, line in by_line.items()}
-
-
-def fitted_exponent(line: list) -> float:
-    """Of the value, in the seconds of a curve: by least squares over the logarithms of all its points."""
-    values, seconds = zip(*line)
-    return statistics.linear_regression([math.log(v) for v in values], [math.log(s) for s in seconds]).slope
 
 
 # -----------------------------------------------------------------------------
@@ -164,16 +164,17 @@ def decode_lines(rows: list) -> list[str]:
              for row in sorted(rows, key=lambda row: (row["batch"], row["tokens"]))]
     lines = ["One decode step's attention in one layer at 32 heads (on a GPU as a CUDA graph); the share is of the "
              "rate of a copy (above 100 % caches help), the last column how many times as fast as PyTorch's "
-             "attention over a float16 cache of standard attention:", "",
+             "attention over an unquantised cache of standard attention:", "",
              *markdown(("heads", "format", "kernel", "batch", "context", "µs", "MiB read", "GB/s", "of a copy",
                         "x SDPA"), cells), ""]
     grown = []
     for name, line in curves(rows).items():
         gib, ms = extrapolated(name, line)
         tokens, last = line[-1]
-        grown.append((*name, f"{exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}", f"{ms:.2f}"))
+        grown.append((*name, f"{context_exponent(line):.2f}", f"{LAYERS * last['us'] / 1000:.2f}", f"{gib:.2f}",
+                      f"{ms:.2f}"))
     if grown:
-        lines += ["How that grows: the exponent of the context between the last two contexts of one sequence; ms a "
+        lines += [f"How that grows: the exponent of the context, fitted from {NEAR:,} tokens on; ms a "
                   f"token of {LAYERS} layers at {tokens:,} tokens; **extrapolated by formula, not measured**: GiB of "
                   f"the cache of a 7B model ({BIG['layers']} layers, d_model {BIG['d_model']}, 32 heads twice as wide) "
                   f"at {FAR:,} tokens, and ms a token to read it at the GB/s of the longest context measured:", "",
@@ -190,7 +191,7 @@ def check_lines(rows: list) -> list[str]:
 
 def ceiling_lines(rows: list) -> list[str]:
     said = [f"{row['what']} {row['gb_per_s']:,.0f} GB/s" if "gb_per_s" in row else
-            f"{row['what']} {row['tflops']:,.0f} TFLOP/s" for row in rows]
+            f"{row['what']} {row['tflops']:,.3g} TFLOP/s" for row in rows]
     return [f"Ceilings: {', '.join(said)}.", ""]
 
 
@@ -251,7 +252,7 @@ def block_of(devices: dict) -> str:
                   f"{env['commit'][:7]}{dirty}.", ""]
         if env["clock"] == "process_time":
             lines += [f"One thread, by the CPU time that it takes, since others used the machine (load up to "
-                      f"{env['load']:.0f}): ratios and exponents hold, absolute times are too long.", ""]
+                      f"{env['load']:.0f}): ratios and exponents are what they tell, not speed on an idle one.", ""]
         for block, make_lines in LINES.items():
             if block in blocks:
                 lines += make_lines(blocks[block])
@@ -280,7 +281,7 @@ def draw_decode(devices: dict, path: Path) -> None:
     for ax, (name, rows) in zip(measured, devices.items()):
         for (case, fmt, kernel), line in told_apart(curves(rows)).items():
             color = OTHERS[2] if kernel == "sdpa" else COLORS[MODES[case]]
-            style = dict(color=color, marker=MARKERS[fmt], markersize=4)
+            style = dict(color=color, marker=MARKERS.get(fmt, "x"), markersize=4)
             label = f"{case} {fmt}" + (" (SDPA)" if kernel == "sdpa" else "")
             contexts = [n for n, _ in line]
             handles[label], = ax.plot(contexts, [LAYERS * row["us"] / 1000 for _, row in line], **style)

@@ -500,9 +500,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh * grad_output, dw.mul_(grad_output), None, None, None, None
 
 
-# PyTorch's own of the same, from 2.13 on. On a CPU in float32, measured on a busy machine only: 0.78 to 0.94 of our CPU
-# time at five shapes, 1.09 at a sixth (33,278 types, where wall time was 0.86); 268 MiB where ours took 398. Whether it
-# is faster is to be measured on a quiet one; None goes back to ours. In bfloat16 it falls back to slow products.
+# PyTorch's own of the same, from 2.13 on: in float32 0.72 to 1.00 of our CPU time at five shapes, in bfloat16 0.67 to
+# 1.01 (runs/bench/epyc/compact.json), where its dw has more than twice the error of ours, which adds it up in float32.
 COMPACT = None
 if hasattr(nn, "LinearCrossEntropyOptions"):
     COMPACT = nn.LinearCrossEntropyOptions(acc_policy="compact", batch_chunk_size=512)
@@ -2359,7 +2358,7 @@ def why_not_finite(cache):
 PREFILL_CHUNK = 512                                        # prompt tokens per forward pass
 
 
-@torch.inference_mode()
+@torch.no_grad()                                           # under inference_mode, autocast casts weights at every step
 def generate(model, prompt, max_new_tokens, cache, temperature=1.0, top_k=None, top_p=None, seed=0):
     """Yield token ids [B, 1] that go on from prompt [B, T]; the cache needs room for T + max_new_tokens - 1 tokens.
     Raises UserError where the logits aren't finite."""

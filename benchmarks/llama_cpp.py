@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 FORMATS = ("fp16", "q8_0", "q4_0")
@@ -57,25 +58,28 @@ def ours(path, formats, depths, threads):
 
     torch.set_num_threads(threads)
     train_dba.keep_freed_memory()
-    subject = load_subject(path, "cpu", "auto")
-    model, device = subject.model, subject.device
+    subject = load_subject(path, "cpu", "float32")
+    model, device = subject.model.requires_grad_(), subject.device              # autocast keeps casts of such alone
+    rates = train_dba.product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False)
+    dtype, _ = train_dba.pick_dtype("auto", device, rates)                      # as sample() picks it
     kernel, _ = train_dba.resolve_kernel("auto", device)
     caches = {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def steps(fmt, depth, count):
-        with train_dba.autocast(device, subject.dtype):
-            if (fmt, depth) not in caches:
-                cache = train_dba.KVCache(model.cfg, 1, depth + 256, fmt, device=device, kernel=kernel)
-                for part in torch.tensor([prompt(depth)]).split(512, 1):
-                    model.logits(model.hidden(part, cache)[:, -1:])
-                caches[fmt, depth] = cache
-            cache, token = caches[fmt, depth], torch.tensor([[1]])
-            cache.truncate(depth)
-            started, spent = time.perf_counter(), time.process_time()
-            for _ in range(count):
-                token = model.logits(model.hidden(token, cache)[:, -1:]).argmax(-1)
-            return (time.perf_counter() - started) / count, (time.process_time() - spent) / count
+        if (fmt, depth) not in caches:
+            cache = train_dba.KVCache(model.cfg, 1, depth + 256, fmt, device=device, kernel=kernel)
+            for part in torch.tensor([prompt(depth)]).split(512, 1):
+                model.logits(model.hidden(part, cache)[:, -1:])
+            caches[fmt, depth] = cache
+        cache, token = caches[fmt, depth], torch.tensor([[1]])
+        cache.truncate(depth)
+        started, spent = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            token = model.logits(model.hidden(token, cache)[:, -1:]).argmax(-1)
+        return (time.perf_counter() - started) / count, (time.process_time() - spent) / count
+
+    train_dba.autocast(device, dtype).__enter__()          # for good, so that weights are cast once
     return steps
 
 
@@ -121,7 +125,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="a .gguf file of a Llama")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--llama-cpp", default=sys.executable, help="Python of an environment with xllamacpp")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--depths", type=int, nargs="+", default=[2048, 6144], help="cached tokens (2048 6144)")

@@ -188,7 +188,7 @@ class Run:
         return [1000 * seconds for seconds in self.steps[WARM_UP:]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_times(subject: Subject, prompt: torch.Tensor, formats: dict[str, dict], *, kernel: str = "auto",
                  steps: int = 64, prefills: int = 3, report: Report = quiet) -> dict[str, Run]:
     """{name: Run} after a prompt [1, T] and decode steps at which all caches take turns, so that a change of the
@@ -284,7 +284,7 @@ def finish(args, subject: Subject, command: str, table: list[tuple], result: dic
 # -----------------------------------------------------------------------------
 # memory
 
-@torch.inference_mode()
+@torch.no_grad()
 def memory_row(subject: Subject, tokens: int, name: str, formats: dict, *, residual: int = 0,
                kernel: str = "auto") -> dict:
     """Bytes of a cache of so many tokens, and the peak while they are read and while the last of them are decoded."""
@@ -371,7 +371,7 @@ def margin(subject: Subject, chunk: int) -> int:
     return 4 * (6 * scores + chunk * (widths + 4 * subject.model.vocab_size)) + 2**28
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sweep_row(subject: Subject, ids: torch.Tensor, plan: Sweep, report: Report = quiet) -> dict:
     """Figures of one context: ids [1, N + 1], of which the cache reads N, before decode steps. status: ok, or what went
     wrong."""

@@ -223,6 +223,20 @@ def test_weights_that_are_to_blame(large):
 
 # --- Which checkpoint
 
+def test_weights_are_cast_once():
+    """Under autocast each matrix becomes bfloat16 before the first token, and at no later one."""
+    cfg = make_config(data="-", d_model=64, layers=2, n_head=2, d_ff=96, block=32)
+    model = train_dba.GPT(cfg, 300).init_weights().eval()
+    matrices, copies = sum(p.dim() == 2 for p in model.parameters()), []
+    with train_dba.autocast(torch.device("cpu"), torch.bfloat16):
+        tokens = train_dba.generate(model, torch.tensor([[1]]), 4, train_dba.KVCache(cfg, 1, 5, "fp16"))
+        for _ in range(4):                                 # a step from the logits to the next hidden state
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                next(tokens)
+            copies += [event.count for event in profile.key_averages() if event.key == "aten::_to_copy"]
+    assert copies[0] - copies[1] == matrices and copies[1:3] == copies[2:]
+
+
 def test_a_run_folder_means_its_best_checkpoint(tmp_path):
     make_text(tmp_path)
     assert_done(call(f"{TRAIN} --steps 2 --out-dir run", tmp_path))

@@ -13,6 +13,7 @@ import train_dba as dba
 from helpers import assert_done, assert_error, call, losses, make_text, read_log
 from kernels.rotate import rotate_cache
 from reference import cached_logits, close, config, randomize
+from surgery import command
 from surgery import heal as healing
 from surgery.calibrate import calibrate
 from surgery.convert import Layer, choose, convert, split, widths
@@ -289,6 +290,21 @@ def test_a_folder_of_other_settings_is_refused(folder, change, words):
     assert_done(dba_command(folder, "--heal-tokens 64 --lr 1e-3"))
     assert_error(dba_command(folder, change), *words, "--overwrite")
     assert_done(dba_command(folder, f"{change} --overwrite"))
+
+
+def test_texts_take_turns():
+    texts = [torch.arange(100), torch.arange(1000, 1050), torch.arange(2000, 2400)]
+    windows = command.in_turn(texts, 7, 9)
+    assert windows.shape == (7, 10) and [int(w[0]) // 1000 for w in windows] == [0, 1, 2, 0, 1, 2, 0]
+    assert all(torch.equal(w, torch.arange(w[0], w[0] + 10)) for w in windows) and len(windows.unique(dim=0)) == 7
+
+
+def test_two_texts(folder):
+    make_text(folder, "other.txt", seed=1)
+    assert_done(dba_command(folder, "--data text.txt other.txt --heal-tokens 64"))
+    one, two = ((folder / name).stat().st_size for name in ("text.txt", "other.txt"))
+    meta = read_log(folder / "y")[0]["data"]
+    assert meta["train_tokens"] + meta["val_tokens"] == one + two
 
 
 @pytest.mark.parametrize("change, words, code", [

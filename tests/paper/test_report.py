@@ -285,7 +285,8 @@ def test_the_positive_control_stands_beside_every_ranking(tmp_path, differences,
     for seed, difference in enumerate(differences):
         write_run(tmp_path / f"g/s/standard_s{seed}", (9.0, 2.0 + seed), seed=seed)
         write_run(tmp_path / f"g/s/mla_s{seed}", (9.0, 2.0 + seed + difference), seed=seed, attn_mode="mla")
-    contrast = dict(name="a", kind="better", margin=0.01, mean=None, p=None, pairs=0, verdict="not yet run")
+    contrast = dict(name="a", kind="better", margin=0.01, mean=None, p=None, pairs=0, registered=2,
+                    verdict="not yet run")
     results = {**empty(), **collect.collect(tmp_path, {}), "contrasts": [contrast], "claims": []}
     sentence = report.positive_control(results)
     assert word in sentence and f"{len(differences)} seed" in sentence and f"{fmean(differences):+.2f}" in sentence

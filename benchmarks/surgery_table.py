@@ -1,0 +1,81 @@
+"""
+The table of docs/convert.md from what benchmarks/surgery_quality.py measured.
+
+    python3 benchmarks/surgery_table.py runs/llama/smollm2_135m/surgery.json docs/convert.md
+
+Between the lines <!-- surgery --> and <!-- /surgery --> of the document. Where rows have seen different numbers of
+windows, ratios are of the windows that both have seen.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from common import train_dba
+
+BEGIN, END = "<!-- surgery -->\n", "<!-- /surgery -->\n"
+# (claim, row, row it is divided by, the most that the ratio may be)
+TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75 %", 0.19),
+           ("75 %: beside the cut per head", "latent 75 %", "per head 75 %", 0.29),
+           ("62.5 %: beside the cut per head", "latent 62.5 %", "per head 62.5 %", 0.44),
+           ("50 %: healed beside not healed", "latent 50 %, healed", "latent 50 %", 0.57))
+
+
+def texts_of(rows):
+    """Names of the texts that any row was measured on, in their order."""
+    texts = set()
+    for row in rows.values():
+        texts.update(name for name, each in row.items() if isinstance(each, dict) and "kls" in each)
+    return sorted(texts, reverse=True)
+
+
+def cell(row, text):
+    if text not in row:
+        return "-"
+    each = row[text]
+    spread = "" if each["kl_se"] is None else f" ± {each['kl_se']:.3f}"
+    return f"{each['kl']:.4f}{spread} ({each['dnll']:+.3f})"
+
+
+def table(document):
+    """Markdown lines of all rows, the most bytes first, and of the targets."""
+    rows = document["rows"]
+    texts = texts_of(rows)
+    counts = {text: {row[text]["tokens"] for row in rows.values() if text in row} for text in texts}
+    tokens = {text: " to ".join(f"{n:,}" for n in sorted({min(each), max(each)})) for text, each in counts.items()}
+    heads = [f"{text}: KL (ΔNLL)" for text in texts]
+    lines = ["| cache | of fp16's bytes | of the elements | " + " | ".join(heads) + " |",
+             "| --- " * (3 + len(texts)) + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
+        cells = " | ".join(cell(row, text) for text in texts)
+        lines.append(f"| {name} | {100 * row['bytes']:.1f} % | {100 * row['elements']:.1f} % | {cells} |")
+    lines += ["", f"{document['teacher']} calibrated on {document['calibration']}; scored tokens: "
+              + ", ".join(f"{text} {tokens[text]}" for text in texts) + ", in windows of "
+              f"{document['window']} of which the first {document['skipped']} don't count; ± one standard error over "
+              "windows.", "", "| ratio of KLs, same windows | at most | " + " | ".join(texts) + " |",
+              "| --- " * (2 + len(texts)) + "|"]
+    for claim, row, base, most in TARGETS:
+        cells = []
+        for text in texts:
+            kls = [rows.get(name, {}).get(text, {}).get("kls", []) for name in (row, base)]
+            seen = min(map(len, kls))
+            ratio = sum(kls[0][:seen]) / sum(kls[1][:seen]) if seen else None
+            cells.append("not measured" if ratio is None else f"{ratio:.3f}: {'met' if ratio <= most else 'missed'}")
+        lines.append(f"| {claim} | {most} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(f"error: {Path(sys.argv[0]).name} takes a result and a document")
+    result, path = map(Path, sys.argv[1:])
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        sys.exit(f"error: {path} lacks the lines {BEGIN.strip()} and {END.strip()}")
+    head, rest = text.split(BEGIN)
+    made = table(json.loads(result.read_text(encoding="utf-8")))
+    train_dba.write_text(path, head + BEGIN + made + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
