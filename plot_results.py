@@ -9,7 +9,8 @@ what they found is results.json (and evals.json; every run: runs_<group>.json). 
 LaTeX tables and the README's block of it, this file the figures: fig_contrasts (differences of losses with their
 margins), fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence,
 fig_learning_rate, fig_decode, fig_tasks, fig_rank. The same runs give the same bytes. A figure without runs is not
-drawn; the papers' ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over seeds.
+drawn; the papers' ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over
+seeds.
 """
 
 import argparse
