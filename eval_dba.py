@@ -2,7 +2,7 @@
 Measure a checkpoint.
 
     python3 eval_dba.py ppl --ckpt runs/demo/decoupled --kv-cache fp16 hetero q4_0
-    python3 eval_dba.py latency --ckpt runs/demo/decoupled --prompts 128 1024 8192
+    python3 eval_dba.py latency --ckpt runs/demo/decoupled --contexts 128 1024 8192
     python3 eval_dba.py tasks --ckpt runs/demo/decoupled --tasks piqa boolq --tasks-dir data/eval --limit 200
     python3 eval_dba.py ppl --ckpt SmolLM2.q8_0.gguf --data wiki.test.tokens --kv-cache q4_0
 
@@ -70,6 +70,12 @@ def add_cache_changes(p, rotate=True):
         p.add_argument("--kv-rotate", action="store_true", help="rotate what is cached")
 
 
+def add_contexts(p, least, default, help, dest):
+    """dest: what results call them."""
+    p.add_argument("--contexts", dest=dest, type=positive(least), nargs="+", default=default, metavar="N",
+                   help=f"{help} ({' '.join(map(str, default))})")
+
+
 def add_kernel(p):
     p.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton", "metal"))
 
@@ -104,7 +110,7 @@ def probes_flags(p):
 
 
 def latency_flags(p):
-    p.add_argument("--prompts", type=positive(), nargs="+", default=[128, 512, 2048, 8192], help="their tokens")
+    add_contexts(p, 1, [128, 512, 2048, 8192], "tokens of the prompts", "prompts")
     add_caches(p, nargs="+", help=f"compared with fp16 ({' '.join(COMPARED)})")
     add_kernel(p)
     p.add_argument("--steps", type=positive(), default=64, help="decode steps (64)")
@@ -112,8 +118,7 @@ def latency_flags(p):
 
 
 def memory_flags(p):
-    p.add_argument("--tokens", type=positive(4 * WARM_UP), nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384],
-                   help="lengths of the cache")
+    add_contexts(p, 4 * WARM_UP, [2**n for n in range(9, 15)], "tokens of the cache", "tokens")
     add_caches(p, nargs="+", help=f"compared with fp16 ({' '.join(COMPARED)})")
     add_cache_changes(p, rotate=False)
     add_kernel(p)
@@ -123,8 +128,7 @@ def sweep_flags(p):
     add_data(p)
     add_caches(p, default="fp16", help="format of the cache (fp16)")
     add_cache_changes(p)
-    p.add_argument("--contexts", type=positive(), nargs="+", help="tokens of the prompts (2048, 4096, ... 131072)",
-                   default=[2**n for n in range(11, 18)])
+    add_contexts(p, 1, [2**n for n in range(11, 18)], "tokens of the prompts", "contexts")
     p.add_argument("--chunk", type=positive(), default=1024, help="prompt tokens per forward pass (1024)")
     p.add_argument("--steps", type=positive(), default=128, help="decode steps (128)")
     add_kernel(p)
@@ -133,7 +137,8 @@ def sweep_flags(p):
 
 def rank_flags(p):
     add_data(p)
-    p.add_argument("--tokens", type=positive(), help="tokens to measure over (20 per query channel, if there are)")
+    p.add_argument("--max-tokens", dest="tokens", type=positive(), help="tokens to measure over (20 per query channel, "
+                   "if there are)")
     p.add_argument("--block", type=positive(), help="tokens of a window (the model's context)")
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
     p.add_argument("--centred", action="store_true", help="second moments about the mean, not about zero")
@@ -145,7 +150,7 @@ def policy_flags(p):
     p.add_argument("--max-delta-nll", type=number, help="budget: the fewest bytes for so much loss, nats per token")
     p.add_argument("--max-kl", type=number, default=0.02, help="largest mean KL of the next token (0.02)")
     p.add_argument("--max-delta-logit", type=number, help="largest difference of any logit (not limited)")
-    p.add_argument("--tokens", type=positive(), default=16384, help="calibration tokens (16384)")
+    p.add_argument("--max-tokens", dest="tokens", type=positive(), default=16384, help="calibration tokens (16384)")
     p.add_argument("--long", action="store_true", help="check the choice on longer windows too")
     p.add_argument("--long-factor", type=positive(2), default=4, help="their length in contexts (4)")
     p.add_argument("--kernel-tokens", type=positive(64), default=8192, help="length at which kernels are timed (8192)")

@@ -164,7 +164,8 @@ class Config:
     data: str | None = flag("data", None, "training tokens: .npy by prepare_fineweb.py, or text")
     val_data: str | None = flag("data", None, "validation tokens (default: what the sidecar of --data names)")
     val_frac: float | None = flag("data", None, "validation part, cut from the end (0.1)", above=0, below=1)
-    tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2",
+    tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2 "
+                          "(bpe:N, learned from the text: prepare_fineweb.py)",
                           choices=("auto", "word", "gpt2", "byte"))
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
     overwrite: bool = flag("data", False, "start afresh, each time it is given, in a run folder that is used")

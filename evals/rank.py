@@ -282,7 +282,7 @@ def windows_for(subject: Subject, ids: torch.Tensor, tokens: int | None, block: 
     least = TOKENS_PER_CHANNEL * width
     need = f"spectra of {width} channels need at least {least}"
     if (tokens or least) < least:
-        raise UserError(f"--tokens {tokens}: {need} tokens")
+        raise UserError(f"--max-tokens {tokens}: {need} tokens")
     if len(ids) < least:
         raise UserError(f"{len(ids)} tokens to measure: {need}")
     parts = spread_windows(ids, tokens or 2 * least, block)

@@ -21,6 +21,7 @@ ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_dif
               "cache_layer_bytes", "parameters", "quotients", "bytes_per_value", "cache_percent_less")
 OWN_COUNTS = ("best_case", "confounded", "tokens_seen", "work_ratio")           # nothing is run again for them
 ONE, NOT_RUN, HOLDS, FAILS = "undecided (n = 1)", "not yet run", "holds", "does not hold"
+INTERIM = "undecided (seeds missing)"                      # of a contrast: to stop at a good look would be to choose
 REPRODUCED, REFUTED, ERROR, UNSUPPORTED, CONTRADICTS = ("reproduced", "not reproduced", "arithmetic error",
                                                         "not supported by its own counts", "contradicts itself")
 VERDICTS = (REPRODUCED, REFUTED, ERROR, CONTRADICTS, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)
@@ -94,11 +95,13 @@ def contrast_p(differences: list, kind: str, margin: float) -> float | None:
 
 def contrast_verdict(row: dict, alpha: float) -> str:
     """holds: the p that Holm adjusted is below alpha (and, for equivalence, the interval inside the margin); does not
-    hold: the whole interval is on the other side."""
+    hold: the whole interval is on the other side; neither before all seeds that were registered are run."""
     if row["pairs"] == 0:
         return NOT_RUN
     if row["pairs"] == 1:
         return ONE
+    if row["pairs"] < row["registered"]:
+        return INTERIM
     low, high = row["mean"] - row["half"], row["mean"] + row["half"]
     threshold = 0.0 if row["kind"] == "better" else row["margin"]
     if row["p_holm"] < alpha and (row["kind"] != "equivalent" or -threshold < low and high < threshold):
@@ -129,12 +132,13 @@ def contrasts(manifest: dict, results: dict) -> list[dict]:
         for contrast in content.get("contrasts", []):
             differences = loss_differences(results, group, contrast["set"], contrast)
             elsewhere = []
-            for name in content.get("sets", {}):
+            for name in content["sets"]:
                 others = loss_differences(results, group, name, contrast)
                 if others and name != contrast["set"]:
                     elsewhere.append(dict(difference(others), set=name))
-            family.append(dict(contrast, group=group, **difference(differences), elsewhere=elsewhere,
-                               p=contrast_p(differences, contrast["kind"], contrast["margin"])))
+            seeds = content["sets"][contrast["set"]]["seeds"]
+            family.append(dict(contrast, group=group, **difference(differences), registered=len(seeds),
+                               elsewhere=elsewhere, p=contrast_p(differences, contrast["kind"], contrast["margin"])))
         adjusted = holm([1.0 if row["p"] is None else row["p"] for row in family])
         for row, p in zip(family, adjusted):
             row["p_holm"] = None if row["p"] is None else p

@@ -7,6 +7,7 @@ from paper.claims import (
     ERROR,
     FAILS,
     HOLDS,
+    INTERIM,
     NOT_RUN,
     ONE,
     REFUTED,
@@ -176,9 +177,12 @@ def find_contrasts(results: dict) -> str | None:
     rows = results["contrasts"]
     if not rows:
         return None
-    counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN))
-    answers = [f"{row['name']}: {signed(row)} nats, {row['verdict']}" for row in rows
-               if row["kind"] == "no_worse" and row["mean"] is not None]
+    counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, INTERIM, ONE, NOT_RUN))
+    answers = []
+    for row in rows:
+        if row["kind"] == "no_worse" and row["mean"] is not None:
+            verdict = f"{row['pairs']} of {row['registered']} seeds" if row["verdict"] == INTERIM else row["verdict"]
+            answers.append(f"{row['name']}: {signed(row)} nats ({verdict})")
     first = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts}"
     return "; ".join([first, *answers]) + "."
 
@@ -346,8 +350,8 @@ def contrast_lines(results: dict) -> list[str]:
     for row in results["contrasts"]:
         measured = "-" if row["mean"] is None else signed(row)
         p = "-" if row["p"] is None else f"{row['p']:.2g} / {row['p_holm']:.2g}"
-        rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p, row["pairs"],
-                     f"**{row['verdict']}**"))
+        rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p,
+                     f"{row['pairs']} of {row['registered']}", f"**{row['verdict']}**"))
     if not rows:
         return []
     return [*beside_ranking(results),

@@ -73,8 +73,9 @@ def rate(text: str) -> float:
 def common_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="the teacher: .gguf file, Hugging Face folder or run folder")
     p.add_argument("--cache-share", type=fraction, required=True, help="of the teacher's cache that may be kept")
-    p.add_argument("--data", type=Path, required=True, help="text to calibrate on, and to heal on")
-    p.add_argument("--val-data", type=Path, help="text to measure on (the last tenth of --data)")
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="texts to calibrate on, a window of each in "
+                   "turn, and to heal on")
+    p.add_argument("--val-data", type=Path, nargs="+", help="texts to measure on (the last tenths of --data)")
     p.add_argument("--window", type=positive, default=512, help="tokens of a window (%(default)s)")
     p.add_argument("--calibration", type=positive, default=12, help="windows of the moments (%(default)s)")
     p.add_argument("--fisher", type=positive, default=6, help="of these, windows of the Fisher matrices (%(default)s)")
@@ -110,21 +111,29 @@ def open_teacher(path: str) -> Subject:
     return subject
 
 
+def in_turn(texts: list[torch.Tensor], count: int, length: int) -> torch.Tensor:
+    """[count, length + 1] token ids, spread evenly over each of the texts, which take turns."""
+    each = [calibration_windows(ids, -(-count // len(texts)), length) for ids in texts]
+    return torch.stack(each, 1).flatten(0, 1)[:count]
+
+
 def read_texts(subject: Subject, args: argparse.Namespace) -> tuple[Texts, torch.Tensor]:
     """(texts to train and to measure on, calibration windows [n, window])."""
     if args.window > subject.cfg.block:
         raise UserError(f"--window {args.window} is longer than the model's context of {subject.cfg.block}")
-    train = read_data(subject, args.data)
-    ids, val = train.ids, train.ids[-len(train.ids) // 10:]
+    train = [read_data(subject, path).ids for path in args.data]
     if args.val_data:
-        val = read_data(subject, args.val_data).ids
+        val = [read_data(subject, path).ids for path in args.val_data]
     else:
-        ids = ids[:-len(ids) // 10]
-    identity = dict(train_tokens=len(ids), val_tokens=len(val), vocab_size=subject.tokenizer.vocab_size,
-                    sha256=train.sha256, val_sha256=file_hash(args.val_data) if args.val_data else None,
+        val = [ids[-len(ids) // 10:] for ids in train]
+        train = [ids[:-len(ids) // 10] for ids in train]
+    identity = dict(train_tokens=sum(map(len, train)), val_tokens=sum(map(len, val)),
+                    vocab_size=subject.tokenizer.vocab_size, sha256=file_hash(*args.data),
+                    val_sha256=file_hash(*args.val_data) if args.val_data else None,
                     tokenizer_sha256=tokenizer_hash(subject.tokenizer))
-    windows = calibration_windows(ids, args.calibration, args.window)[:, :-1]
-    return Texts(ids.numpy(), calibration_windows(val, args.val_windows, args.window), identity), windows
+    windows, held_out = (in_turn(parts, count, args.window) for parts, count in (
+        (train, args.calibration), (val, args.val_windows)))
+    return Texts(torch.cat(train).numpy(), held_out, identity), windows[:, :-1]
 
 
 def layers_of(teacher: GPT, windows: torch.Tensor, graded: int) -> list[Layer]:
@@ -189,7 +198,8 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
         print(f"{pairs} RoPE pairs of each of {teacher.cfg.attention.v_groups} key heads, a latent of {latent}: "
               f"{sizes} bytes per token in fp16; predicted loss {nats:.3f} nats", flush=True)
     student.cfg = cfg = dataclasses.replace(
-        student.cfg, seed=args.seed, data=relative(str(args.data)), val_data=None, out_dir=relative(str(folder)),
+        student.cfg, seed=args.seed, data=", ".join(relative(str(path)) for path in args.data), val_data=None,
+        out_dir=relative(str(folder)),
         dtype=str(dtype).removeprefix("torch."), steps=max(1, steps), batch_size=args.batch_size, lr=args.lr,
         min_lr=args.lr / 10, schedule="wsd", warmup_steps=min(5, steps), weight_decay=0.0, eval_every=args.eval_every,
         save_every=args.save_every)

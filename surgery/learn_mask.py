@@ -21,6 +21,7 @@ from surgery.mask import (
     Host,
     Point,
     Sparse,
+    equal_loss,
     learn_logits,
     learn_mass,
     load_gates,
@@ -43,8 +44,8 @@ from train_dba import BROKEN, UserError, brief
 
 WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in nats of a block's share
 DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
-SHIFTS = 3.0                                               # nats around the thresholds within which a KL is sought
-HALVINGS = 6
+SHIFTS = 1.5                                               # nats around the thresholds within which a KL is sought
+HALVINGS = 3
 GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
 SAVE_EVERY = 4                                             # steps
 
@@ -57,6 +58,7 @@ class Plan:
     lengths: list[int]
     mass_steps: int
     updates: int
+    lost: float
     logits_steps: int
     logits_length: int
     kl: list[float]
@@ -99,7 +101,7 @@ def open_host(path: str, device: str) -> tuple[Host, Subject]:
     return Host(model), subject
 
 
-def plan_of(flags: dict, host: Host, subject: Subject) -> Plan:
+def plan_of(flags: dict, subject: Subject) -> Plan:
     """The Plan of the command's flags. Raises UserError for values that can't be."""
     for name in ("rows", "calibration", "updates"):
         if flags[name] < 1:
@@ -109,13 +111,12 @@ def plan_of(flags: dict, host: Host, subject: Subject) -> Plan:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: at least 0")
     if flags["block"] % flags["rows"]:
         raise UserError(f"--rows {flags['rows']} doesn't divide --block {flags['block']}")
-    if min(flags["kl"]) <= 0 or flags["lr"] <= 0:
-        raise UserError("--kl and --lr are above 0")
+    if min(flags["kl"]) <= 0 or flags["lr"] <= 0 or not 0 < flags["lost"] < 1:
+        raise UserError("--kl and --lr are above 0, --lost between 0 and 1")
     if min(flags["budgets"]) < 3:
         raise UserError(f"--budgets {min(flags['budgets'])}: a query reads 3 blocks at least")
-    return Plan(**{name: flags[name] for name in (
-        "block", "rows", "lengths", "mass_steps", "updates", "logits_steps", "logits_length", "kl", "lr", "seed")},
-                model=subject.sha256, data=file_hash(flags["data"]) if flags["data"].is_file() else "")
+    sources = dict(model=subject.sha256, data=file_hash(flags["data"]))
+    return Plan(**{field.name: {**flags, **sources}[field.name] for field in dataclasses.fields(Plan)})
 
 
 def windows_of(flags: dict) -> dict[int, int]:
@@ -196,6 +197,8 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
             line = dict(type="logits", kl=kl, kept=kept, price=price, temperature=temperature)
             price *= math.exp(0.3 * max(-1.0, min(1.0, kl / plan.kl[-1] - 1)))  # dual ascent
         step += 1
+        if step == plan.mass_steps:
+            equal_loss(host, gates, [batch], plan.lost)
         train_dba.append_line(folder / "train.jsonl", step=step, tokens=length, **line,
                               seconds=round(time.monotonic() - started, 2))
         if step % SAVE_EVERY == 0 or step in (plan.mass_steps, plan.steps):
@@ -267,7 +270,7 @@ def set_points(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, windows:
             seen[low] = measure(Point(low))
         rarely = (seen[low][2] < DROPPED).unflatten(1, (-1, group)).all(-1)     # [L, G]
         drops = rarely.repeat_interleave(group, 1)
-        kl, kept, _ = measure(Point(low, drops))
+        kl, kept, _ = measure(Point(low, drops)) if drops.any() else seen[low]
         points.append(dict(target=target, shift=low, kl=kl, kept=kept, windows=windows, drops=drops.nonzero().tolist()))
         report((i + 1) * (HALVINGS + 1), total)
     return points

@@ -305,6 +305,33 @@ def learn_mass(host: Host, gates: Gates, ids: torch.Tensor, optimizers: list[tor
     return sum(losses) / len(losses)
 
 
+@torch.no_grad()
+def equal_loss(host: Host, gates: Gates, texts: list[torch.Tensor], lost: float) -> None:
+    """Set each head's threshold so that it leaves out that share of its attention on texts [1, T]: a head whose gate
+    can be trusted less reads more."""
+    seen: list[list] = [[] for _ in gates.layers]
+
+    def attention(layer, q, k, v, scale, visible):
+        grid = Grid(len(q), q.size(2), k.size(2), gates.block, visible, q.device)
+        rows, keys = grid.pad_rows(q), grid.pad_keys(k).to(q.dtype)
+        truth, near = mass_shares(grid, rows, keys, scale)
+        guess = whole_share(gates.layers[layer](grid, rows, keys, scale), near)
+        far = grid.far.repeat_interleave(grid.block, 1) & grid.real[:, None]    # [B, R, M]
+        pairs = [x[..., :-1].transpose(0, 1)[:, far] for x in (guess, truth)]   # [H, queries' far blocks]
+        seen[layer].append((*pairs, far.any(-1).sum().item()))
+        return plain_attention(q, k, v, scale)
+
+    for ids in texts:
+        host.hidden(ids, attention)
+    for layer, parts in enumerate(seen):
+        guess, truth, queries = (torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1),
+                                 sum(part[2] for part in parts))
+        guess, order = guess.sort(1)
+        left_out = truth.exp().gather(1, order).cumsum(1) / queries             # by every threshold there could be
+        at = (left_out <= lost).sum(1, keepdim=True).clamp(max=guess.size(1) - 1)
+        gates.thresholds[layer] = guess.gather(1, at)[:, 0]
+
+
 class Soft:
     """The Attention in which a far block counts by a sigmoid of (log share - threshold) / temperature, so that gates
     and thresholds learn from the logits. kept: per layer the share of blocks that this keeps, of those in reach."""

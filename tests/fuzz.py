@@ -107,7 +107,7 @@ WORLD = (                                                  # what makes it
     ("train_dba", f"--data {DATA} --out-dir {RUN} {TRAIN} --steps 4"),
     ("eval_dba", f"{PPL} --ckpt {BEST}"),
     ("eval_dba", PROBES),
-    ("eval_dba", f"policy {CPU} --max-delta-nll 9 --max-kl 9 --tokens 64 --kernel-tokens 64"),
+    ("eval_dba", f"policy {CPU} --max-delta-nll 9 --max-kl 9 --max-tokens 64 --kernel-tokens 64"),
 )
 
 START = Command("train_dba", f"--data {DATA} --out-dir out {TRAIN} --steps 2", "losses out")

@@ -12,7 +12,18 @@ import convert_dba
 import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text
 from surgery.learn_mask import dropped_bytes, point_of
-from surgery.mask import Gates, Host, Point, Soft, Sparse, learn_logits, learn_mass, near_rows, plain_attention
+from surgery.mask import (
+    Gates,
+    Host,
+    Point,
+    Soft,
+    Sparse,
+    equal_loss,
+    learn_logits,
+    learn_mass,
+    near_rows,
+    plain_attention,
+)
 from surgery.measure_mask import Measured, TokenWindow, oracle_mass, quest_top
 from surgery.sparse_attention import Grid, block_log_mass, gathered_attention, near_log_mass
 from test_export import OTHERS, D, saved
@@ -240,6 +251,26 @@ def test_learning_brings_gates_closer_and_leaves_the_model_alone():
     assert kl > 0 and 0 < kept < 1 and gates.thresholds.grad.abs().min() > 0
     assert all(torch.equal(p, before[name]) for name, p in host.model.state_dict().items())
     assert all(torch.isfinite(p.grad).all() for p in gates.parameters())
+
+
+def test_thresholds_leave_out_the_same_share_of_every_head():
+    host = ours(attn_mode="gqa", kv_head=2, attn_dim=32)
+    ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))
+    gates, lost = Gates(2, host.heads, host.width, 16).requires_grad_(False), {}
+    equal_loss(host, gates, [ids[:, :112], ids], 0.05)
+
+    def attention(layer, q, k, v, scale, visible):
+        grid = Grid(1, 128, 128, 16)
+        far = grid.far[:, None].repeat_interleave(16, 2)
+        truth = naive_scores(q, k, torch.ones(1, 128).bool(), scale).softmax(-1).unflatten(-1, (8, 16)).sum(-1)
+        for shift in (1e-6, -1e-3):
+            kept = gates.keep(layer, grid, q, k, scale, Point(shift))
+            lost.setdefault(shift, []).append((truth * (far & ~kept)).sum((2, 3)) / far.any(-1).sum())
+        return plain_attention(q, k, v, scale)
+
+    host.hidden(ids, attention)
+    tight, less = (torch.cat(lost[shift]) for shift in (1e-6, -1e-3))
+    assert (less <= tight).all() and (tight - 0.05).abs().max() < 0.03          # one of the two texts alone
 
 
 def test_the_floor_is_the_model_in_bfloat16_all_but_its_positions():

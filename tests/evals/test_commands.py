@@ -34,9 +34,9 @@ def test_refused_in_one_line(folder, args):
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("args", ("", "nothing", "ppl", "latency --ckpt a --prompts 0", "policy --ckpt a --max-kl nan",
+@pytest.mark.parametrize("args", ("", "nothing", "ppl", "latency --ckpt a --contexts 0", "policy --ckpt a --max-kl nan",
                                   "policy --ckpt a --max-delta-nll -1", "sweep --ckpt a --max-seconds inf",
-                                  "memory --ckpt a --tokens 8", "ppl --ckpt a --kv-cach q8_0",
+                                  "memory --ckpt a --contexts 8", "ppl --ckpt a --kv-cach q8_0",
                                   "ppl --ckpt a --kv-cache q5_0", "ppl --ckpt a --kv-cache k=q5_0,v=q4_0",
                                   "ppl --ckpt a --kv-cache k=q4_0,q4_0"))
 def test_bad_flags_are_a_usage_error(runs, args):

@@ -16,7 +16,7 @@ from evals.subject import file_hash, load_subject
 from helpers import assert_done, assert_error, call, snapshot
 from train_dba import KVCache, cache_bytes, load_checkpoint, load_model, rotate_cache, stream_bytes
 
-POLICY = "--tokens 512 --batch-size 3 --kernel-tokens 100"
+POLICY = "--max-tokens 512 --batch-size 3 --kernel-tokens 100"
 
 
 def sizes_and_figures(row):

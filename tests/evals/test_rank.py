@@ -199,7 +199,7 @@ def test_control_is_the_model_before_its_first_step(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--data text.txt --tokens 300", ("300", "480")),
+    ("--data text.txt --max-tokens 300", ("300", "480")),
     ("--data short.txt", ("200 tokens", "480")),
     ("--data odd.txt --block 300", ("300", "--block")),
     ("--data gone.txt", ("gone.txt",)),

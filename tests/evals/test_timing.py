@@ -20,7 +20,7 @@ def quick(monkeypatch):
 
 
 def test_latency(runs, tmp_path):
-    result = result_of(f"latency {EVALUATE} decoupled --prompts 5 140 --steps 3 --prefills 1 --kv-cache hetero q8_0 "
+    result = result_of(f"latency {EVALUATE} decoupled --contexts 5 140 --steps 3 --prefills 1 --kv-cache hetero q8_0 "
                       f"--kernel torch --out {tmp_path}/latency.json", runs, tmp_path / "latency.json")
     rows = result["rows"]
     assert [(r["prompt"], r["cache"]) for r in rows] == [(n, c) for n in (5, 140) for c in ("fp16", "hetero", "q8_0")]
@@ -53,8 +53,8 @@ def test_latency_decodes_as_sampling_does(runs):
 
 def test_a_prompt_beyond_the_context_is_said_once(runs, tmp_path):
     out = f"--out {tmp_path}/out.json"
-    short = evaluate(f"latency {EVALUATE} standard --prompts 5 --steps 1 --prefills 1 --kv-cache fp16 {out}", runs)
-    past = evaluate(f"latency {EVALUATE} standard --prompts 130 150 --steps 1 --prefills 1 --kv-cache fp16 {out}", runs)
+    short = evaluate(f"latency {EVALUATE} standard --contexts 5 --steps 1 --prefills 1 --kv-cache fp16 {out}", runs)
+    past = evaluate(f"latency {EVALUATE} standard --contexts 99 150 --steps 1 --prefills 1 --kv-cache fp16 {out}", runs)
     assert short.stderr.count("warning: ") == 0 and past.stderr.count("warning: ") == 1
     assert f"{BLOCK} of the model's context" in past.stderr
 
@@ -62,7 +62,7 @@ def test_a_prompt_beyond_the_context_is_said_once(runs, tmp_path):
 @pytest.mark.parametrize("mode, residual", (("standard", 0), ("decoupled", 70), ("mla", 0)))
 def test_memory(runs, tmp_path, mode, residual):
     result = result_of(
-        f"memory {EVALUATE} {mode} --tokens 64 700 --kv-residual {residual} --out {tmp_path}/memory.json", runs,
+        f"memory {EVALUATE} {mode} --contexts 64 700 --kv-residual {residual} --out {tmp_path}/memory.json", runs,
         tmp_path / "memory.json")
     cfg = load_checkpoint(runs / mode / "best.pt")["config"]
     names = ["fp16", "q8_0", "q4_0"] + ["hetero"] * (mode == "decoupled")

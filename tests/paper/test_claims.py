@@ -322,10 +322,11 @@ def contrast_results(differences):
     return dict(runs=fake("g/s/a", a) + fake("g/s/b", b))
 
 
-def one_contrast(differences, kind, others=0):
+def one_contrast(differences, kind, others=0, seeds=None):
     contrast = dict(name="a against b", set="s", a="a", b="b", kind=kind, margin=0.01)
     family = [contrast] + [dict(contrast, a="c")] * others                      # others: not run, counted all the same
-    return claims.contrasts({"g": dict(contrasts=family, alpha=0.05)}, contrast_results(differences))[0]
+    sets = dict(s=dict(seeds=range(seeds or len(differences))))
+    return claims.contrasts({"g": dict(contrasts=family, alpha=0.05, sets=sets)}, contrast_results(differences))[0]
 
 
 @pytest.mark.parametrize("differences, kind, verdict", (
@@ -336,6 +337,12 @@ def one_contrast(differences, kind, others=0):
     ((-0.03, 0.031, 0.0), "equivalent", "undecided")))               # a missing difference is no equivalence
 def test_contrasts(differences, kind, verdict):
     assert one_contrast(differences, kind)["verdict"] == verdict
+
+
+def test_no_contrast_is_decided_before_its_seeds_are_run():
+    differences = (-0.101, -0.1, -0.099)
+    assert one_contrast(differences, "better", seeds=4)["verdict"] == "undecided (seeds missing)"
+    assert one_contrast(differences, "better", seeds=3)["verdict"] == "holds"
 
 
 def test_contrasts_are_corrected_over_the_whole_family():
@@ -350,8 +357,8 @@ def test_a_contrast_is_shown_in_other_sets_but_tested_in_its_own():
     runs = contrast_results((-0.1, -0.09, -0.13))["runs"] + fake("g/long/a", {1: 1.5, 2: 1.7}) + fake(
         "g/long/b", {1: 1.4, 2: 1.5, 3: 9.0}) + fake("g/part/a", {1: 1.0})
     contrast = dict(name="a against b", set="s", a="a", b="b", kind="better", margin=0.01)
-    row, = claims.contrasts({"g": dict(contrasts=[contrast], alpha=0.05, sets=dict(s={}, long={}, part={}))},
-                            dict(runs=runs))
+    sets = dict(s=dict(seeds=range(3)), long={}, part={})
+    row, = claims.contrasts({"g": dict(contrasts=[contrast], alpha=0.05, sets=sets)}, dict(runs=runs))
     other, = row["elsewhere"]
     assert (other["set"], other["pairs"]) == ("long", 2) and other["mean"] == pytest.approx(0.15)
     assert row["p"] == one_contrast((-0.1, -0.09, -0.13), "better")["p"]
