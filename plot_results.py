@@ -5,11 +5,12 @@ Figures, tables and the ledger of claims from run folders: collect, report, draw
     python3 plot_results.py --runs my_runs --out my_runs   # a report on your own runs
 
 paper/collect.py reads run folders at any depth and paper/claims.py decides the ledger and the pre-registered contrasts;
-what they found is results.json (and every run: runs_<group>.json). paper/report.py makes report.md, the LaTeX tables
-and the README's block of it, this file the figures: fig_contrasts (differences of losses with their margins),
-fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence, fig_learning_rate,
-fig_decode, fig_tasks, fig_rank. The same runs give the same bytes. A figure without runs is not drawn; the papers'
-ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over seeds.
+what they found is results.json (and evals.json; every run: runs_<group>.json). paper/report.py makes report.md, the
+LaTeX tables and the README's block of it, this file the figures: fig_contrasts (differences of losses with their
+margins), fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence,
+fig_learning_rate, fig_decode, fig_tasks, fig_rank. The same runs give the same bytes. A figure without runs is not
+drawn; the papers' ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over
+seeds.
 """
 
 import argparse

@@ -220,12 +220,13 @@ def compact_lines(rows: list) -> list[str]:
 
 
 def llama_cpp_lines(rows: list) -> list[str]:
-    depths = list(rows[0]["cpu_ms"])
-    cells = [(row["format"], row["engine"], f"{row['slope_cpu_ms']:.2f}",
-              *(f"{row['cpu_ms'][depth]:.1f}" for depth in depths)) for row in rows]
+    cells = []
+    for row in rows:
+        steps = ", ".join(f"{int(depth):,}: {ms:.1f}" for depth, ms in row["cpu_ms"].items())
+        cells.append((row["format"], row["engine"], f"{row['slope_cpu_ms']:.2f}", steps))
     return ["A decode step of SmolLM2-135M here and in llama.cpp, CPU ms on one thread each: what 1,000 cached tokens "
-            "add, and a whole step (llama.cpp's weights have 4 bits):", "",
-            *markdown(("cache", "", "ms per 1,000 tokens", *(f"{int(depth):,} cached" for depth in depths)), cells), ""]
+            "add between two depths, and a whole step there (llama.cpp's weights have 4 bits):", "",
+            *markdown(("cache", "", "ms per 1,000 tokens", "cached tokens: ms"), cells), ""]
 
 
 def growth_lines(rows: list) -> list[str]:

@@ -1126,16 +1126,19 @@ def pick_device(name):
     return device
 
 
-def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter):
+def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter, layers=1):
     """TFLOP/s of this CPU in float32 and bfloat16, as {name: rate}, in x [tokens, n_in] · wᵀ [n_in, n_out] and, in
-    training, the product that makes w's gradient: medians over some 50 ms, the types in turn."""
+    training, the product that makes w's gradient: medians over some 50 ms, the types in turn. layers: how many w take
+    turns, since one alone would stay in the cache; at most 64 MB of them."""
     tokens = min(tokens, 256)                              # more would take long and change little
     flop = 2 * tokens * n_in * n_out * (2 if training else 1)
     seconds = {"float32": [], "bfloat16": []}
+    layers = min(layers, 1 + 2**24 // (n_in * n_out))
     operands = {name: [torch.ones(shape, dtype=getattr(torch, name)) for shape in (
-        (tokens, n_in), (n_out, n_in), (tokens, n_out))] for name in seconds}
+        (tokens, n_in), (layers, n_out, n_in), (tokens, n_out))] for name in seconds}
     while len(seconds["float32"]) < 4 or sum(map(sum, seconds.values())) < 0.05:
-        for name, (x, w, grad) in operands.items():
+        for name, (x, weights, grad) in operands.items():
+            w = weights[len(seconds[name]) % layers]
             started = clock()
             F.linear(x, w)
             if training:
@@ -2579,7 +2582,9 @@ def sample(cfg):
     model, tokenizer, path, ckpt = read_model(cfg.ckpt, device)
     cfg = dataclasses.replace(cfg, ckpt=str(path))
     timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
-    rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False) if timed else None
+    rates = None
+    if timed:
+        rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers)
     dtype, why = pick_dtype(cfg.dtype, device, rates)
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     formats = stream_formats(cfg, model.cfg)

@@ -578,9 +578,11 @@ def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
 
 
 def split_by_group(results: dict) -> dict:
-    """{file name: content}: results.json, and every run beside it, runs_<group>.json or, of runs without one,
-    runs.json."""
-    files = {"results.json": {key: value for key, value in results.items() if key not in ("runs", "problems")}}
+    """{file name: content}: results.json; beside it evals.json, what eval_dba.py measured, and every run,
+    runs_<group>.json or, of runs without one, runs.json."""
+    apart = ("evals", "runs", "problems")
+    files = {"results.json": {key: value for key, value in results.items() if key not in apart},
+             "evals.json": results["evals"]}
     for run in results["runs"]:
         parts = run["run"].split("/")
         name = f"runs_{parts[0]}.json" if len(parts) > 1 else "runs.json"

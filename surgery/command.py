@@ -73,8 +73,8 @@ def rate(text: str) -> float:
 def common_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="the teacher: .gguf file, Hugging Face folder or run folder")
     p.add_argument("--cache-share", type=fraction, required=True, help="of the teacher's cache that may be kept")
-    p.add_argument("--data", type=Path, nargs="+", required=True, help="texts to calibrate on, a window of each in turn, "
-                   "and to heal on")
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="texts to calibrate on, a window of each in "
+                   "turn, and to heal on")
     p.add_argument("--val-data", type=Path, nargs="+", help="texts to measure on (the last tenths of --data)")
     p.add_argument("--window", type=positive, default=512, help="tokens of a window (%(default)s)")
     p.add_argument("--calibration", type=positive, default=12, help="windows of the moments (%(default)s)")

@@ -39,6 +39,18 @@ def test_more_rows_are_not_timed():
     assert rates["float32"] == pytest.approx(2 * 2 * 256 * 4 * 4 / 1e12)
 
 
+def test_weights_take_turns_up_to_64_mb(monkeypatch):
+    seen, linear = [], train_dba.F.linear
+    monkeypatch.setattr(train_dba.F, "linear", lambda x, w: seen.append((w.dtype, w.data_ptr())) or linear(x, w))
+    for layers, n_out, expected in ((3, 32, 3), (9, 2**22, 3)):
+        seen.clear()
+        readings = itertools.count()
+        product_rates(1, 2, n_out, training=False, clock=lambda: next(readings), layers=layers)
+        for dtype in (torch.float32, torch.bfloat16):
+            used = [pointer for kind, pointer in seen if kind == dtype]
+            assert len(used) == 4 and len(set(used)) == expected and used[3] == used[0]
+
+
 def test_a_fast_clock_means_more_rounds():
     readings = itertools.count()
     product_rates(1, 4, 4, clock=lambda: next(readings) / 1000)
@@ -87,7 +99,7 @@ def test_sampling_times_vectors_times_the_models_matrices(tmp_path, monkeypatch)
     monkeypatch.setattr(train_dba, "product_rates", lambda *a, **k: shapes.append((a, k)) or FASTER["bfloat16"])
     result = call("--mode sample --ckpt run --device cpu --prompt ab --max-new-tokens 3", tmp_path)
     assert_done(result)
-    assert shapes == [((1, 32, 64), dict(training=False))]
+    assert shapes == [((1, 32, 64), dict(training=False, layers=1))]
     assert "torch.bfloat16 (timed: 0.309 TFLOP/s in float32, 2.9 in bfloat16)" in result.stderr
 
 

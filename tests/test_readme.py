@@ -85,10 +85,14 @@ def test_command_is_one_that_its_script_takes(page, command, only_parse):
 
 
 def test_checkpoints_are_those_of_the_demo(only_parse):
-    """A clone has no others, but for the Llama that `make llama` fetches."""
+    """A clone has no others than those in pretrained/, but for the Llama that `make llama` fetches, and what commands
+    above on the page have made."""
+    made = []
     for page, command in PYTHON:
         ckpts = re.findall(r"--(?:ckpt|compare) (\S+)", command)
-        assert all(re.match(r"runs/demo/(standard|decoupled)\b|data/SmolLM2", ckpt) for ckpt in ckpts), (page, command)
+        known = r"(runs/demo|pretrained)/(standard|decoupled)\b|data/SmolLM2"
+        assert all(re.match(known, ckpt) or (page, ckpt) in made for ckpt in ckpts), (page, command)
+        made += [(page, folder) for folder in re.findall(r"--out-dir (\S+)", command)]
 
 
 @pytest.mark.parametrize("command", MAKE)

@@ -66,7 +66,7 @@ def test_a_cpu_and_what_it_measured(tmp_path):
     assert "| decoupled | layers | 2: 500, 4: 2,000, 16: 32,000 | 2.00 |" in said
     assert "| fp32 | 20.48 | 0.75 | - | - |" in said
     assert "| 8 x 4 x 1,000 | 10 | 20 | 0.80 | - |" in said
-    assert "| q4_0 | ours | 4.50 | 9.0 | 22.5 |" in said
+    assert "| q4_0 | ours | 4.50 | 1,024: 9.0, 4,096: 22.5 |" in said
     assert (tmp_path / "fig_growth.png").stat().st_size > 10_000 and not (tmp_path / "fig_scale.png").exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ TEACHERS = {
     "bottleneck": dict(attn_mode="bottleneck", n_head=3, d_model=56, attn_dim=30),  # 10
 }
 VOCAB, T = 70, 96
+ROOT = Path(dba.__file__).parent
 
 
 def teacher_of(name, seed=0):
@@ -334,3 +336,27 @@ def test_configs_of_students_are_valid():
     model = teacher_of("gqa")
     student = convert(model, layers_of(model), 4, 5)
     assert not dba.problems(dataclasses.replace(student.cfg, data="x"), {})
+
+
+# --- The table of docs/convert.md
+
+def test_the_table_of_the_docs_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import surgery_table
+    document = json.loads((ROOT / "runs/llama/smollm2_135m/surgery.json").read_text())
+    text = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
+    assert text.split(surgery_table.BEGIN)[1].split(surgery_table.END)[0] == surgery_table.table(document)
+
+
+def test_ratios_are_of_the_windows_that_both_rows_have_seen(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import surgery_table
+
+    def row(*kls):
+        return dict(bytes=0.5, elements=0.5, text=dict(kls=kls, kl=sum(kls) / len(kls), kl_se=None, dnll=0.0, tokens=9))
+
+    rows = {"latent 75 %": row(0.1, 0.2), "MHA2MLA-like 75 %": row(1.0, 1.0, 9.0), "per head 75 %": row(0.5)}
+    lines = surgery_table.table(dict(rows=rows, teacher="x", calibration="y", window=8, skipped=1)).splitlines()
+    assert any("MHA2MLA-like cut | 0.19 | 0.150: met |" in line for line in lines)
+    assert any("75 %: beside the cut per head | 0.29 | 0.200: met |" in line for line in lines)
+    assert any("62.5 %" in line and "not measured" in line for line in lines)

@@ -78,6 +78,11 @@ def write_all(root):
           bytes_per_token_with_residual=9.5, thresholds={}, short=measured, long=measured, tried=[1, 2, 3],
           kernel="torch", kernel_ms=dict(auto=2.0, torch=1.5),
           settings=dict(max_delta_nll=0.005, max_kv_bytes_per_token=None, tokens=64, long_factor=4))
+    write(a, "eval_mask", "mask", summary=[
+        dict(text="t", length=1024, choice="gates", windows=3, tokens=1536, kept=0.4125, kl=0.0075, kl_half=0.001,
+             accuracy_kept=99.5, accuracy_kept_half=None, delta_nll=0.002, mass=0.987)],
+        costs=[dict(length=1024, attention="SDPA", layer_ms=17.0, layer_bytes=None, forward_ms=90.0,
+                    forward_bytes=2**21, ms_per_token=0.25)])
 
 
 def write_run(folder, losses=(3.0, 2.0), identity=(), env=(), drop=(), **settings):
@@ -114,7 +119,8 @@ def test_every_command_has_its_numbers_in_the_section_and_its_figure(tmp_path):
     text = eval_text(evals)
     for cell in ("| +0.1250 |", "50.0 ± 19.6 %", "| 3.0 / 3.0 |", "1 (10-60 %)", "exact +1 -2 (p 0.25)", "2.00 (1.00)",
                  "not run: too long", "k q8_0, v nf4, rotated, 32 newest fp16", "torch, auto 2.0 ms, torch 1.5 ms",
-                 "| 1,024 | fp16 | 1 | 1.00 | 1.00 | - | 0.50 |", "commit `0123456`"):
+                 "| 1,024 | fp16 | 1 | 1.00 | 1.00 | - | 0.50 |", "commit `0123456`",
+                 "| gates | 41.2 % | 0.987 | - | 0.00750 ± 0.001 | +0.0020 | 99.5 % | - |", "| SDPA | 17 | - | 0.25 |"):
         assert cell in text, cell
     assert "copy" not in text.split("Probes")[1].split("Cache policies")[0]     # single kinds stay in the file
     drawn = {"fig_decode", "fig_tasks", "fig_rank"}
