@@ -1740,8 +1740,9 @@ def lacks_memory(cfg, vocab_size, ranks, dtype):
         lacking = True
     model = optimizer = None
     gc.collect()                                           # a compiled model is part of a cycle
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()                   # the log's is the run's own
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()               # the log's is the run's own
     return ranks.sum(lacking)[0] > 0
 
 

@@ -89,9 +89,11 @@ def mixes(streams: dict[str, int], tried: dict[Policy, dict]) -> Iterator[Policy
             choices.append([(name, fmt) for fmt in ("fp16", "q8_0", best_four_bits(name, rotate, tried))])
         for formats in itertools.product(*choices):
             yield Policy(formats, rotate)
-        for special in (HETERO, {**HETERO, "k_sem": HETERO["k_geo"], "k_geo": HETERO["k_sem"]}):
-            if special.keys() == streams.keys():
-                yield Policy(tuple(special.items()), rotate)
+        if "k_geo" in streams:
+            semantic = next(iter(streams))                 # k_sem, or the latent
+            hetero = {name: HETERO[name] for name in streams}
+            for formats in (hetero, {**hetero, semantic: hetero["k_geo"], "k_geo": hetero[semantic]}):
+                yield Policy(tuple(formats.items()), rotate)
 
 
 def best_first(sizes: dict[Policy, float], tried: dict[Policy, dict]) -> list[Policy]:
