@@ -59,6 +59,8 @@ RUNS = {
     "turns 4": dict(flags="--steps 32"),
 }
 WATCHED = """
+def say(*words):                                           # at once: print writes a line in parts, and ranks mix them
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 shard_model, rms_norm, seen = train_dba.shard_model, torch.nn.functional.rms_norm, set()
 def watched(model, *args):
     model = shard_model(model, *args)
@@ -66,7 +68,7 @@ def watched(model, *args):
     up.register_forward_hook(lambda *_: seen.add(f"gathered {up.weight.dtype} {model.embed.weight.dtype}"))
     whole, own = (sum(p.numel() for p in parts) for parts in (model.parameters(), [
         p.to_local() for p in model.parameters()]))
-    print(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}", flush=True)
+    say(f"{up.weight.device_mesh.shape} {up.weight.placements} {own / whole:.2f}")
     return model
 def watched_norm(x, shape, weight, eps):
     seen.add(f"norm {x.dtype} {weight.dtype}")
@@ -88,9 +90,9 @@ for number, (name, run) in enumerate({runs!r}.items()):
     if run.get("watched"):
         train_dba.shard_model, torch.nn.functional.rms_norm = watched, watched_norm
     flags = f"{common} --out-dir {{name.split()[0]}} " + run["flags"] + " " + run.get("rank_" + rank, "")
-    print("exit code of", name, train_dba.main(flags.split()), flush=True)
-print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
-print("seen:", sorted(seen))
+    say("exit code of", name, train_dba.main(flags.split()))
+say("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+say("seen:", sorted(seen))
 sys.exit()
 """
 
