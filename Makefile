@@ -69,7 +69,7 @@ SHARED = -n $(TEST_JOBS) --dist loadfile --ignore tests/test_prepare.py
 test: env  ## all tests; what was skipped, and why, stands at the end
 	$(PYTEST) tests/test_prepare.py; first=$$?; $(PYTEST) $(SHARED) && exit $$first
 test_eval: $(VENV)/.ready-eval  ## the tests that need requirements-eval.txt
-	$(PYTEST) $(SHARED) --ignore tests/test_fuzz.py -k "tasks or llama or export"
+	$(PYTEST) $(SHARED) --ignore tests/test_fuzz.py -k "tasks or llama or export or mask or init"
 lint: env  ## ruff
 	$(PY) -m ruff check .
 kill_test: env  ## kill a run 20 times at drawn events; its losses must be those of a run never stopped
