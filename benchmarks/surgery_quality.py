@@ -28,7 +28,7 @@ import torch
 
 from common import parser_of, write
 from evals.subject import formats_of, load_subject
-from kernels.rotate import rotate_cache
+from kernels.rotate import rotated
 from surgery.calibrate import Moments, calibrate
 from surgery.convert import Layer, choose, convert, root, split
 from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
@@ -117,16 +117,6 @@ def per_head(teacher, layers, pairs, rank, values, kind, whitened):
 
 # -----------------------------------------------------------------------------
 # Rows
-
-def rotated(model):
-    """The same model with attention of its own, whose cache is rotated."""
-    with torch.device("meta"):
-        copy = GPT(model.cfg, model.vocab_size)
-    state = model.state_dict()
-    copy.load_state_dict({name: x.clone() if ".attn." in name else x for name, x in state.items()}, assign=True)
-    rotate_cache(copy.requires_grad_(False).eval())
-    return copy
-
 
 def rows_of(teacher, layers, healed):
     """{name: (function that makes the model, formats or None)} of the table."""

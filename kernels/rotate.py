@@ -1,6 +1,7 @@
 """Rotation of what a KV cache holds, so that no channel is an outlier when it is quantised: a change of a model's
 weights from outside. It works on any model whose blocks have the attributes of train_dba.py's Attention."""
 
+import copy
 import math
 
 import torch
@@ -92,3 +93,10 @@ def rotate_latent(attn: torch.nn.Module) -> dict[str, int]:
             rotate(attn.q[path.name].weight, attn.n_head)
             rotate(attn.k[path.name].weight, path.groups)
     return rotated
+
+
+def rotated(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model, whose cache is rotated. Raises ValueError as rotate_cache() does."""
+    model = copy.deepcopy(model)
+    rotate_cache(model)
+    return model

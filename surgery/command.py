@@ -13,7 +13,7 @@ import torch
 
 from evals.policy import calibration_windows
 from evals.subject import Progress, Subject, file_hash, formats_of, json_text, load_subject, read_data, text_table
-from kernels.rotate import rotate_cache
+from kernels.rotate import rotated
 from surgery.calibrate import calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
 from surgery.heal import Texts, distance, heal
@@ -215,16 +215,6 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
 
 # -----------------------------------------------------------------------------
 # advise
-
-def rotated(model: GPT) -> GPT:
-    """The same model with attention of its own, whose cache is rotated."""
-    with torch.device("meta"):
-        copy = GPT(model.cfg, model.vocab_size)
-    state = model.state_dict()
-    copy.load_state_dict({name: x.clone() if ".attn." in name else x for name, x in state.items()}, assign=True)
-    rotate_cache(copy.requires_grad_(False).eval())
-    return copy
-
 
 def through_cache(model: GPT, formats: dict[str, str]):
     """The model as a function of token ids [1, T], each window through a cache of its own."""

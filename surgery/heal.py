@@ -201,7 +201,7 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window
             seconds, timed = 0.0, 0
         if step % cfg.eval_every == 0 or last:
             evaluate()
-        stop_with = 128 + max(caught, default=-128)
+        stop_with = 128 + max(caught) if caught else 0
         if step % cfg.save_every == 0 or last or stop_with:
             save("last.pt", student, optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
                  **{LATENT_SCALE: torch.stack(sizes)})

@@ -1,7 +1,10 @@
 """`convert_dba.py mask`: its flags, and what it prints."""
 
 import argparse
+import importlib.util
 from pathlib import Path
+
+from train_dba import UserError
 
 
 def flags(p: argparse.ArgumentParser) -> None:
@@ -38,7 +41,9 @@ def flags(p: argparse.ArgumentParser) -> None:
 
 
 def make_mask(args: argparse.Namespace) -> None:
-    """Learn gates, or go on with those of a folder; measure them; print what came out."""
+    """Learn gates, or go on with those of a folder; measure them; print what came out. Raises UserError."""
+    if importlib.util.find_spec("safetensors") is None:    # before hours of learning
+        raise UserError("mask writes its gates by safetensors: pip install -r requirements-eval.txt")
     from evals.subject import Progress, read_data, text_table
     from surgery import learn_mask
     host, subject = learn_mask.open_host(args.model, args.device)

@@ -1,5 +1,6 @@
 """Learned sparse attention: gathered is masked, mass the naive one, gates learn, folders go on after a kill."""
 
+import importlib.util
 import json
 import math
 import signal
@@ -11,6 +12,7 @@ import torch
 import convert_dba
 import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text
+from small_models import OTHERS, D, saved
 from surgery.learn_mask import dropped_bytes, point_of
 from surgery.mask import (
     Gates,
@@ -26,7 +28,6 @@ from surgery.mask import (
 )
 from surgery.measure_mask import Measured, TokenWindow, oracle_mass, quest_top
 from surgery.sparse_attention import Grid, block_log_mass, gathered_attention, near_log_mass
-from test_export import OTHERS, D, saved
 from train_dba import GPT, make_config
 
 # texts, query heads, key heads, queries, keys, channels of keys and of values, block
@@ -337,8 +338,8 @@ def test_choices_and_measures_are_what_they_say():
 # -----------------------------------------------------------------------------
 # The command line
 
-pytest.importorskip("transformers", reason="requirements-eval.txt")
-
+INSTALLED = all(map(importlib.util.find_spec, ("safetensors", "transformers")))
+NEEDED = pytest.mark.skipif(not INSTALLED, reason="requirements-eval.txt")
 FLAGS = ("--data text.txt --block 16 --lengths 96 --mass-steps 5 --updates 2 --logits-steps 4 --logits-length 96 "
          "--calibration 1 --device cpu --eval-data text.txt --eval-lengths 128 --windows 2 --budgets 4")
 
@@ -373,6 +374,7 @@ def convert(args, cwd):
     return call(args, cwd, convert_dba.main)
 
 
+@NEEDED
 @pytest.mark.parametrize("kind", ("Llama", "GPT-2", "ours"))
 def test_gates_of_every_family_by_the_command_line(tmp_path, kind):
     make_text(tmp_path)
@@ -397,6 +399,7 @@ def test_gates_of_every_family_by_the_command_line(tmp_path, kind):
     assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 9
 
 
+@NEEDED
 @pytest.mark.parametrize("kind", ("Llama", "GPT-2"))
 def test_transformers_models_attend_through_it(tmp_path, kind):
     """All blocks kept are its own logits, padded or not, and generate() goes on token by token through a cache."""
@@ -425,6 +428,7 @@ def test_transformers_models_attend_through_it(tmp_path, kind):
         assert torch.equal(whole[0, 89:].argmax(-1), written[0, 90:])           # decoding reads as a prompt does
 
 
+@NEEDED
 def test_heads_that_drop_old_keys_need_not_hold_them(tmp_path):
     """Token by token through a cache that holds less, the same logits; its bytes are those of the formula."""
     import transformers
@@ -448,6 +452,7 @@ def test_heads_that_drop_old_keys_need_not_hold_them(tmp_path):
     assert held == full * dropped_bytes(gates, record, 128) - full // 2 * 16 // 128      # 128: the own block is empty
 
 
+@NEEDED
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     make_text(tmp_path)
     save("ours", tmp_path / "model")
@@ -467,6 +472,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 9
 
 
+def test_without_safetensors_nothing_is_begun(tmp_path, monkeypatch):
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_error(convert(f"mask --model model {FLAGS} --out-dir out", tmp_path), "pip install -r requirements-eval.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@NEEDED
 @pytest.mark.parametrize("flags,words", (
     ("--rows 5", "--rows 5 doesn't divide --block 16"),
     ("--rows 0", "at least 1"),
