@@ -310,11 +310,9 @@ AXES = {"batch_size": "sequences of 256 tokens", "d_model": "width (d_model)", "
 def draw_growth(devices: dict, path: Path) -> None:
     """Time of a training step over batch, width and depth, a row of panels a device."""
     fig, axes = subplots(len(devices) * len(AXES), width=2.7, height=2.8, most=len(AXES))
-    panels = iter(axes)
-    for name, rows in devices.items():
+    for first, (name, rows) in zip(range(0, len(axes), len(AXES)), devices.items()):
         lines = growth_curves(rows)
-        for axis, said in AXES.items():
-            ax = next(panels)
+        for ax, (axis, said) in zip(axes[first:], AXES.items()):
             for (case, other), line in lines.items():
                 if other == axis:
                     ax.plot(*zip(*line), color=COLORS[case], marker="o", markersize=4,
@@ -324,7 +322,7 @@ def draw_growth(devices: dict, path: Path) -> None:
             ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             ax.grid(alpha=0.3)
             ax.legend(title="fitted exponent", title_fontsize=8)
-        axes[0].set(ylabel="seconds of a training step", title=f"measured: {name}")
+        axes[first].set(ylabel="seconds of a training step", title=f"measured: {name}")
     save(fig, path)
 
 

@@ -66,12 +66,29 @@ def test_trains_on_and_resumes(sources, tmp_path):
     command = f"{DATA} --init-from decoupled --block 8 --lr 1e-2 --save-every 1"
     assert_done(call(f"{command} --steps 3 --out-dir whole", tmp_path))
     assert_done(call(f"{command} --steps 1 --out-dir parts", tmp_path))
-    assert_done(call(f"{command} --steps 3 --out-dir parts", tmp_path))
+    resumed = call(f"{command} --steps 3 --out-dir parts", tmp_path)
+    assert_done(resumed)
+    assert "afresh" not in resumed.stdout                  # its optimiser goes on, from its own weights
     whole, parts = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "parts"))
     assert all(torch.equal(whole["model"][key], tensor) for key, tensor in parts["model"].items())
     assert whole["config"].block == 8
     first = load_checkpoint(tmp_path / "decoupled")["model"]
     assert any(not torch.equal(first[key], tensor) for key, tensor in whole["model"].items())
+
+
+def test_a_large_vocabulary_ends_texts_by_its_own_id(tmp_path):
+    """Of Llama 3, whose id is beyond 16 bits."""
+    class Tokenizer(dba.ByteTokenizer):
+        eot, vocab_size = 128_001, 128_256
+
+        def encode(self, text):
+            return super().encode(text).astype("uint32")
+
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text")
+    paths = [tmp_path / "train.txt", tmp_path / "val.txt"]
+    data = dba.load_texts(dba.make_config(data="-"), paths, Tokenizer())
+    assert data.train.tolist() == [*b"train text", 128_001] and data.val[-1] == 128_001 and data.val_bytes == 8
 
 
 @pytest.mark.parametrize("flags, words", [

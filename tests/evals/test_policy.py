@@ -47,6 +47,17 @@ def test_policy_is_the_best_of_the_table_within_the_budget(folder, mode):
             assert sum(row["formats"] == formats and row["residual"] == 0 for row in tried) == 2
 
 
+@pytest.mark.parametrize("streams", (("k_sem", "k_geo", "v"), ("latent", "k_geo")))
+def test_heteros_are_tried_with_the_paths_swapped_too(streams):
+    alone = {}
+    for policy in policies.single_streams(streams):        # other 4 bits do better, so that only hetero has q4_0
+        alone[policy] = dict(kl=float("q4_0" in dict(policy.formats).values()))
+    tried = [dict(policy.formats) for policy in policies.mixes(dict.fromkeys(streams, 32), alone)]
+    semantic, others = streams[0], {name: "q4_0" for name in streams[2:]}
+    assert {semantic: "q4_0", "k_geo": "q8_0", **others} in tried
+    assert {semantic: "q8_0", "k_geo": "q4_0", **others} in tried
+
+
 def test_policy_figures_are_those_of_the_model(folder):
     result = result_of(f"policy {EVALUATE} decoupled {POLICY} --max-kv-bytes-per-token 100 --max-kl 9 --long "
                       "--long-factor 3", folder, "decoupled/kv_policy.json")
