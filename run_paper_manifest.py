@@ -110,18 +110,19 @@ class Run:
         return all(path.is_file() and path.stat().st_mtime >= self.best.stat().st_mtime for path in made)
 
     def post_ppl(self):
-        """Command that measures the loss of the best checkpoint through quantised caches, or None if it has been."""
-        caches = [name for name in CACHES if cache_formats(self.cfg, name)]
-        if self.is_measured(*(f"eval_ppl_{name}.json" for name in caches)):
-            return None
-        return ["eval_dba.py", "ppl", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32,
-                "--max-tokens", 2**15 + 1, "--kv-cache", *caches]
+        """Commands that measure the loss of the best checkpoint through quantised caches, plain and rotated, where it
+        has not been measured yet."""
+        flags = ["--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32, "--max-tokens", 2**15 + 1]
+        plain = [name for name in CACHES if cache_formats(self.cfg, name)]
+        if not self.is_measured(*(f"eval_ppl_{name}.json" for name in plain)):
+            yield ["eval_dba.py", "ppl", *flags, "--kv-cache", *plain]
+        if not self.is_measured("eval_ppl_q4_0_rotated.json"):
+            yield ["eval_dba.py", "ppl", *flags, "--kv-cache", "q4_0", "--kv-rotate"]
 
     def post_mem128k(self):
-        """Command that measures the memory of that checkpoint's KV cache at 128k tokens, or None if it has been."""
-        if self.is_measured("mem128k.json"):
-            return None
-        return ["plot_memory.py", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device]
+        """Command that measures the memory of that checkpoint's KV cache at 128k tokens, where it has not been."""
+        if not self.is_measured("mem128k.json"):
+            yield ["plot_memory.py", "--ckpt", self.cfg.out_dir, "--device", self.cfg.device]
 
     def command(self):
         """Flags of train_dba.py."""
@@ -344,8 +345,9 @@ class Runner:
         log = Path(f"{run.cfg.out_dir}.console")
         log.parent.mkdir(parents=True, exist_ok=True)
         code = self.call([HERE / "train_dba.py", *run.command()], log)
-        for script, *flags in filter(None, (command(run) for command in self.post if code == 0 and run.best.is_file())):
-            code = code or self.call([HERE / script, *flags], log)
+        for commands in self.post if code == 0 and run.best.is_file() else ():
+            for script, *flags in commands(run):
+                code = code or self.call([HERE / script, *flags], log)
         if code == 0:
             log.unlink()
         return code
