@@ -8,10 +8,10 @@ Measure a checkpoint.
 
 --ckpt is a run folder (its best.pt), a checkpoint, or a pretrained Llama as a .gguf file or a Hugging Face folder. A
 command prints a short table and writes a file with its settings, the hash of its data and the hardware, beside the
-checkpoint or where --out says: eval_ppl_<cache>.json for each cache, eval_probes.json (eval_probes_<cache>.json unless
-fp16), kv_policy.json, else eval_<command>.json, with the spectra of rank in eval_rank.npz. <cache> is a --kv-cache,
-with _rotated and _residual<n> where given. A --kv-cache is one format for all that is cached, hetero (k_sem q4_0, k_geo
-q8_0, v q4_0), or a format for each stream: k=q4_0,v=q3_0.
+checkpoint or where --out says: eval_ppl_<cache>.json for each cache, eval_probes.json and eval_tasks.json (with
+_<cache> unless that is the default), kv_policy.json, else eval_<command>.json, with the spectra of rank in
+eval_rank.npz. <cache> is a --kv-cache, with _rotated and _residual<n> where given. A --kv-cache is one format for all
+that is cached, hetero (k_sem q4_0, k_geo q8_0, v q4_0), or a format for each stream: k=q4_0,v=q3_0.
 """
 
 import argparse
@@ -94,6 +94,8 @@ def tasks_flags(p):
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK", help=f"{', '.join(TASKS)}")
     p.add_argument("--tasks-dir", metavar="DIR", help="local data in the hub's fields: DIR/<task>_valid.jsonl, and "
                    "arc_easy_test.jsonl (the Hugging Face hub)")
+    add_caches(p, default="fp32", help="format of the cache that texts are read through (fp32)")
+    add_cache_changes(p)
     p.add_argument("--limit", type=positive(), help="only the first so many items of each task")
     p.add_argument("--batch-size", type=positive(), default=8, help="texts at once (8)")
     p.add_argument("--compare", metavar="RESULT", help="another result of this command, to test against item by item")
@@ -150,9 +152,10 @@ def policy_flags(p):
     p.add_argument("--max-delta-nll", type=number, help="budget: the fewest bytes for so much loss, nats per token")
     p.add_argument("--max-kl", type=number, default=0.02, help="largest mean KL of the next token (0.02)")
     p.add_argument("--max-delta-logit", type=number, help="largest difference of any logit (not limited)")
+    p.add_argument("--block", type=positive(2), help="tokens of a window (the model's context)")
     p.add_argument("--max-tokens", dest="tokens", type=positive(), default=16384, help="calibration tokens (16384)")
     p.add_argument("--long", action="store_true", help="check the choice on longer windows too")
-    p.add_argument("--long-factor", type=positive(2), default=4, help="their length in contexts (4)")
+    p.add_argument("--long-factor", type=positive(2), default=4, help="their length in windows (4)")
     p.add_argument("--kernel-tokens", type=positive(64), default=8192, help="length at which kernels are timed (8192)")
     p.add_argument("--batch-size", type=positive(), default=8, help="windows at once (8)")
 

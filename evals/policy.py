@@ -12,12 +12,24 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import Progress, Report, Subject, check_out, held_out, load_subject, quiet, text_table, write_result
+from evals.subject import (
+    Progress,
+    Report,
+    Subject,
+    check_out,
+    held_out,
+    load_subject,
+    quiet,
+    read_through,
+    text_table,
+    write_result,
+)
 from evals.timing import WARM_UP, decode_times
 from paper.stats import frontier
 from train_dba import HETERO, KVCache, UserError, autocast, bytes_per_token, resolve_kernel, rotate_cache
 
 FOUR_BITS = ("q4_0", "q4_sym", "nf4")
+TRIED = ("q8_0", *FOUR_BITS, "q3_0")                       # on one stream alone
 RESIDUALS = (32, 128)                                      # tried where they are at most a quarter of the context
 CHECKS = ("delta_nll", "kl", "max_delta_logit")
 
@@ -29,11 +41,11 @@ class Policy:
     rotate: bool = False
     residual: int = 0
 
-    def bytes_per_token(self, cfg) -> float:
-        """Mean bytes of a token in a full context, the residual window with the rest."""
+    def bytes_per_token(self, cfg, block: int) -> float:
+        """Mean bytes of a token in a window of `block` tokens, the residual window with the rest."""
         newest = {name: train_dba.ring_format(fmt) for name, fmt in self.formats}
         old, new = bytes_per_token(cfg, dict(self.formats)), bytes_per_token(cfg, newest)
-        return (old * (cfg.block - self.residual) + new * self.residual) / cfg.block
+        return (old * (block - self.residual) + new * self.residual) / block
 
     def quantises(self) -> bool:
         return any(fmt not in train_dba.FLOAT_FORMATS for _, fmt in self.formats)
@@ -65,7 +77,7 @@ class Budget:
 def single_streams(streams: Iterable[str]) -> list[Policy]:
     """Policies that quantise one stream and leave the others fp16."""
     policies = []
-    for rotate, alone, fmt in itertools.product((False, True), streams, ("q8_0", *FOUR_BITS)):
+    for rotate, alone, fmt in itertools.product((False, True), streams, TRIED):
         policies.append(Policy(tuple((name, fmt if name == alone else "fp16") for name in streams), rotate))
     return policies
 
@@ -81,12 +93,13 @@ def best_four_bits(stream: str, rotate: bool, tried: dict[Policy, dict]) -> str:
 
 
 def mixes(streams: dict[str, int], tried: dict[Policy, dict]) -> Iterator[Policy]:
-    """Policies that mix fp16, q8_0 and, per stream, the 4 bits that did best alone; hetero, and hetero with the paths
-    swapped."""
+    """Policies that mix fp16, q8_0, q3_0 and, per stream, the 4 bits that did best alone; hetero, and hetero with the
+    paths swapped."""
     for rotate in (False, True):
         choices = []
         for name in streams:
-            choices.append([(name, fmt) for fmt in ("fp16", "q8_0", best_four_bits(name, rotate, tried))])
+            formats = ("fp16", "q8_0", best_four_bits(name, rotate, tried), "q3_0")
+            choices.append([(name, fmt) for fmt in formats])
         for formats in itertools.product(*choices):
             yield Policy(formats, rotate)
         if "k_geo" in streams:
@@ -102,27 +115,29 @@ def best_first(sizes: dict[Policy, float], tried: dict[Policy, dict]) -> list[Po
     return [point[-1] for point in frontier(points)]
 
 
-def sizes_of(policies: Iterable[Policy], cfg) -> dict[Policy, float]:
-    return {policy: policy.bytes_per_token(cfg) for policy in policies}
+def sizes_of(policies: Iterable[Policy], cfg, block: int) -> dict[Policy, float]:
+    return {policy: policy.bytes_per_token(cfg, block) for policy in policies}
 
 
-def search(subject: Subject, measure: Callable[[list[Policy]], dict], most_bytes: float) -> dict[Policy, dict]:
+def search(subject: Subject, block: int, measure: Callable[[list[Policy]], dict],
+           most_bytes: float) -> dict[Policy, dict]:
     """{policy: measurements}, in three rounds: one stream at a time, mixes of what did well, residual windows for the
-    best of those. most_bytes: mixes of more bytes per token are left out. measure: policies -> measurements."""
+    best of those. most_bytes: mixes of more bytes per token, in a window of `block` tokens, are left out. measure:
+    policies -> measurements."""
     cfg, streams = subject.cfg, subject.cfg.attention.streams
     tried = measure(single_streams(streams))
 
     def untried(policies: Iterable[Policy]) -> list[Policy]:
         new = []
         for policy in dict.fromkeys(policies):
-            if policy not in tried and policy.quantises() and policy.bytes_per_token(cfg) <= most_bytes:
+            if policy not in tried and policy.quantises() and policy.bytes_per_token(cfg, block) <= most_bytes:
                 new.append(policy)
         return new
 
     tried |= measure(untried(mixes(streams, tried)))
     with_window = []
-    for policy, residual in itertools.product(best_first(sizes_of(tried, cfg), tried), RESIDUALS):
-        if residual <= cfg.block // 4:
+    for policy, residual in itertools.product(best_first(sizes_of(tried, cfg, block), tried), RESIDUALS):
+        if residual <= block // 4:
             with_window.append(dataclasses.replace(policy, residual=residual))
     tried |= measure(untried(with_window))
     return tried
@@ -135,11 +150,9 @@ def search(subject: Subject, measure: Callable[[list[Policy]], dict], most_bytes
 def policy_logits(subject: Subject, model, ids: torch.Tensor, policy: Policy, last: int) -> torch.Tensor:
     """Logits [B, last, V] at the last positions of ids [B, T]."""
     cache = KVCache(subject.cfg, len(ids), ids.size(1), dict(policy.formats), policy.residual, subject.device)
-    hidden = []
     with autocast(subject.device, subject.dtype):
-        for piece in ids.split(train_dba.PREFILL_CHUNK, 1):
-            hidden.append(model.hidden(piece, cache))
-        return model.logits(torch.cat(hidden, 1)[:, -last:])
+        hidden = torch.cat([*read_through(model, ids, cache)], 1)
+        return model.logits(hidden[:, -last:])
 
 
 def compare_logits(expected: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -265,7 +278,7 @@ def main(args) -> None:
     check_out(args.out)
     subject = load_subject(args.ckpt, args.device, args.dtype)
     held = held_out(subject, args.data)
-    block, rotated = subject.cfg.block, copy.deepcopy(subject.model)
+    block, rotated = args.block or subject.cfg.block, copy.deepcopy(subject.model)
     rotate_cache(rotated)
     limits = dict(delta_nll=args.max_delta_nll, kl=args.max_kl, max_delta_logit=args.max_delta_logit)
     budget = Budget({name: limit for name, limit in limits.items() if limit is not None},
@@ -280,8 +293,8 @@ def main(args) -> None:
         return measure
 
     measure_long = check("long windows", args.long_factor * block, block) if args.long else None
-    tried = search(subject, check("policies", block, max(1, block // 2)), budget.most_bytes)
-    sizes = sizes_of(tried, subject.cfg)
+    tried = search(subject, block, check("policies", block, max(1, block // 2)), budget.most_bytes)
+    sizes = sizes_of(tried, subject.cfg, block)
     chosen, long = choose(sizes, tried, budget, measure_long)
     if chosen is None:
         least = min(tried, key=lambda policy: (tried[policy]["kl"], sizes[policy]))

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-import train_dba
 from evals.subject import (
     HeldOut,
     Progress,
@@ -16,6 +15,7 @@ from evals.subject import (
     held_out,
     load_subject,
     quiet,
+    read_through,
     result_path,
     text_table,
     write_result,
@@ -40,12 +40,12 @@ def windows(ids: torch.Tensor, block: int, stride: int):
 def window_nll(subject: Subject, batch: torch.Tensor, formats: dict, residual: int = 0) -> torch.Tensor:
     """nll [B, T - 1] of token ids [B, T] in nats, each row through a cache of its own."""
     cache = KVCache(subject.cfg, len(batch), batch.size(1) - 1, formats, residual, subject.device)
-    nll = []
+    nll, scored = [], 1
     with autocast(subject.device, subject.dtype):
-        for start in range(0, batch.size(1) - 1, train_dba.PREFILL_CHUNK):
-            part = batch[:, start:start + train_dba.PREFILL_CHUNK + 1]
-            logits = subject.model.logits(subject.model.hidden(part[:, :-1], cache))
-            nll.append(torch.nn.functional.cross_entropy(logits.mT, part[:, 1:], reduction="none"))
+        for hidden in read_through(subject.model, batch[:, :-1], cache):
+            targets = batch[:, scored:scored + hidden.size(1)]
+            nll.append(torch.nn.functional.cross_entropy(subject.model.logits(hidden).mT, targets, reduction="none"))
+            scored += hidden.size(1)
     return torch.cat(nll, 1)
 
 

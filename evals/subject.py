@@ -8,7 +8,7 @@ as a .gguf file or a Hugging Face folder.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import train_dba
 from train_dba import (
     GPT,
     Config,
+    KVCache,
     UserError,
     cache_formats,
     check_same_data,
@@ -144,6 +145,13 @@ def cache_name(kv_cache: str, rotated: bool, residual: int) -> str:
     if residual:
         parts.append(f"residual{residual}")
     return "_".join(parts)
+
+
+def read_through(model: GPT, ids: torch.Tensor, cache: KVCache) -> Iterator[torch.Tensor]:
+    """Final hidden states [B, n, E] of token ids [B, T], piece by piece: each token sees what the cache holds of those
+    before it, and of itself."""
+    for piece in ids.split(train_dba.PREFILL_CHUNK, 1):
+        yield model.hidden(piece, cache)
 
 
 # -----------------------------------------------------------------------------

@@ -13,16 +13,19 @@ from evals.subject import (
     Progress,
     Report,
     Subject,
+    cache_name,
     check_out,
+    formats_of,
     load_subject,
     quiet,
+    read_through,
     result_path,
     text_table,
     write_result,
 )
 from paper.shapes import count, list_of, map_of, read_json
 from paper.stats import mcnemar
-from train_dba import KVCache, UserError, autocast
+from train_dba import KVCache, UserError, autocast, rotate_cache
 
 # The task's YAML below lm_eval/tasks, the split that is scored, and the fields of an item of the hub's data set.
 TASKS = {
@@ -37,6 +40,7 @@ COMPARABLE = dict(tasks=map_of(dict(items=list_of(str), correct=map_of(list_of(c
 
 Request = tuple[list[int], list[int]]                      # ids of a context, ids of its continuation
 Score = tuple[float, bool]                                 # log-probability in nats, whether greedy decoding writes it
+Formats = str | dict[str, str]                             # of a cache: one for all streams, or {stream: format}
 
 
 # -----------------------------------------------------------------------------
@@ -49,8 +53,10 @@ def pieces(context: list[int], continuation: list[int], block: int) -> list[Requ
     return [(context + continuation[:i], continuation[i:i + step]) for i in range(0, len(continuation), step)]
 
 
-def score(subject: Subject, requests: list[Request], batch_size: int, report: Report = quiet) -> list[Score]:
-    """Scores of the requests' continuations. What is too long for the model's window is cut from the left."""
+def score(subject: Subject, requests: list[Request], batch_size: int, report: Report = quiet, *,
+          formats: Formats = "fp32", residual: int = 0) -> list[Score]:
+    """Scores of the requests' continuations, read through a cache. What is too long for the model's window is cut from
+    the left."""
     parts, owners = [], []
     for i, (context, continuation) in enumerate(requests):
         if not continuation:
@@ -59,14 +65,16 @@ def score(subject: Subject, requests: list[Request], batch_size: int, report: Re
             parts.append(part)
             owners.append(i)
     scores = [(0.0, True)] * len(requests)
-    for owner, (log_p, greedy) in zip(owners, score_windows(subject, parts, batch_size, report)):
+    scored = score_windows(subject, parts, batch_size, report, formats, residual)
+    for owner, (log_p, greedy) in zip(owners, scored):
         total, all_greedy = scores[owner]
         scores[owner] = total + log_p, all_greedy and greedy
     return scores
 
 
 @torch.inference_mode()
-def score_windows(subject: Subject, requests: list[Request], batch_size: int, report: Report = quiet) -> list[Score]:
+def score_windows(subject: Subject, requests: list[Request], batch_size: int, report: Report, formats: Formats,
+                  residual: int) -> list[Score]:
     """score() of requests whose continuations fit the window. Requests of one input are scored by one pass."""
     block, same_input = subject.cfg.block, {}
     for i, (context, continuation) in enumerate(requests):
@@ -76,8 +84,9 @@ def score_windows(subject: Subject, requests: list[Request], batch_size: int, re
     for start in range(0, len(inputs), batch_size):
         batch = inputs[start:start + batch_size]
         padded = torch.tensor([ids + (0,) * (len(batch[0]) - len(ids)) for ids in batch], device=subject.device)
-        with autocast(subject.device, subject.dtype):
-            hidden = subject.model.hidden(padded)          # [B, T, E]; attention is causal: padding is never seen
+        cache = KVCache(subject.cfg, *padded.shape, formats, residual, subject.device)
+        with autocast(subject.device, subject.dtype):      # [B, T, E]; attention is causal: padding is never seen
+            hidden = torch.cat([*read_through(subject.model, padded, cache)], 1)
         for h, ids in zip(hidden, batch):
             longest = max(len(requests[i][1]) for i in same_input[ids])
             with autocast(subject.device, subject.dtype):  # logits of the continuation alone
@@ -96,11 +105,12 @@ def cut_at(text: str, until: tuple[str, ...]) -> tuple[str, bool]:
     return (text[:min(ends)], True) if ends else (text, False)
 
 
-def continue_text(subject: Subject, prompts: list[list[int]], most: int, until: tuple[str, ...]) -> list[str]:
+def continue_text(subject: Subject, prompts: list[list[int]], most: int, until: tuple[str, ...],
+                  formats: Formats = "fp32", residual: int = 0) -> list[str]:
     """Greedy continuations, as texts, of prompts [B, T] of token ids: up to a string of `until`, the token that ends a
     text, or `most` tokens."""
     eot, texts = subject.tokenizer.eot, {}
-    cache = KVCache(subject.cfg, len(prompts), len(prompts[0]) + most - 1, "fp32", device=subject.device)
+    cache = KVCache(subject.cfg, len(prompts), len(prompts[0]) + most - 1, formats, residual, subject.device)
     written = [[] for _ in prompts]
     with autocast(subject.device, subject.dtype):
         for tokens in train_dba.generate(subject.model, torch.tensor(prompts, device=subject.device), most, cache, 0):
@@ -137,10 +147,11 @@ def greedy_settings(given: dict, block: int) -> tuple[int, tuple[str, ...]]:
     return most, (until,) if isinstance(until, str) else tuple(until)
 
 
-def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet):
-    """A Subject as a model of lm-eval."""
+def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet, *, formats: Formats = "fp32",
+                  residual: int = 0):
+    """A Subject that reads through a cache as a model of lm-eval."""
     from lm_eval.api.model import TemplateLM
-    tokenizer, block = subject.tokenizer, subject.cfg.block
+    tokenizer, block, cache = subject.tokenizer, subject.cfg.block, dict(formats=formats, residual=residual)
     starts = getattr(tokenizer, "prefix", [])              # what a pretrained tokenizer puts before a text
 
     class Model(TemplateLM):
@@ -153,7 +164,7 @@ def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet):
             return ids if add_special_tokens is False or ids[:1] == starts else starts + ids
 
         def _loglikelihood_tokens(self, requests, **_):
-            return score(subject, [(context, tail) for _, context, tail in requests], batch_size, report)
+            return score(subject, [(context, tail) for _, context, tail in requests], batch_size, report, **cache)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             parts, owners = [], []
@@ -162,7 +173,7 @@ def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet):
                     parts.append(window)
                     owners.append(i)
             totals = [0.0] * len(requests)
-            for owner, (log_p, _) in zip(owners, score(subject, parts, batch_size, report)):
+            for owner, (log_p, _) in zip(owners, score(subject, parts, batch_size, report, **cache)):
                 totals[owner] += log_p
             return totals
 
@@ -175,7 +186,7 @@ def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet):
             for (_, most, until), group in groups.items():
                 for start in range(0, len(group), batch_size):
                     rows, prompts = zip(*group[start:start + batch_size])
-                    texts.update(zip(rows, continue_text(subject, prompts, most, until)))
+                    texts.update(zip(rows, continue_text(subject, prompts, most, until, **cache)))
                     report(len(texts), len(requests))
             return [texts[i] for i in range(len(requests))]
 
@@ -313,15 +324,19 @@ def main(args) -> None:
         for task in loaded.values():
             task.set_config("num_fewshot", 0)
         subject = load_subject(args.ckpt, args.device, args.dtype)
+        formats = formats_of(subject, args.kv_cache)
+        if args.kv_rotate:
+            rotate_cache(subject.model)
         with Progress("request", "tasks") as report:
-            model = lm_eval_model(subject, args.batch_size, report)
+            model = lm_eval_model(subject, args.batch_size, report, formats=formats, residual=args.kv_residual)
             results = lm_eval.evaluate(model, {"tasks": loaded}, limit=args.limit)
     done = {name: task_result(results, name) for name in loaded}
     pairs = compare_tasks(done, other) if other else {}
     compared = []
     for (name, metric), pair in sorted(pairs.items()):
         compared.append(dict(task=name, metric=metric, **pair))
-    path = result_path(args.out, subject, "eval_tasks")
+    cache = cache_name(args.kv_cache, args.kv_rotate, args.kv_residual)
+    path = result_path(args.out, subject, "eval_tasks" if cache == "fp32" else f"eval_tasks_{cache}")
     print(text_table(table(done, pairs)))
     write_result(path, subject, vars(args), dict(tasks=done, not_run=missing, compared=compared, num_fewshot=0,
                                                  lm_eval=lm_eval.__version__))

@@ -88,10 +88,19 @@ def test_policy_figures_are_those_of_the_model(folder):
 def test_bytes_of_a_residual_window_count():
     cfg = train_dba.make_config(data="-", attn_mode="decoupled", sem_dim=32, geo_dim=64, n_head=4, layers=2, block=640)
     formats = (("k_sem", "q4_0"), ("k_geo", "q8_0"), ("v", "q4_0"))
-    assert policies.Policy(formats).bytes_per_token(cfg) == 2 * (18 + 68 + 54)
-    assert policies.Policy(formats, residual=128).bytes_per_token(cfg) == 2 * (0.8 * 140 + 0.2 * 384)
-    assert policies.Policy(formats, residual=128).bytes_per_token(cfg) * 640 == cache_bytes(
-        cfg, 1, 640, dict(formats), 128)
+    assert policies.Policy(formats).bytes_per_token(cfg, 640) == 2 * (18 + 68 + 54)
+    with_window = policies.Policy(formats, residual=128)
+    assert with_window.bytes_per_token(cfg, 640) == 2 * (0.8 * 140 + 0.2 * 384)
+    assert with_window.bytes_per_token(cfg, 640) * 640 == cache_bytes(cfg, 1, 640, dict(formats), 128)
+    assert with_window.bytes_per_token(cfg, 256) == 2 * (0.5 * 140 + 0.5 * 384)
+
+
+def test_a_window_of_another_length(folder):
+    """--block: the windows, their number, and the bytes that a residual window takes of them."""
+    found = result_of(f"policy {EVALUATE} standard {POLICY} --max-delta-nll 9 --max-kl 9 --block 24", folder,
+                      "standard/kv_policy.json")
+    assert found["settings"]["block"] == 24 and found["short"]["tokens"] == 12 * (found["settings"]["tokens"] // 24)
+    assert all(row["residual"] <= 24 // 4 for row in found["tried"])
 
 
 def test_frontier_by_hand():
@@ -109,12 +118,12 @@ def test_the_long_check_rejects(folder, monkeypatch):
         losses = measure(subject, rotated, tried, windows, *rest)
         if windows.size(1) > BLOCK + 1:
             for policy, row in losses.items():
-                row["delta_nll"] = 2.0 if "nf4" in str(policy) or "q4" in str(policy) else 0.5
+                row["delta_nll"] = 2.0 if any(fmt in str(policy) for fmt in ("nf4", "q4", "q3")) else 0.5
         return losses
 
     monkeypatch.setattr(policies, "measure_policies", worse)
     second = result_of(f"{command} --long --long-factor 2", folder, "standard/kv_policy.json")
-    assert {*first["formats"].values()} <= {*policies.FOUR_BITS} and second["formats"] == dict(k="q8_0", v="q8_0")
+    assert {*first["formats"].values()} <= {*policies.FOUR_BITS, "q3_0"} and second["formats"] == dict(k="q8_0", v="q8_0")
     assert second["long"]["delta_nll"] == 0.5
     assert all(row["long"]["delta_nll"] == 2 for row in second["tried"]
                if row["bytes_per_token"] < second["bytes_per_token"])

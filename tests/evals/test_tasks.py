@@ -12,7 +12,7 @@ import eval_dba
 from evals import tasks
 from evals.subject import load_subject
 from llamas import byte_level, save_llama
-from train_dba import ByteTokenizer, UserError, save_checkpoint
+from train_dba import ByteTokenizer, KVCache, UserError, save_checkpoint
 
 WORDS = "Water boils at two lines and tabs test naive °C — 日本語 a the of cats run slowly under old trees".split()
 COUNT = 8
@@ -137,6 +137,8 @@ def test_command_and_comparison(tmp_path, capsys):
     assert "winogrande is not run: no winogrande_valid.jsonl" in capsys.readouterr().err
     assert run("--ckpt", tmp_path / "1.pt", "--out", tmp_path / "1.json", *flags, "--limit", 6, "--compare",
                tmp_path / "0.json") == 0
+    assert run("--ckpt", tmp_path / "0.pt", *flags, "--limit", 2, "--kv-cache", "q4_0", "--kv-rotate") == 0
+    assert (tmp_path / "eval_tasks_q4_0_rotated.json").is_file() and not (tmp_path / "eval_tasks.json").exists()
     first, second = (json.loads((tmp_path / f"{seed}.json").read_text()) for seed in (0, 1))
     assert first["not_run"].keys() == {"winogrande"} and set(first["tasks"]) == set(names)
     for name in names:
@@ -225,6 +227,26 @@ def test_a_context_is_cut_from_the_left(llama):
     assert long == pytest.approx(short, abs=1e-4)
     with pytest.raises(UserError, match="no tokens"):
         tasks.score(subject, [([1], [])], 1)
+
+
+@pytest.mark.parametrize("formats, residual", (("fp32", 0), ("q4_0", 0), (dict(k="q8_0", v="q4_0"), 5)))
+def test_scores_through_a_cache_are_those_of_decoding(llama, formats, residual):
+    """Requests of several lengths in one batch, against each alone, token by token."""
+    subject, rng = subject_of(llama[1]), random.Random(2)
+    requests = []
+    for length in (30, 11, 40):
+        ids = [rng.randrange(40) for _ in range(length)]
+        requests.append((ids[:-4], ids[-4:]))
+    for (context, tail), (found, _) in zip(requests, tasks.score(subject, requests, 3, formats=formats,
+                                                                 residual=residual)):
+        cache, log_p = KVCache(subject.cfg, 1, 64, formats, residual), []
+        with torch.inference_mode():
+            for token in context + tail[:-1]:
+                log_p.append(subject.model.logits(subject.model.hidden(torch.tensor([[token]]), cache))[0, 0])
+        rows = torch.stack(log_p[-len(tail):]).log_softmax(-1)
+        assert found == pytest.approx(sum(row[token].item() for row, token in zip(rows, tail)), abs=2e-3)
+    exact = tasks.score(subject, requests, 3)
+    assert (exact == tasks.score(subject, requests, 3, formats=formats, residual=residual)) == (formats == "fp32")
 
 
 def test_a_continuation_longer_than_the_window_is_scored_in_parts_of_half_of_it(llama):
