@@ -1792,6 +1792,115 @@ def restore(ckpt, model, optimizer, rng):
         raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
 
 
+@dataclass
+class Training:
+    """A model between two steps of its training, and all that the next ones need. data: the identity of its tokens;
+    extra: what last.pt holds besides; of_peak: mfu of a token per second."""
+    cfg: Config
+    folder: Path
+    data: dict
+    tokenizer: object
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    rng: np.random.Generator
+    ranks: Ranks
+    steps: int
+    tokens_per_step: int
+    step: int = 0
+    best: float = math.inf                                 # the least val_loss
+    saved_at: int = 0
+    extra: dict = field(default_factory=dict)
+    of_peak: float | None = None
+    board: object = None                                   # TensorBoard's writer
+
+    @property
+    def tokens(self):
+        return self.step * self.tokens_per_step
+
+    def log(self, kind, **fields):
+        if self.ranks.rank == 0:
+            append_line(self.folder / "train.jsonl", type=kind, step=self.step, tokens=self.tokens, **fields)
+        if self.board:
+            for name, value in fields.items():
+                if value is not None:
+                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
+            self.board.flush()
+
+    def save(self, name, model=None, **state):
+        """Write a checkpoint of the model, or of one in its place."""
+        save_checkpoint(self.folder / name, self.cfg, self.tokenizer, model or self.model, self.ranks.rank == 0,
+                        step=self.step, tokens=self.tokens, best_val_loss=self.best, data=self.data, **state)
+        self.ranks.sum(0)                                  # all wait, in the group that lets them wait for long
+
+    def save_last(self):
+        self.save("last.pt", optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, **self.extra)
+        self.saved_at = self.step
+
+    def improves(self, loss):
+        """Whether a validation loss is the least so far. Raises UserError for one that isn't finite."""
+        if not math.isfinite(loss):
+            raise UserError(f"step {self.step}: validation loss {loss}; {self.folder}/last.pt holds step "
+                            f"{self.saved_at}")
+        improved, self.best = loss < self.best, min(loss, self.best)
+        return improved
+
+    def update(self, gradients):
+        """Take a step. gradients(step) adds them up, and returns what the log says of it, a loss among that. Returns
+        the same with learning rate and gradient norm. Raises UserError, before the update, where they aren't finite."""
+        self.step += 1
+        lr = lr_at(self.step, self.cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        measured = gradients(self.step)
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.get_total_norm(p.grad for p in params)
+        norm = norm.full_tensor() if self.cfg.shard else norm
+        nn.utils.clip_grads_with_norm_(params, self.cfg.grad_clip or math.inf, norm)
+        measured = dict(measured, lr=lr, grad_norm=norm.item())
+        if not math.isfinite(measured["loss"] + measured["grad_norm"]):
+            raise UserError(f"step {self.step}: loss {measured['loss']}, gradient norm {measured['grad_norm']}; "
+                            f"stopped before the update. {self.folder}/last.pt holds step {self.saved_at}; start "
+                            "afresh with a lower --lr or longer --warmup-steps")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.ranks.device)
+        return measured
+
+    def go_on(self, what, gradients, evaluate):
+        """Take all steps that are left, or until a signal; log, evaluate and save where the Config says, and at the
+        last. gradients: of update(). evaluate() measures, logs and keeps the model. Returns the exit code."""
+        cfg, main_rank, doing = self.cfg, self.ranks.rank == 0, "finishing"
+        caught = catch_signals(lambda: f"\n{doing} step {self.step}, then saving\n" if main_rank else "")
+        bar = progress(self.steps * self.tokens_per_step, "tok", what, initial=self.tokens, disable=not main_rank)
+        seconds, timed_steps, stop_with = 0.0, 0, 0
+        while self.step < self.steps and not stop_with:
+            started = time.perf_counter()
+            measured = self.update(gradients)
+            seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
+            bar.set_postfix_str(f"step {self.step} loss {measured['loss']:.4f}", refresh=False)
+            bar.update(self.tokens_per_step)
+            last = self.step == self.steps
+            if self.step % cfg.log_every == 0 or self.step == 1 or last:
+                tok_s = timed_steps * self.tokens_per_step / seconds
+                self.log("train", **measured, tok_s=tok_s, mfu=self.of_peak and self.of_peak * tok_s,
+                         step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(self.ranks.device))
+                seconds, timed_steps = 0.0, 0
+            if self.step % cfg.eval_every == 0 or last:
+                doing = "finishing the evaluation after"
+                evaluate()
+                doing = "finishing"
+            if cfg.keep_every and self.step % cfg.keep_every == 0:
+                self.save(f"step{self.step:07}.pt")
+            interrupted, terminated = self.ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
+            stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
+            if self.step % cfg.save_every == 0 or last or stop_with:
+                self.save_last()
+        bar.close()
+        if stop_with and main_rank:
+            print(f"stopped at step {self.step}, saved; the same command goes on", file=sys.stderr)
+        return stop_with
+
+
 def train(cfg, given, argv, source=None, tokenizer=None):
     """Train until cfg.steps, from the run folder's last.pt if there is one. source, tokenizer: of --init-from. Returns
     the exit code."""
@@ -1820,118 +1929,57 @@ def train(cfg, given, argv, source=None, tokenizer=None):
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg, tokenizer)
+    vocab_size = data.tokenizer.vocab_size
     if cfg.micro_batch == 0:
-        cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype))
+        cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, vocab_size, ranks, dtype))
     micro, mine = share_out(cfg, ranks)
-    meta, of_peak = describe(cfg, data, ranks, dtype, why), share_of_peak(cfg, data.tokenizer.vocab_size, ranks, env)
+    meta = describe(cfg, data, ranks, dtype, why)
 
     # --- model, optimiser, data order
     source = None if ckpt else source
-    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, source)
+    model, optimizer, rng = build(cfg, vocab_size, device, source)
     if source and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
-    step, best = 0, math.inf
+    run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
+                   cfg.tokens_per_step, of_peak=share_of_peak(cfg, vocab_size, ranks, env))
     if ckpt:
         check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
         restore(ckpt, model, optimizer, rng)
-        step, best = ckpt["step"], ckpt["best_val_loss"]
+        run.step, run.best, run.saved_at = ckpt["step"], ckpt["best_val_loss"], ckpt["step"]
     runner = model
     if ranks.world > 1 and not cfg.shard:
         runner = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    board = summary_writer(folder, step) if cfg.tensorboard and main_rank else None
-
-    def log(kind, **fields):
-        if main_rank:
-            append_line(folder / "train.jsonl", type=kind, step=step, tokens=step * cfg.tokens_per_step, **fields)
-        if board:
-            for name, value in fields.items():
-                if value is not None:
-                    board.add_scalar(f"{kind}/{name}", value, step)
-            board.flush()
-
-    def save(name, **state):
-        save_checkpoint(folder / name, cfg, data.tokenizer, model, main_rank, step=step,
-                        tokens=step * cfg.tokens_per_step, best_val_loss=best, data=meta["data"], **state)
-        ranks.sum(0)                                       # all wait, in the group that lets them wait for long
-
-    def save_last():
-        save("last.pt", optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-
+    run.board = summary_writer(folder, run.step) if cfg.tensorboard and main_rank else None
     ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
         start_folder(cfg, ckpt, env, meta, argv)
     if ckpt is None:
-        save_last()                                        # so that a log without a checkpoint means a deleted one
+        run.save_last()                                    # so that a log without a checkpoint means a deleted one
     del ckpt
 
-    # --- training loop
-    doing = "finishing"
-    caught = catch_signals(lambda: f"\n{doing} step {step}, then saving\n" if main_rank else "")
-    bar = progress(cfg.steps * cfg.tokens_per_step, "tok", "training", initial=step * cfg.tokens_per_step,
-                   disable=not main_rank)
-    if cfg.compile and main_rank:
-        bar.write("compiling: the first step, and the first evaluation, take a minute or more", file=sys.stderr)
-    seconds, timed_steps, stop_with, saved_at = 0.0, 0, 0, step
-    while step < cfg.steps and not stop_with:
-        step += 1
-        started = time.perf_counter()
-
-        # one step
-        lr = lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    # --- training
+    def gradients(step):
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
-        loss = ranks.sum(nll)[0] / cfg.tokens_per_step
-        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
-        grad_norm = grad_norm.full_tensor() if cfg.shard else grad_norm
-        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip or math.inf, grad_norm)
-        grad_norm = grad_norm.item()
-        if not math.isfinite(loss + grad_norm):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {folder}"
-                            f"/last.pt holds step {saved_at}; start afresh with a lower --lr or longer --warmup-steps")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        bar.set_postfix_str(f"step {step} loss {loss:.4f}", refresh=False)
-        bar.update(cfg.tokens_per_step)
+        return dict(loss=ranks.sum(nll)[0] / cfg.tokens_per_step)
 
-        # log, evaluate, save
-        last = step == cfg.steps
-        if step % cfg.log_every == 0 or step == 1 or last:
-            tok_s = timed_steps * cfg.tokens_per_step / seconds
-            log("train", loss=loss, lr=lr, grad_norm=grad_norm, tok_s=tok_s, mfu=of_peak and of_peak * tok_s,
-                step_ms=1000 * seconds / timed_steps, mem_bytes=peak_memory(device))
-            seconds, timed_steps = 0.0, 0
-        if step % cfg.eval_every == 0 or last:
-            doing = "finishing the evaluation after"
-            val_loss, val_tokens = evaluate(model, data, cfg, micro, ranks, dtype)
-            doing = "finishing"
-            if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: validation loss {val_loss}; {folder}/last.pt holds step {saved_at}")
-            improved, best = val_loss < best, min(val_loss, best)
-            bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
-            log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
-                best_val_loss=best)
-            if main_rank:
-                bar.write(f"step {step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
-            if improved:
-                save("best.pt")
-        if cfg.keep_every and step % cfg.keep_every == 0:
-            save(f"step{step:07}.pt")
-        interrupted, terminated = ranks.sum(signal.SIGINT in caught, signal.SIGTERM in caught)
-        stop_with = 128 + signal.SIGINT if interrupted else 128 + signal.SIGTERM if terminated else 0
-        if step % cfg.save_every == 0 or last or stop_with:
-            save_last()
-            saved_at = step
-    bar.close()
+    def validate():
+        val_loss, val_tokens = evaluate(model, data, cfg, micro, ranks, dtype)
+        improved = run.improves(val_loss)
+        bpb = val_loss / math.log(2) * (len(data.val) - 1) / data.val_bytes if data.val_bytes else None
+        run.log("eval", val_loss=val_loss, val_ppl=perplexity(val_loss), val_bpb=bpb, val_tokens=val_tokens,
+                best_val_loss=run.best)
+        if main_rank:
+            tqdm.write(f"step {run.step}: validation loss {val_loss:.4f} nats", file=sys.stderr)
+        if improved:
+            run.save("best.pt")
+
+    if cfg.compile and main_rank:
+        print("compiling: the first step, and the first evaluation, take a minute or more", file=sys.stderr)
+    stop_with = run.go_on("training", gradients, validate)
     if not stop_with:
-        log("done", best_val_loss=best)
-    elif main_rank:
-        print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
+        run.log("done", best_val_loss=run.best)
     return stop_with
 
 

@@ -8,34 +8,29 @@ train_dba.py writes one: train.jsonl, last.pt to go on from, best.pt of the leas
 import copy
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from train_dba import (
     GPT,
     MAY_CHANGE,
     Config,
+    Ranks,
+    Training,
     UserError,
-    append_line,
     autocast,
-    catch_signals,
     flag_name,
     load_checkpoint,
-    lr_at,
     make_optimizer,
-    peak_memory,
     perplexity,
-    progress,
     read_log,
     restore,
     sample_batch,
-    save_checkpoint,
     write_text,
 )
 
@@ -141,71 +136,43 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window
     freeze_all_but_attention(student)
     optimizer, rng = make_optimizer(student, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
     step, best, sizes = resume(folder, cfg, student, optimizer, rng, texts.identity)
-    if sizes is None:                                      # in last.pt, latents have a variance of 1, as Adam likes it
+    fresh = sizes is None
+    if fresh:                                              # in last.pt, latents have a variance of 1, as Adam likes it
         sizes = latent_sizes(student, texts.held_out[0].to(device))
         scale_latents(student, [1 / size for size in sizes])
-    log_path, per_step = folder / "train.jsonl", cfg.batch_size * window
-    kept = read_log(log_path) if step else []
+    log_path = folder / "train.jsonl"
+    kept = [] if fresh else read_log(log_path)
     kept = [line for line in kept if line.get("step", 0) <= step and line["type"] != "done"]
     first = dict(type="resume_meta", step=step) if kept else dict(type="meta")
     write_text(log_path, "".join(json.dumps(line) + "\n" for line in [*kept, {**first, **meta}]))
+    run = Training(cfg, folder, texts.identity, tokenizer, student, optimizer, rng, Ranks(0, 1, device), steps,
+                   cfg.batch_size * window, step, best, step, {LATENT_SCALE: torch.stack(sizes)})
 
-    def log(kind, **numbers):
-        append_line(log_path, type=kind, step=step, tokens=step * per_step, **numbers)
+    def gradients(step: int) -> dict:
+        x, y = (part.to(device) for part in sample_batch(rng, texts.train, cfg.batch_size, window))
+        loss, kl = loss_of(teacher, student, x, y, dtype)
+        return dict(loss=loss, kl=kl)
 
-    def save(name, model, **state):
-        save_checkpoint(folder / name, cfg, tokenizer, model, step=step, tokens=step * per_step, best_val_loss=best,
-                        data=texts.identity, **state)
-
-    def evaluate():
+    def evaluate() -> None:
         """Log the distance on held-out text, and keep the student where it is the least so far."""
-        nonlocal best
         student.eval()
         result = distance(teacher, student, texts.held_out.to(device))
         student.train()
-        improved, best = result["kl"] < best, min(result["kl"], best)
-        log("eval", val_loss=result["nll"], val_ppl=perplexity(result["nll"]), val_bpb=None,
-            val_tokens=result["tokens"], val_kl=result["kl"], teacher_loss=result["teacher_nll"], best_val_kl=best)
+        improved = run.improves(result["kl"])
+        run.log("eval", val_loss=result["nll"], val_ppl=perplexity(result["nll"]), val_bpb=None,
+                val_tokens=result["tokens"], val_kl=result["kl"], teacher_loss=result["teacher_nll"],
+                best_val_kl=run.best)
         if improved:
             converted = copy.deepcopy(student)             # whose latents' errors cost alike in all channels
             scale_latents(converted, sizes)
-            save("best.pt", converted)
+            run.save("best.pt", converted)
 
-    if step == 0:
+    if fresh:
         evaluate()
-    caught = catch_signals(lambda: f"\nfinishing step {step}, then saving\n")
-    bar = progress(steps * per_step, "tok", "healing", initial=step * per_step)
-    seconds, timed, stop_with = 0.0, 0, 0
+        if steps:
+            run.save_last()
     student.train()
-    while step < steps and not stop_with:
-        step += 1
-        started = time.perf_counter()
-        rate = lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        x, y = (part.to(device) for part in sample_batch(rng, texts.train, cfg.batch_size, window))
-        loss, kl = loss_of(teacher, student, x, y, dtype)
-        grad_norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], cfg.grad_clip).item()
-        if not math.isfinite(loss + grad_norm):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update; start "
-                            "again with a lower --lr and --overwrite")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds, timed = seconds + time.perf_counter() - started, timed + 1
-        bar.set_postfix_str(f"step {step} KL {kl:.4f}", refresh=False)
-        bar.update(per_step)
-        last = step == steps
-        if step % cfg.log_every == 0 or step == 1 or last:
-            log("train", loss=loss, kl=kl, lr=rate, grad_norm=grad_norm, tok_s=timed * per_step / seconds,
-                step_ms=1000 * seconds / timed, mem_bytes=peak_memory(device))
-            seconds, timed = 0.0, 0
-        if step % cfg.eval_every == 0 or last:
-            evaluate()
-        stop_with = 128 + max(caught) if caught else 0
-        if step % cfg.save_every == 0 or last or stop_with:
-            save("last.pt", student, optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
-                 **{LATENT_SCALE: torch.stack(sizes)})
-    bar.close()
+    stop_with = run.go_on("healing", gradients, evaluate)
     if not stop_with:
-        log("done", best_val_kl=best)
+        run.log("done", best_val_kl=run.best)
     return stop_with
