@@ -178,13 +178,12 @@ def find_contrasts(results: dict) -> str | None:
     if not rows:
         return None
     counts = verdict_counts(rows, (HOLDS, FAILS, UNDECIDED, INTERIM, ONE, NOT_RUN))
-    answers = []
+    lines = [f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts}."]
     for row in rows:
-        if row["kind"] == "no_worse" and row["mean"] is not None:
-            verdict = f"{row['pairs']} of {row['registered']} seeds" if row["verdict"] == INTERIM else row["verdict"]
-            answers.append(f"{row['name']}: {signed(row)} nats ({verdict})")
-    first = f"Of {plural(len(rows), 'pre-registered contrast')}, corrected by Holm: {counts}"
-    return "; ".join([first, *answers]) + "."
+        if row["mean"] is not None:
+            seeds = f"{row['pairs']} of {row['registered']} seeds"
+            lines.append(f"  - {row['name']}: **{row['verdict']}**, {signed(row)} nats, {seeds}")
+    return "\n".join(lines)
 
 
 def find_arithmetic(results: dict) -> str | None:
