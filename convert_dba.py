@@ -504,7 +504,7 @@ def main(argv=None):
     p.add_argument("--ckpt", type=Path, required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     p.add_argument("--out-dir", type=Path, required=True, help="folder to make")
     from surgery import command, mask_command
-    command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention with one latent"))
+    command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention, MLA or GQA"))
     command.advise_flags(commands.add_parser("advise", help="what a share of a cache's bytes is best spent on"))
     mask_command.flags(commands.add_parser("mask", help="learned block-sparse attention on a frozen model"))
     for each in (parser, *commands.choices.values()):

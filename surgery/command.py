@@ -1,6 +1,6 @@
 """
-The commands of convert_dba.py that give a pretrained model decoupled attention with one latent (dba), and that measure
-what a share of its cache's bytes is best spent on (advise).
+The commands of convert_dba.py that give a pretrained model other attention (dba), and that measure what a share of its
+cache's bytes is best spent on (advise).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from kernels.rotate import rotated
 from surgery.calibrate import calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
 from surgery.heal import Texts, distance, heal
+from surgery.targets import TARGETS
 from train_dba import (
     BROKEN,
     GPT,
@@ -84,6 +85,8 @@ def common_flags(p: argparse.ArgumentParser) -> None:
 
 def dba_flags(p: argparse.ArgumentParser) -> None:
     common_flags(p)
+    p.add_argument("--target", choices=TARGETS, default="latent", help="decoupled attention with one latent, or per "
+                   "key head; mla; gqa, whose key heads are means (%(default)s)")
     p.add_argument("--out-dir", type=Path, required=True, help="run folder; what it has is gone on with")
     p.add_argument("--heal-tokens", type=count, default=0, help="tokens to heal on after the conversion (none)")
     p.add_argument("--lr", type=rate, default=3e-5, help="of healing (%(default)s; 2e-4 destroyed)")
@@ -151,7 +154,7 @@ def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
     if overwrite or not path.exists():
         return {}
     try:
-        record = read_json(path, {"asked": dict, "pairs": int, "latent": int})
+        record = read_json(path, {"asked": dict})
     except (*BROKEN, OSError) as e:
         raise UserError(f"{path} is damaged ({brief(e)}); use another --out-dir, or --overwrite") from None
     differ = [f"{name} was {record['asked'].get(name)!s:.20}, is {value!s:.20}" for name, value in asked.items()
@@ -172,7 +175,8 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
     teacher = open_teacher(args.model)
     texts, windows = read_texts(teacher, args)
     asked = dict(model=teacher.sha256, data=texts.identity["sha256"], val_data=texts.identity["val_sha256"],
-                 **{name: getattr(args, name) for name in ("cache_share", "window", "calibration", "fisher", "seed")})
+                 **{name: getattr(args, name) for name in ("target", "cache_share", "window", "calibration", "fisher",
+                                                         "seed")})
     record, steps = check_record(folder, asked, args.overwrite), -(-args.heal_tokens // (args.batch_size * args.window))
     if args.overwrite:
         for name in ("last.pt", "best.pt", "train.jsonl", RECORD):
@@ -190,13 +194,11 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
     else:
         layers = layers_of(teacher.model, windows, args.fisher)
         with Progress("layer", "choosing widths") as report:
-            pairs, latent, nats = choose(teacher.cfg, layers, args.cache_share, report)
-        with Progress("layer", "converting") as report:
-            student = convert(teacher.model, layers, pairs, latent, report)
-        record = dict(asked=asked, pairs=pairs, latent=latent, predicted_nats=nats)
+            student, chosen = TARGETS[args.target](teacher.model, layers, args.cache_share, report)
+        record = dict(asked=asked, **chosen)
         sizes = " of ".join(f"{bytes_per_token(cfg, 'fp16'):,}" for cfg in (student.cfg, teacher.cfg))
-        print(f"{pairs} RoPE pairs of each of {teacher.cfg.attention.v_groups} key heads, a latent of {latent}: "
-              f"{sizes} bytes per token in fp16; predicted loss {nats:.3f} nats", flush=True)
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in chosen.items())
+        print(f"{args.target}: {words}; {sizes} bytes per token in fp16", flush=True)
     student.cfg = cfg = dataclasses.replace(
         student.cfg, seed=args.seed, data=", ".join(relative(str(path)) for path in args.data), val_data=None,
         out_dir=relative(str(folder)),

@@ -97,10 +97,10 @@ class Split:
     queries: Tensor
 
 
-def split(layer: Layer, pairs: int) -> Split:
-    """Keep the pairs whose rotation is worth most."""
-    order, stand_ins, half = layer.derotation.argsort(1, descending=True), layer.stand_ins, layer.wq.size(1) // 2
-    keys, queries = [], []
+def split(layer: Layer, pairs: int, worth: Tensor | None = None) -> Split:
+    """Keep the pairs of most worth [G, f], by default of what losing their rotation costs."""
+    order = (layer.derotation if worth is None else worth).argsort(1, descending=True)
+    stand_ins, half, keys, queries = layer.stand_ins, layer.wq.size(1) // 2, [], []
     for g, dropped in enumerate(order[:, pairs:].sort(1).values):
         keys.append(layer.wk[g][torch.cat([dropped, dropped + half])])
         for h in layer.heads(g):
@@ -181,11 +181,8 @@ def read_from_latent(layer: Layer, parts: Split, latent: int) -> tuple[Tensor, T
 @torch.no_grad()
 def convert(teacher: GPT, layers: list[Layer], pairs: int, latent: int, report=lambda done, total: None) -> GPT:
     """The teacher with decoupled attention of these widths. Its other weights are shared, not copied."""
-    cfg, w = student_config(teacher.cfg, pairs, latent), teacher.cfg.attention.paths[0].width
-    with torch.device("meta"):
-        student = GPT(cfg, teacher.vocab_size)
-    state = {name: tensor for name, tensor in teacher.state_dict().items() if ".attn." not in name}
-    scale = (sum(path.width for path in cfg.attention.paths) / w) ** 0.5        # scores of the teacher's size
+    cfg, w, converted = student_config(teacher.cfg, pairs, latent), teacher.cfg.attention.paths[0].width, []
+    scale = scale_of(cfg, w)
     for i, layer in enumerate(layers):
         parts, half = split(layer, pairs), w // 2
         P, R = read_from_latent(layer, parts, latent)
@@ -194,12 +191,27 @@ def convert(teacher: GPT, layers: list[Layer], pairs: int, latent: int, report=l
         unturned, keys = parts.queries.flatten(0, 1), (parts.keys @ R).flatten(0, 1)
         if not len(unturned):
             unturned, keys = torch.zeros(len(layer.wq), layer.wq.size(2)), torch.zeros(len(layer.wk), latent)
-        weights = {
+        converted.append({
             "latent.0.weight": P, "q.geo.weight": scale * queries, "q.sem.weight": scale * unturned,
             "k.geo.weight": torch.cat([layer.wk[g][kept[g]] for g in range(len(kept))]), "k.sem.weight": keys,
             "v.weight": (layer.wv @ R).flatten(0, 1), "o.weight": layer.wo.transpose(0, 1).flatten(1),
-            "inv_freq": layer.inv_freq[parts.kept]}
-        state.update({f"blocks.{i}.attn.{name}": tensor.float().contiguous() for name, tensor in weights.items()})
+            "inv_freq": layer.inv_freq[parts.kept]})
         report(i + 1, len(layers))
+    return assemble(teacher, cfg, converted)
+
+
+def scale_of(cfg: Config, w: int) -> float:
+    """What queries are multiplied by, so that scores, which are divided by the root of a key's width, keep the size
+    that they had at width w."""
+    return (sum(path.width for path in cfg.attention.paths) / w) ** 0.5
+
+
+def assemble(teacher: GPT, cfg: Config, converted: list[dict[str, Tensor]]) -> GPT:
+    """The teacher with other attention: converted has the weights of each layer's, by their names in Attention."""
+    with torch.device("meta"):
+        student = GPT(cfg, teacher.vocab_size)
+    state = {name: tensor for name, tensor in teacher.state_dict().items() if ".attn." not in name}
+    for i, weights in enumerate(converted):
+        state.update({f"blocks.{i}.attn.{name}": tensor.float().contiguous() for name, tensor in weights.items()})
     student.load_state_dict(state, assign=True)
     return student.eval()

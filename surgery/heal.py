@@ -75,8 +75,11 @@ def scale_latents(model: GPT, factors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def latent_sizes(model: GPT, window: Tensor) -> list[Tensor]:
-    """Root mean square of each channel of each layer's latent, over a window of tokens [T]."""
-    sizes = []
+    """Root mean square of each channel of each layer's latent, over a window of tokens [T]; of none where there is no
+    latent, or its norm takes care of it."""
+    sizes, shape = [], model.cfg.attention
+    if not shape.latent or shape.latent_norm:
+        return sizes
 
     def note(module, args, latent):
         sizes.append(latent.square().mean((0, 1)).sqrt().clamp(min=1e-12))
@@ -145,8 +148,9 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window
     kept = [line for line in kept if line.get("step", 0) <= step and line["type"] != "done"]
     first = dict(type="resume_meta", step=step) if kept else dict(type="meta")
     write_text(log_path, "".join(json.dumps(line) + "\n" for line in [*kept, {**first, **meta}]))
+    scales = torch.stack(sizes) if sizes else torch.empty(0)
     run = Training(cfg, folder, texts.identity, tokenizer, student, optimizer, rng, Ranks(0, 1, device), steps,
-                   cfg.batch_size * window, step, best, step, {LATENT_SCALE: torch.stack(sizes)})
+                   cfg.batch_size * window, step, best, step, {LATENT_SCALE: scales})
 
     def gradients(step: int) -> dict:
         x, y = (part.to(device) for part in sample_batch(rng, texts.train, cfg.batch_size, window))

@@ -128,11 +128,11 @@ def test_full_widths_give_the_teachers_logits(taught):
     close(student(ids), model(ids), 1e-4)
 
 
-def folded(layer, pairs, x):
-    """Float64 attention output [T, D] of a layer whose kept pairs turn and whose others are multiplied by what stands
-    in for their rotation, one head at a time."""
+def folded(layer, kept, x):
+    """Float64 attention output [T, D] of a layer whose pairs `kept` [G, pairs] turn and whose others are multiplied by
+    what stands in for their rotation, one head at a time."""
     H, G, w, n = len(layer.wq), len(layer.wk), layer.wq.size(1), len(x)
-    kept, half = split(layer, pairs).kept, layer.wq.size(1) // 2
+    half = layer.wq.size(1) // 2
     distance = torch.arange(n)[:, None] - torch.arange(n)
     out = 0.0
     for h in range(H):
@@ -156,7 +156,7 @@ def test_the_folded_teacher_is_met_at_full_rank(taught, pairs):
     student = convert(model, layers, pairs, full(model, pairs))
     for i, layer in enumerate(layers):
         x = torch.randn(23, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
-        expected = folded(layer, pairs, x.double())
+        expected = folded(layer, split(layer, pairs).kept, x.double())
         assert (model.blocks[i].attn(x[None])[0] - expected).abs().max() > 0.01, "nothing was taken from any pair"
         close(student.blocks[i].attn(x[None])[0], expected, 1e-4)
 
