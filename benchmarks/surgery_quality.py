@@ -14,7 +14,8 @@ Conversions: `latent` is surgery/convert.py's. Two controls keep RoPE on as many
 `per head` chooses pairs by de-rotation error, folds what stands in for the others into the queries, and cuts keys by
 the SVD of whitened queries and keys, values by that of W_o and W_v; `MHA2MLA-like` is the published recipe (2502.14837)
 as far as a cache per head goes: pairs of the largest norms, no fold, the SVD of the key matrix. Its one latent for all
-heads has an RMSNorm and training behind it, which isn't compared here.
+heads has an RMSNorm and training behind it, which isn't compared here. `target per-head`, `target mla` and `target gqa`
+are surgery/targets.py's, not healed.
 """
 
 import json
@@ -31,6 +32,7 @@ from evals.subject import formats_of, load_subject
 from kernels.rotate import rotated
 from surgery.calibrate import Moments, calibrate
 from surgery.convert import Layer, choose, convert, root, split
+from surgery.targets import TARGETS
 from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
 
 WINDOW, SKIP, CALIBRATED, GRADED = 512, 16, 12, 6
@@ -135,6 +137,11 @@ def rows_of(teacher, layers, healed):
     rows["MHA2MLA-like 75 %"] = (lambda: per_head(teacher, layers, 16, 16, 48, ByNorm, False)), None
     for share, pairs, rank, values in ((75, 16, 16, 48), (62.5, 16, 16, 32), (50, 8, 16, 32)):
         rows[f"per head {share} %"] = partial(per_head, teacher, layers, pairs, rank, values, ByError, True), None
+    def aimed(target, share):
+        return TARGETS[target](teacher, layers, share, lambda done, total: None)[0]
+
+    for target, share in (("per-head", 0.75), ("mla", 0.75), ("per-head", 0.5), ("mla", 0.5), ("gqa", 1 / 3)):
+        rows[f"target {target} {100 * share:.3g} %"] = partial(aimed, target, share), None
     for name, make in made.items():
         rows[name] = make, None
         for fmt in ("q8_0", "q4_0") if name != "teacher" else ():
