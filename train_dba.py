@@ -1472,8 +1472,8 @@ def summary_writer(folder, step):
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def read_log(path):
-    """The lines of a train.jsonl as dicts; a torn last line, left by a kill, is dropped."""
+def read_log(path, shape=LOG_LINE):
+    """The lines of a log as dicts of a shape; a torn last line, left by a kill, is dropped."""
     if not path.exists():
         return []
     try:
@@ -1484,11 +1484,11 @@ def read_log(path):
     for i, line in enumerate(lines):
         try:
             parsed.append(json.loads(line))
-            check(parsed[-1], LOG_LINE, "the line")
+            check(parsed[-1], shape, "the line")
         except BROKEN as e:
             if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is no log line ({brief(e)}); mend it, or start afresh with "
-                                "--overwrite") from None
+                raise UserError(f"{path}:{i + 1} is no log line ({brief(e)}); mend it, or use another "
+                                "--out-dir") from None
             del parsed[i:]
     return parsed
 
@@ -2441,8 +2441,13 @@ def prompt_texts(cfg):
         except (OSError, ValueError) as e:
             raise UserError(f"--prompt-file {cfg.prompt_file} can't be read as UTF-8 text ({brief(e)})") from None
     elif cfg.interactive:
-        for line in sys.stdin:
-            yield line.removesuffix("\n")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")                     # or no line would follow one that isn't
+        for n, line in enumerate(sys.stdin, 1):
+            if any("\ud800" <= character <= "\udfff" for character in line):
+                print(f"error: line {n} of standard input is not UTF-8 text; passed over", file=sys.stderr)
+            else:
+                yield line.removesuffix("\n")
     elif cfg.prompt == "-":
         text = sys.stdin.read(LONGEST_PROMPT + 1)
         if len(text) > LONGEST_PROMPT:

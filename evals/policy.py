@@ -191,7 +191,7 @@ def calibration_windows(ids: torch.Tensor, count: int, length: int) -> torch.Ten
     """[count, length + 1] token ids, spread evenly over ids [N]. Raises UserError for a text that is too short."""
     if len(ids) <= length:
         raise UserError(f"{len(ids):,} tokens are too few for a window of {length:,}; give a longer --data")
-    starts = torch.linspace(0, len(ids) - length - 1, count).long().tolist()
+    starts = torch.linspace(0, len(ids) - length - 1, count, dtype=torch.float64).long().tolist()
     return torch.stack([ids[start:start + length + 1] for start in starts])
 
 

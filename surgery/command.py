@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from evals.policy import calibration_windows
-from evals.subject import Progress, Subject, file_hash, formats_of, json_text, load_subject, read_data, text_table
+from evals.subject import Progress, Subject, check_out, file_hash, formats_of, json_text, load_subject, read_data, text_table
 from kernels.rotate import rotated
-from surgery.calibrate import calibrate, check_teacher
+from surgery.calibrate import SINK, calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
 from surgery.heal import Texts, distance, heal
 from surgery.targets import TARGETS
 from train_dba import (
     BROKEN,
     GPT,
+    RUN_FILES,
     KVCache,
     UserError,
     brief,
@@ -60,8 +61,8 @@ def positive(text: str) -> int:
 
 
 def count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 2**63")
     return value
 
 
@@ -122,6 +123,8 @@ def in_turn(texts: list[torch.Tensor], count: int, length: int) -> torch.Tensor:
 
 def read_texts(subject: Subject, args: argparse.Namespace) -> tuple[Texts, torch.Tensor]:
     """(texts to train and to measure on, calibration windows [n, window])."""
+    if args.window <= SINK:
+        raise UserError(f"--window {args.window}: the gradients of its first {SINK} tokens are left out; give more")
     if args.window > subject.cfg.block:
         raise UserError(f"--window {args.window} is longer than the model's context of {subject.cfg.block}")
     train = [read_data(subject, path).ids for path in args.data]
@@ -149,9 +152,14 @@ def layers_of(teacher: GPT, windows: torch.Tensor, graded: int) -> list[Layer]:
 # dba
 
 def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
-    """The folder's record, {} where it has none. Raises UserError where that is of other settings."""
+    """The folder's record, {} where it is empty. Raises UserError where that is of other settings, or the run is no
+    conversion's."""
     path = folder / RECORD
-    if overwrite or not path.exists():
+    if overwrite:
+        return {}
+    if not path.exists():
+        if held := [name for name in RUN_FILES if (folder / name).exists()]:
+            raise UserError(f"{folder} holds {held[0]} of another run; use another --out-dir, or --overwrite")
         return {}
     try:
         record = read_json(path, {"asked": dict})
@@ -172,25 +180,25 @@ def make_dba(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
+    check_out(str(folder))
     teacher = open_teacher(args.model)
     texts, windows = read_texts(teacher, args)
     asked = dict(model=teacher.sha256, data=texts.identity["sha256"], val_data=texts.identity["val_sha256"],
                  **{name: getattr(args, name) for name in ("target", "cache_share", "window", "calibration", "fisher",
                                                          "seed")})
     record, steps = check_record(folder, asked, args.overwrite), -(-args.heal_tokens // (args.batch_size * args.window))
-    if args.overwrite:
-        for name in ("last.pt", "best.pt", "train.jsonl", RECORD):
-            (folder / name).unlink(missing_ok=True)
-    log = read_log(folder / "train.jsonl")
-    if record and log and log[-1]["type"] == "done" and log[-1]["step"] >= steps:
+    log = read_log(folder / "train.jsonl") if record else []
+    if log and log[-1]["type"] == "done" and log[-1]["step"] >= steps:
         print(f"{folder} is finished ({log[-1]['step']} steps of healing); larger --heal-tokens go on, --overwrite "
               "starts afresh")
         return 0
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    if (folder / "last.pt").exists():                      # heal() puts the student where that left off
+    warmup = min(5, steps)
+    if record and (folder / "last.pt").exists():           # heal() puts the student where that left off
         ckpt = load_checkpoint(folder / "last.pt")
-        student, dtype = load_model(ckpt), getattr(torch, ckpt["config"].dtype)
+        student, warmup = load_model(ckpt), ckpt["config"].warmup_steps
+        dtype = getattr(torch, ckpt["config"].dtype) if args.dtype == "auto" else dtype
     else:
         layers = layers_of(teacher.model, windows, args.fisher)
         with Progress("layer", "choosing widths") as report:
@@ -203,12 +211,14 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
         student.cfg, seed=args.seed, data=", ".join(relative(str(path)) for path in args.data), val_data=None,
         out_dir=relative(str(folder)),
         dtype=str(dtype).removeprefix("torch."), steps=max(1, steps), batch_size=args.batch_size, lr=args.lr,
-        min_lr=args.lr / 10, schedule="wsd", warmup_steps=min(5, steps), weight_decay=0.0, eval_every=args.eval_every,
+        min_lr=args.lr / 10, schedule="wsd", warmup_steps=warmup, weight_decay=0.0, eval_every=args.eval_every,
         save_every=args.save_every)
-    write_text(folder / "command.txt", " ".join(["python3 convert_dba.py", *map(shell_quote, argv)]) + "\n")
-    for name, content in (("resolved_config.json", dataclasses.asdict(cfg)), ("env.json", provenance(device)),
-                          (RECORD, record)):
+    for name in ("last.pt", "best.pt", "train.jsonl") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)            # not before all else has gone well
+    for name, content in ((RECORD, record), ("resolved_config.json", dataclasses.asdict(cfg)),
+                          ("env.json", provenance(device))):
         write_text(folder / name, json.dumps(content, indent=1) + "\n")
+    write_text(folder / "command.txt", " ".join(["python3 convert_dba.py", *map(shell_quote, argv)]) + "\n")
     meta = dict(config=dataclasses.asdict(cfg), params=count_params(cfg, student.vocab_size),
                 kv_bytes_per_token=kv_bytes_per_token(cfg), data=texts.identity, conversion=record)
     return heal(student.to(device), teacher.model.to(device), teacher.tokenizer, texts, steps, args.window, folder,
@@ -236,6 +246,7 @@ def quantised_alone(subject: Subject, most: float) -> list[dict]:
 
 def advise(args: argparse.Namespace) -> None:
     """Print, and write, the KL of what fits into a share of the bytes of an fp16 cache, and the best of it."""
+    check_out(args.out and str(args.out.parent))
     subject = open_teacher(args.model)
     texts, windows = read_texts(subject, args)
     teacher, full = subject.model, bytes_per_token(subject.cfg, "fp16")
@@ -272,7 +283,6 @@ def advise(args: argparse.Namespace) -> None:
     print(f"{what}: {formats_text(best['formats'])}, rotated, has the least KL, {best['kl']:.4f} nats per token over "
           f"{best['tokens']:,} tokens (conversions are not healed here)")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json_text(dict(model=Path(args.model).name, cache_share=args.cache_share, rows=rows,
                                             env=provenance(subject.device))))
 

@@ -118,6 +118,9 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
     if not (folder / "last.pt").exists():
         return 0, math.inf, None
     ckpt = load_checkpoint(folder / "last.pt")
+    if lacking := {"optimizer", "rng", "best_val_loss", LATENT_SCALE} - ckpt.keys():
+        raise UserError(f"{folder}/last.pt lacks {min(lacking)}: a copy of best.pt? Use another --out-dir, or "
+                        "--overwrite")
     if ckpt.get("data") != identity:
         raise UserError(f"{folder}/last.pt was healed on other text; use another --out-dir, or --overwrite")
     before = vars(ckpt["config"])

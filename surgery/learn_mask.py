@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import pickle
 import statistics
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +43,7 @@ from surgery.measure_mask import (
     summary,
 )
 from surgery.sparse_attention import Grid
-from train_dba import BROKEN, UserError, brief
+from train_dba import BROKEN, UserError, brief, whole_number
 
 WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in nats of a block's share
 DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
@@ -48,6 +51,7 @@ SHIFTS = 1.5                                               # nats around the thr
 HALVINGS = 3
 GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
 SAVE_EVERY = 4                                             # steps
+RECORD = {"text": str, "ids?": str, "length": whole_number, "start": whole_number, "choice": str}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def open_host(path: str, device: str) -> tuple[Host, Subject]:
         return Host(subject.model), subject
     from convert_dba import LlamaTokenizer
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as e:
@@ -93,7 +98,7 @@ def open_host(path: str, device: str) -> tuple[Host, Subject]:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
                                                      local_files_only=True)
         tokenizer = LlamaTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), config.vocab_size)
-    except (*BROKEN, OSError, RuntimeError, SafetensorError) as e:
+    except (*BROKEN, OSError, RuntimeError, SafetensorError, StrictDataclassError) as e:
         raise UserError(f"{path} can't be read as a language model of transformers ({brief(e)})") from None
     device = train_dba.pick_device(device)
     subject = Subject(model.to(device), tokenizer, folder, None, file_hash(*sorted(folder.glob("*.safetensors"))),
@@ -111,8 +116,8 @@ def plan_of(flags: dict, subject: Subject) -> Plan:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: at least 0")
     if flags["block"] % flags["rows"]:
         raise UserError(f"--rows {flags['rows']} doesn't divide --block {flags['block']}")
-    if min(flags["kl"]) <= 0 or flags["lr"] <= 0 or not 0 < flags["lost"] < 1:
-        raise UserError("--kl and --lr are above 0, --lost between 0 and 1")
+    if not all(0 < x < math.inf for x in (*flags["kl"], flags["lr"])) or not 0 < flags["lost"] < 1:
+        raise UserError("--kl and --lr are above 0 and finite, --lost between 0 and 1")
     if min(flags["budgets"]) < 3:
         raise UserError(f"--budgets {min(flags['budgets'])}: a query reads 3 blocks at least")
     sources = dict(model=subject.sha256, data=file_hash(flags["data"]))
@@ -170,12 +175,7 @@ def rate_at(done: float) -> float:
 def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Report = quiet) -> Gates:
     """Gates learned by a plan from ids [N], going on with what the folder has. Writes last.pt and train.jsonl."""
     gates = Gates(len(host.attentions), host.heads, host.width, plan.block, plan.rows).to(host.device)
-    step, price, optimizers = 0, 1.0, optimizers_of(gates, plan, 0)
-    if state := read_state(folder / "last.pt", plan):
-        step, price, optimizers = state["step"], state["price"], optimizers_of(gates, plan, state["step"] - 1)
-        gates.load_state_dict(state["gates"])
-        for optimizer, its_state in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(its_state)
+    step, price, optimizers = resume(folder / "last.pt", plan, gates)
     keep_lines(folder / "train.jsonl", step)
     while step < plan.steps:
         started, mass = time.monotonic(), step < plan.mass_steps
@@ -197,6 +197,9 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
             line = dict(type="logits", kl=kl, kept=kept, price=price, temperature=temperature)
             price *= math.exp(0.3 * max(-1.0, min(1.0, kl / plan.kl[-1] - 1)))  # dual ascent
         step += 1
+        if not all(p.isfinite().all() for p in gates.parameters()):
+            raise UserError(f"step {step}: the gates aren't finite any more; use another --out-dir, and a lower --lr "
+                            "or a larger --kl")
         if step == plan.mass_steps:
             equal_loss(host, gates, [batch], plan.lost)
         train_dba.append_line(folder / "train.jsonl", step=step, tokens=length, **line,
@@ -209,30 +212,39 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
     return gates.requires_grad_(False)
 
 
-def read_state(path: Path, plan: Plan) -> dict | None:
-    """What last.pt holds, None where there is none. Raises UserError for that of another plan."""
+def resume(path: Path, plan: Plan, gates: Gates) -> tuple[int, float, list[torch.optim.Optimizer]]:
+    """(step, price, optimizers) where last.pt left off, whose gates are put in; those of a beginning where there is
+    none. Raises UserError for that of another plan."""
     if not path.exists():
-        return None
+        return 0, 1.0, optimizers_of(gates, plan, 0)
     try:
-        state = torch.load(path, weights_only=True)
-        theirs = state["plan"]
-    except (*BROKEN, OSError, RuntimeError) as e:
+        with open(path, "rb") as f:
+            train_dba.verify_records(f)
+            state = torch.load(f, weights_only=True)
+        for name, value in dataclasses.asdict(plan).items():
+            if state["plan"].get(name) != value:
+                raise UserError(f"{path.parent} holds gates learned with {name} {state['plan'].get(name)}, not {value}; "
+                                "use another --out-dir")
+        optimizers = optimizers_of(gates, plan, state["step"] - 1)
+        gates.load_state_dict(state["gates"])
+        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        return state["step"], state["price"], optimizers
+    except (*BROKEN, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} can't be read ({brief(e)}); use another --out-dir") from None
-    for name, value in dataclasses.asdict(plan).items():
-        if theirs.get(name) != value:
-            raise UserError(f"{path.parent} holds gates learned with {name} {theirs.get(name)}, not {value}; use "
-                            "another --out-dir")
-    return state
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drop what a log says of steps after `step`, which will be done again, and a torn last line."""
-    if path.exists():
-        lines = []
-        for text in path.read_text().splitlines():
-            if text.endswith("}") and json.loads(text)["step"] <= step:
-                lines.append(text + "\n")
-        train_dba.write_text(path, "".join(lines))
+    """Drop what a log says of steps after `step`, which will be done again, and a torn last line. Raises UserError for
+    the log of something else."""
+    lines = train_dba.read_log(path)
+    if strange := {line["type"] for line in lines} - {"mass", "logits"}:
+        raise UserError(f"{path} is the log of another run, with lines of type {min(strange)}; use another --out-dir")
+    write_lines(path, [line for line in lines if line.get("step", 0) <= step])
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    train_dba.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # -----------------------------------------------------------------------------
@@ -282,7 +294,10 @@ def points_of_folder(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, fo
     this plan."""
     if (folder / "gates.json").is_file():
         _, facts = load_gates(folder)
-        if facts.get("plan") == dataclasses.asdict(plan):
+        if facts.get("plan") == dataclasses.asdict(plan) and facts.get("points"):
+            if sought := [point["windows"] for point in facts["points"] if point["windows"] != windows]:
+                raise UserError(f"{folder} has thresholds sought on {sought[0]} windows, not --calibration {windows}; "
+                                "use another --out-dir")
             return facts
     points = set_points(host, gates, ids, plan, windows, report)
     save_gates(folder, gates, plan=dataclasses.asdict(plan), points=points)
@@ -333,23 +348,26 @@ def choices_of(kinds: list[str], gates: Gates, points: list[dict], budgets: list
 
 def measure(host: Host, texts: dict[str, torch.Tensor], windows: dict[int, int], choices: dict, block: int, log: Path,
             report: Report = quiet) -> list[dict]:
-    """Records of every choice on windows of every text, the same for all; what the log has isn't measured again."""
-    records = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    known = {(r["text"], r["length"], r["start"], r["choice"]): r for r in records}
+    """Records of every choice on windows of every text, the same for all; what the log has of these very ids isn't
+    measured again."""
+    records = train_dba.read_log(log, RECORD)
+    write_lines(log, records)                              # without a torn last line
+    known = {(r["text"], r.get("ids"), r["length"], r["start"], r["choice"]): r for r in records}
     wanted, total = [], len(texts) * sum(windows.values()) * len(choices)
+    digests = {text: hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest() for text, ids in texts.items()}
     for length, count in windows.items():
         for index in range(count):
             for text, ids in texts.items():
                 start = index * (len(ids) // count)
                 reference = None
                 for name, choice in choices.items():
-                    if (text, length, start, name) not in known:
+                    key = (text, digests[text], length, start, name)
+                    if key not in known:
                         reference = reference or Reference(host, ids[start:start + length + 1])
-                        record = dict(text=text, length=length, start=start, choice=name,
-                                      **reference.measure(choice, block)[0])
-                        train_dba.append_line(log, **record)
-                        known[text, length, start, name] = record
-                    wanted.append(known[text, length, start, name])
+                        known[key] = dict(text=text, ids=digests[text], length=length, start=start, choice=name,
+                                          **reference.measure(choice, block)[0])
+                        train_dba.append_line(log, **known[key])
+                    wanted.append(known[key])
                     report(len(wanted), total)
     return wanted
 

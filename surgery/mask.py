@@ -133,9 +133,10 @@ def attend_ours(attention: Attention, layer: int, q: torch.Tensor, k: torch.Tens
 def refuse_unknown(config) -> None:
     """Raise UserError for a model of transformers whose attention isn't causal and plain."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window, most = (getattr(config, name, None) or math.inf for name in ("sliding_window", "max_position_embeddings"))
     for bad, words in ((config.model_type not in FAMILIES, f"it is a {config.model_type}; known are "
                         f"{', '.join(FAMILIES)}"),
-                       (layers != {"full_attention"} or getattr(config, "use_sliding_window", False),
+                       (layers != {"full_attention"} or window < most,
                         "it has windows of its own"),
                        (getattr(config, "add_cross_attention", False), "it has cross-attention"),
                        (getattr(config, "reorder_and_upcast_attn", False), "it computes scores its own way")):

@@ -50,6 +50,8 @@ def make_mask(args: argparse.Namespace) -> None:
     ids, folder = read_data(subject, args.data).ids, args.out_dir
     plan = learn_mask.plan_of(vars(args), subject)
     texts = {path.name: read_data(subject, path).ids for path in args.eval_data}
+    if len(texts) < len(args.eval_data):
+        raise UserError("two --eval-data have the same name, by which results call them; rename one")
     learn_mask.check_lengths(plan, host, ids, texts, learn_mask.windows_of(vars(args)))
     with learn_mask.held(folder):
         with Progress("step", "gates") as report:

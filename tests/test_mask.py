@@ -11,7 +11,7 @@ import torch
 
 import convert_dba
 import surgery.sparse_attention as sparse
-from helpers import assert_done, assert_error, call, cli, make_text
+from helpers import assert_done, assert_error, call, cli, make_text, snapshot
 from small_models import OTHERS, D, saved
 from surgery.learn_mask import dropped_bytes, point_of
 from surgery.mask import (
@@ -486,6 +486,11 @@ def test_without_safetensors_nothing_is_begun(tmp_path, monkeypatch):
     ("--rows 0", "at least 1"),
     ("--windows 0", "at least 1"),
     ("--kl 0", "above 0"),
+    ("--kl 0.01 nan", "finite"),
+    ("--kl inf", "finite"),
+    ("--lr nan", "finite"),
+    ("--lr inf", "finite"),
+    ("--eval-data text.txt model/../text.txt", "the same name"),
     ("--budgets 2", "3 blocks"),
     ("--lengths 1000", "to the 160"),
     ("--eval-lengths 30", "from 64"),
@@ -495,6 +500,8 @@ def test_without_safetensors_nothing_is_begun(tmp_path, monkeypatch):
     ("--model nowhere", "nowhere"),
     ("--model broken", "broken"),
     ("--model t5", "it is a t5"),
+    ("--model numbers", "num_hidden_layers"),
+    ("--model windows", "windows of its own"),
     ("--mass-steps 6", "learned with mass_steps 5, not 6"),
     ("--out-dir text.txt", "text.txt"),
 ))
@@ -502,10 +509,66 @@ def test_what_can_be_mended_is_said_in_a_line(tmp_path, flags, words):
     make_text(tmp_path)
     (tmp_path / "short.txt").write_text("a few words")
     save("ours", tmp_path / "model")
-    for name, content in (("broken", "{"), ("t5", '{"model_type": "t5"}')):
+    for name, content in (("broken", "{"), ("t5", '{"model_type": "t5"}'),
+                          ("numbers", '{"model_type": "llama", "num_hidden_layers": "x"}'),
+                          ("windows", '{"model_type": "mistral", "sliding_window": 32}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
     (tmp_path / "out").mkdir()
     torch.save(dict(plan=dict(block=16, rows=1, lengths=[96], mass_steps=5)), tmp_path / "out" / "last.pt")
     assert_error(convert(f"mask --model model {FLAGS} --out-dir out {flags}", tmp_path), words)
 
+
+QUICK = ("--data text.txt --block 16 --lengths 64 --mass-steps 1 --updates 1 --logits-steps 1 --logits-length 64 "
+         "--calibration 1 --device cpu --eval-data text.txt --eval-lengths 64 --windows 1 --measure controls")
+
+
+@NEEDED
+def test_texts_are_known_by_their_ids(tmp_path):
+    """Another text of the same name is measured, not taken for the one before."""
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        make_text(tmp_path / name, "new.txt", seed=seed)
+    written = []
+    for name in ("a", "b", "a"):
+        assert_done(convert(f"mask --model model {QUICK} --out-dir out --eval-data {name}/new.txt", tmp_path))
+        written.append(json.loads((tmp_path / "out" / "eval_mask.json").read_text())["records"])
+    assert written[0] == written[2] and not any(record in written[0] for record in written[1])
+    assert len((tmp_path / "out" / "eval.jsonl").read_text().splitlines()) == len(written[0]) + len(written[1])
+
+
+@NEEDED
+def test_a_damaged_folder_is_said_in_a_line(tmp_path):
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    command = f"mask --model model {QUICK} --out-dir out"
+    assert_done(convert(command, tmp_path))
+    out, kept = tmp_path / "out", snapshot(tmp_path / "out")
+    state = torch.load(out / "last.pt", weights_only=True)
+    for change in (dict(gates={}), dict(optimizers=[]), dict(plan=3)):
+        torch.save({**state, **change}, out / "last.pt")
+        assert_error(convert(command, tmp_path), "last.pt can't be read", "--out-dir")
+    for name, content in (("last.pt", b"garbage"), ("train.jsonl", b"garbage\n\n"), ("eval.jsonl", b"{}\n{}\n"),
+                          ("train.jsonl", b'{"type": "meta"}\n')):
+        (out / "last.pt").write_bytes(kept["last.pt"])
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        assert_error(convert(command, tmp_path), name, "--out-dir")
+        assert (out / name).read_bytes() == content        # whoever's it is
+        (out / name).write_bytes(before)
+    assert_error(convert(f"{command} --calibration 2", tmp_path), "on 1 windows, not --calibration 2")
+    torn = kept["eval.jsonl"][:-9]                         # killed in the last line of its measurements
+    (out / "eval.jsonl").write_bytes(torn)
+    for _ in range(2):
+        assert_done(convert(command, tmp_path))
+        assert (out / "eval.jsonl").read_bytes() == kept["eval.jsonl"]
+
+
+@NEEDED
+def test_gates_that_are_not_finite_are_not_saved(tmp_path):
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    assert_error(convert(f"mask --model model {QUICK} --out-dir out --kl 1e-300", tmp_path), "step 2", "aren't finite")
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 1

@@ -288,6 +288,9 @@ def test_prompts_from_files_and_standard_input(trained, monkeypatch):
     assert reading("ab", f"{without} --prompt -").stdout == expected
     both = reading("ab\nab\n", f"{without} --interactive")
     assert both.stdout == expected * 2 and both.stderr.count("tokens: the first after") == 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\xff\nab\n"), "utf-8"))
+    with_bytes = call(f"{without} --interactive", trained)  # one line of three isn't text
+    assert with_bytes.stdout == expected * 2 and "line 2 of standard input is not UTF-8" in with_bytes.stderr
     assert_error(call(f"{without} --prompt-file none.txt", trained), "--prompt-file none.txt can't be read")
     assert_error(call(f"{without} --prompt x --interactive", trained), "--prompt and --interactive exclude each other")
     monkeypatch.setattr(train_dba, "LONGEST_PROMPT", 3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import convert_dba
 import reference
 import train_dba as dba
-from helpers import assert_done, assert_error, call, losses, make_text, read_log
+from helpers import assert_done, assert_error, call, losses, make_text, read_log, snapshot
 from kernels.rotate import rotate_cache
 from reference import cached_logits, close, config, randomize
 from surgery import command
@@ -294,6 +295,43 @@ def test_a_folder_of_other_settings_is_refused(folder, change, words):
     assert_done(dba_command(folder, f"{change} --overwrite"))
 
 
+@pytest.mark.parametrize("change, words", [("--cache-share 0.1", "too few"), ("--device tpu", "tpu")])
+def test_a_failure_overwrites_nothing(folder, change, words):
+    assert_done(dba_command(folder, "--heal-tokens 64"))
+    before = snapshot(folder / "y")
+    assert_error(dba_command(folder, f"--overwrite {change}"), words)
+    assert snapshot(folder / "y") == before
+
+
+@pytest.mark.parametrize("name", ("best.pt", "last.pt"))
+def test_a_folder_of_another_run_is_left_alone(folder, name):
+    (folder / "run/best.pt").rename(folder / "run" / name)
+    before = snapshot(folder / "run")
+    command = f"--out-dir run --model run/{name}"
+    assert_error(dba_command(folder, command), name, "another run", "--overwrite")
+    assert snapshot(folder / "run") == before
+
+
+def test_an_out_dir_that_is_a_file(folder):
+    assert_error(dba_command(folder, "--out-dir text.txt"), "can't make the folder text.txt")
+    assert_error(call(f"advise {FLAGS} --cache-share 0.3 --out text.txt/advice.json", folder, convert_dba.main),
+                 "can't make the folder text.txt")
+
+
+def test_a_healed_folder_goes_on_for_longer_and_in_its_type(folder):
+    assert_done(dba_command(folder, "--heal-tokens 64"))   # two steps: its warm-up ends with them
+    assert_error(dba_command(folder, "--heal-tokens 320 --dtype bfloat16"), "--dtype was 'float32', is 'bfloat16'")
+    assert_done(dba_command(folder, "--heal-tokens 320"))
+    assert read_log(folder / "y")[-1] == dict(type="done", step=10, tokens=320, best_val_kl=pytest.approx(1, abs=9))
+    shutil.copy(folder / "y/best.pt", folder / "y/last.pt")
+    assert_error(dba_command(folder, "--heal-tokens 640"), "last.pt lacks", "--overwrite")
+
+
+def test_windows_of_a_long_text_are_whole():
+    ids = torch.zeros(2**24 + 15, dtype=torch.uint8)       # in float32 the last would begin at 2**24 + 12, not 11
+    assert command.calibration_windows(ids, 3, 3).shape == (3, 4)
+
+
 def test_texts_take_turns():
     texts = [torch.arange(100), torch.arange(1000, 1050), torch.arange(2000, 2400)]
     windows = command.in_turn(texts, 7, 9)
@@ -314,7 +352,8 @@ def test_two_texts(folder):
     ("--cache-share 0.1", ["--cache-share 0.1", "too few"], 1), ("--window 65", ["--window 65", "64"], 1),
     ("--data none.txt", ["none.txt"], 1), ("--model none", ["none"], 1), ("--calibration 0", ["--calibration"], 2),
     ("--val-data short.txt", ["too few"], 1), ("--heal-tokens 99 --lr nan", ["--lr"], 2),
-    ("--heal-tokens -1", ["--heal-tokens"], 2), ("--device tpu", ["tpu"], 1)])
+    ("--heal-tokens -1", ["--heal-tokens"], 2), ("--device tpu", ["tpu"], 1), ("--window 4", ["--window 4"], 1),
+    (f"--seed {2**63}", ["--seed"], 2)])
 def test_bad_input(folder, change, words, code):
     (folder / "short.txt").write_text("short")
     assert_error(dba_command(folder, change), *words, code=code)
