@@ -12,7 +12,17 @@ from pathlib import Path
 import torch
 
 from evals.policy import calibration_windows
-from evals.subject import Progress, Subject, check_out, file_hash, formats_of, json_text, load_subject, read_data, text_table
+from evals.subject import (
+    Progress,
+    Subject,
+    check_out,
+    file_hash,
+    formats_of,
+    json_text,
+    load_subject,
+    read_data,
+    text_table,
+)
 from kernels.rotate import rotated
 from surgery.calibrate import SINK, calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config

@@ -223,8 +223,8 @@ def resume(path: Path, plan: Plan, gates: Gates) -> tuple[int, float, list[torch
             state = torch.load(f, weights_only=True)
         for name, value in dataclasses.asdict(plan).items():
             if state["plan"].get(name) != value:
-                raise UserError(f"{path.parent} holds gates learned with {name} {state['plan'].get(name)}, not {value}; "
-                                "use another --out-dir")
+                raise UserError(f"{path.parent} holds gates learned with {name} {state['plan'].get(name)}, not "
+                                f"{value}; use another --out-dir")
         optimizers = optimizers_of(gates, plan, state["step"] - 1)
         gates.load_state_dict(state["gates"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
