@@ -15,7 +15,7 @@ Conversions: `latent` is surgery/convert.py's. Two controls keep RoPE on as many
 the SVD of whitened queries and keys, values by that of W_o and W_v; `MHA2MLA-like` is the published recipe (2502.14837)
 as far as a cache per head goes: pairs of the largest norms, no fold, the SVD of the key matrix. Its one latent for all
 heads has an RMSNorm and training behind it, which isn't compared here. `target per-head`, `target mla` and `target gqa`
-are surgery/targets.py's, not healed.
+are surgery/targets.py's, not healed. `KVTC-like` rows code the teacher's cache by benchmarks/kvtc.py.
 """
 
 import json
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import kvtc
 from common import parser_of, write
 from evals.subject import formats_of, load_subject
 from kernels.rotate import rotated
@@ -36,6 +37,7 @@ from surgery.targets import TARGETS
 from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
 
 WINDOW, SKIP, CALIBRATED, GRADED = 512, 16, 12, 6
+CODED = {f"KVTC-like {100 * share:.3g} %": share for share in (0.28125, 0.1875, 0.125)}     # of fp16's bytes
 RIDGE = 1e-4
 
 
@@ -142,6 +144,8 @@ def rows_of(teacher, layers, healed):
 
     for target, share in (("per-head", 0.75), ("mla", 0.75), ("per-head", 0.5), ("mla", 0.5), ("gqa", 1 / 3)):
         rows[f"target {target} {100 * share:.3g} %"] = partial(aimed, target, share), None
+    for name, share in CODED.items():
+        rows[name] = partial(kvtc.coded, teacher, layers, share), None
     for name, make in made.items():
         rows[name] = make, None
         for fmt in ("q8_0", "q4_0") if name != "teacher" else ():
@@ -217,7 +221,8 @@ def main():
         models[name] = make()
         cfg, formats = models[name].cfg, formats_for(models[name], fmt or "fp16")
         share = sum(cfg.attention.streams.values()) / sum(teacher.cfg.attention.streams.values())
-        table[name] = dict(elements=share, bytes=bytes_per_token(cfg, formats) / full, formats=formats if fmt else None)
+        size = CODED.get(name, bytes_per_token(cfg, formats) / full)
+        table[name] = dict(elements=share, bytes=size, formats=formats if fmt else None)
         if cfg.attention.latent:
             table[name].update(pairs=cfg.attention.paths[-1].width // 2, latent=cfg.attention.latent)
     windows = {Path(path).stem: windows_of(subject.tokenizer, path, count)
