@@ -177,7 +177,9 @@ llama: $(VENV)/.ready-eval $(filter $(SMOLLM2),$(LLAMA))  ## a pretrained Llama,
 	$(EVAL) ppl $(ON_LLAMA) --data "$$LLAMA_TEXT" --dtype auto --block 2048 --stride 1024 --batch-size 1 \
 	--max-tokens 32769 --kv-cache fp16 q8_0 q4_0 nf4
 	$(EVAL) rank $(ON_LLAMA) --data "$$LLAMA_TEXT" --block 2048 --batch-size 1
+	$(EVAL) policy $(ON_LLAMA) --data "$$LLAMA_TEXT" --block 512 --max-tokens 4096 --max-delta-nll 0.05 --max-kl 0.05
 	$(EVAL) tasks $(ON_LLAMA) $(TASKS)
+	$(EVAL) tasks $(ON_LLAMA) $(TASKS) --kv-cache q4_0 --kv-rotate --compare $(RUNS)/llama/smollm2_135m/eval_tasks.json
 	$(EVAL) probes $(ON_LLAMA) --dtype auto --instances 5 --max-new-tokens 32
 	$(PY) benchmarks/task_parity.py "$$LLAMA" $(ITEMS) --out $(RUNS)/bench/task_parity.json
 $(SMOLLM2): | env

@@ -306,5 +306,5 @@ def main(args) -> None:
     path = Path(args.out or subject.folder)
     path = path if path.suffix == ".json" else path / train_dba.POLICY_FILE
     print(text_table(table(sizes, tried, budget, chosen, long)))
-    write_result(path, subject, vars(args), dict(result, data_sha256=held.sha256))
+    write_result(path, subject, vars(args), dict(result, block=block, data_sha256=held.sha256))
     print(f"written to {path}")

@@ -439,7 +439,8 @@ def keep_policy(result: dict) -> dict:
     kept = keep(result, "formats", "rotate", "residual", "bytes_per_token", "bytes_per_token_with_residual",
                 "thresholds", "short", "long", "kernel", "kernel_ms")
     settings = keep(result["settings"], *COMMANDS["policy"]["settings"])
-    return dict(kept, tried=len(result["tried"]), settings=settings)
+    block = result.get("block", result["model"]["config"]["block"])
+    return dict(kept, tried=len(result["tried"]), settings=settings, block=block)
 
 
 def keep_rows(result: dict) -> list:

@@ -574,11 +574,12 @@ def series_lines(measured: list) -> list[str]:
 
 def task_lines(evals: dict, benchmarks: dict) -> list[str]:
     rows = []
-    for run, _, tasks in of_command(evals, "tasks"):
+    for run, file, tasks in of_command(evals, "tasks"):
+        cache = file.removeprefix("tasks").removeprefix("_") or "fp32"
         for name, task in tasks.items():
             for metric in ("acc", "acc_norm"):
                 if metric in task:
-                    rows.append((f"`{run}`", name, metric, task["n"],
+                    rows.append((f"`{run}`", name, cache, metric, task["n"],
                                  f"{100 * task[metric]:.1f} ± {196 * task[f'{metric}_stderr']:.1f} %"))
     lines = []
     if rows:
@@ -587,7 +588,7 @@ def task_lines(evals: dict, benchmarks: dict) -> list[str]:
             if name in CHANCE:
                 guess.append(f"{100 * CHANCE[name]:.0f} % on {name}")
         lines += [f"Benchmarks by lm-eval, zero-shot, ± 1.96 standard errors; guessing gives {', '.join(guess)}:", "",
-                  *markdown(("run", "task", "metric", "items", "accuracy"), rows), ""]
+                  *markdown(("run", "task", "cache", "metric", "items", "accuracy"), rows), ""]
     if parity := benchmarks.get("task_parity"):
         rows = []
         for row in parity["rows"]:
@@ -713,19 +714,19 @@ def policy_lines(evals: dict) -> list[str]:
         if result["residual"]:
             chosen.append(f"{result['residual']} newest fp16")
         times = [f"{kernel} {ms:.1f} ms" for kernel, ms in result["kernel_ms"].items()]
-        for name, measured in (("context", result["short"]), ("long", result["long"])):
+        long_block = result["block"] * result["settings"]["long_factor"]
+        for block, measured in ((result["block"], result["short"]), (long_block, result["long"])):
             if measured:
                 rows.append((f"`{run}`", " or ".join(budget), ", ".join(chosen), result["tried"],
-                             f"{result['bytes_per_token']:,}", name, f"{measured['tokens']:,}",
+                             f"{result['bytes_per_token']:,}", f"{block:,}", f"{measured['tokens']:,}",
                              f"{measured['delta_nll']:+.5f}", f"{measured['kl']:.5f}",
                              f"{measured['max_delta_logit']:.2f}", ", ".join([result["kernel"], *times])))
     if not rows:
         return []
-    return ["Cache policies that `policy` chose; the windows of context length are those it searched on, the long ones "
-            "those that only the choice was checked on. `kernel`: the faster, and times of a decode step late in a "
-            "long cache:", "",
-            *markdown(("run", "budget", "chosen", "tried", "B/token", "windows", "tokens", "ΔNLL", "KL", "max Δlogit",
-                       "kernel"), rows), ""]
+    return ["Cache policies that `policy` chose; it searched on the shorter windows, and checked its choice alone on "
+            "the longer. `kernel`: the faster, and times of a decode step late in a long cache:", "",
+            *markdown(("run", "budget", "chosen", "tried", "B/token", "tokens of a window", "tokens", "ΔNLL", "KL",
+                       "max Δlogit", "kernel"), rows), ""]
 
 
 def mask_lines(evals: dict) -> list[str]:

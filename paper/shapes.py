@@ -102,9 +102,9 @@ COMMANDS = {                                               # of eval_dba.py: wha
     "latency": dict(rows=list_of(LATENCY_ROW)),
     "memory": dict(rows=list_of(MEMORY_ROW)),
     "sweep": dict(formats=map_of(str), rows=list_of(SWEEP_ROW)),
-    "policy": dict(formats=map_of(str), rotate=bool, residual=count, bytes_per_token=number, thresholds=dict,
-                   bytes_per_token_with_residual=number, short=MEASURED, long=maybe(MEASURED), kernel=str,
-                   kernel_ms=map_of(number), tried=list, settings=BUDGET),
+    "policy": {"formats": map_of(str), "rotate": bool, "residual": count, "bytes_per_token": number, "thresholds": dict,
+               "bytes_per_token_with_residual": number, "short": MEASURED, "long": maybe(MEASURED), "kernel": str,
+               "kernel_ms": map_of(number), "tried": list, "settings": BUDGET, "block?": count},
     "mask": {"summary": list_of(MASK_ROW), "gradients?": list_of(GRADIENT_ROW), "costs?": list_of(COST_ROW)},
 }
 
