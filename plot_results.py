@@ -399,16 +399,17 @@ def draw_tasks(results: dict, path: Path) -> None:
     runs = list(of_command(results["evals"], "tasks"))
     places, items = {}, {}                                 # of the tasks: x, and the most items that a run answered
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    for i, (run, _, tasks) in enumerate(runs):
+    for i, (run, file, tasks) in enumerate(runs):
         if not tasks:
             continue
         points = []
+        label = run if file == "tasks" else f"{run}, {file.removeprefix('tasks_')}"
         for name, task in tasks.items():
             x = places.setdefault(name, len(places)) + 0.22 * (i - (len(runs) - 1) / 2)
             items[name] = max(items.get(name, 0), task["n"])
             points.append((x, task["acc"], 1.96 * task["acc_stderr"]))
         x, accuracies, halves = zip(*sorted(points))
-        ax.errorbar(x, accuracies, yerr=halves, fmt="osD^v"[i % 5], markersize=6, capsize=3, linewidth=1.3, label=run,
+        ax.errorbar(x, accuracies, yerr=halves, fmt="osD^v"[i % 5], markersize=6, capsize=3, linewidth=1.3, label=label,
                     color=color_of_run(results, run, OTHERS[i % 3]))
     label = "guessing"
     for name, x in places.items():
