@@ -56,7 +56,7 @@ from paper.style import (
     write_text,
 )
 from run_paper_manifest import HERE, list_runs, read_manifest
-from train_dba import UserError
+from train_dba import UserError, progress
 
 MOST_LINES = 5                                             # of a panel of curves
 FEW = 12                                                   # evaluations of a curve whose intervals are bars
@@ -469,12 +469,14 @@ def draw(results: dict, out: Path) -> list[str]:
         ("decode", list(of_command(evals, "latency")), lambda path: draw_decode(results, path)),
         ("tasks", list(of_command(evals, "tasks")), lambda path: draw_tasks(results, path)),
         ("rank", list(of_command(evals, "rank")), lambda path: draw_rank(results, path))]
-    missing = []
+    missing, bar = [], progress(len(figures), "figure", "drawing")
     for name, needed, draw_figure in figures:
         if needed:
             draw_figure(out / f"fig_{name}.png")
         else:
             missing.append(f"fig_{name}")
+        bar.update()
+    bar.close()
     return missing
 
 
