@@ -70,7 +70,7 @@ def cut(moments: Tensor, reads: Tensor) -> Cut:
     return Cut(basis @ spread, torch.linalg.solve(spread, basis.T).T, losses.flip(0).clamp(min=0) / 2)
 
 
-def alike(layer: Layer) -> Tensor:
+def worth_to_all(layer: Layer) -> Tensor:
     """[G, f]: worth of pairs that all key heads keep alike, since a layer has one row of frequencies."""
     return layer.derotation.sum(0).expand(len(layer.wk), -1)
 
@@ -103,9 +103,9 @@ def head_losses(cfg: Config, layers: list[Layer], share: float, report: Report) 
     room = int(share * (w + v) + 1e-9)
     for i, layer in enumerate(layers):
         values = sum(each.losses for each in value_cuts(layer))
-        unrotated = alike(layer)[0].sort(descending=True).values
+        unrotated = worth_to_all(layer)[0].sort(descending=True).values
         for pairs in pair_counts(cfg):
-            keys = sum(each.losses for each in key_cuts(layer, split(layer, pairs, alike(layer))))
+            keys = sum(each.losses for each in key_cuts(layer, split(layer, pairs, worth_to_all(layer))))
             for u in range(1, v + 1):
                 r = min(room - 2 * pairs - u, max(1, w - 2 * pairs))
                 if r >= 1:
@@ -127,7 +127,7 @@ def per_head(teacher: GPT, layers: list[Layer], pairs: int, r: int, u: int) -> G
                               kv_head=shape.v_groups, one_temperature=True)
     scale = scale_of(cfg, shape.paths[0].width)
     for layer in layers:
-        parts = split(layer, pairs, alike(layer))
+        parts = split(layer, pairs, worth_to_all(layer))
         kept = torch.cat([parts.kept[0], parts.kept[0] + layer.wq.size(1) // 2])
         of_keys, of_values = key_cuts(layer, parts), value_cuts(layer)
         queries, keys, turned, writes = [], [], [], []

@@ -9,7 +9,7 @@ import train_dba as dba
 from helpers import assert_done, assert_error, call, losses
 from kernels.rotate import rotate_cache
 from reference import cached_logits, close
-from surgery.targets import TARGETS, alike, gqa, mla, per_head, shared_keys
+from surgery.targets import TARGETS, gqa, mla, per_head, shared_keys, worth_to_all
 from test_surgery import (  # noqa: F401  (fixtures)
     dba_command,
     folded,
@@ -40,7 +40,7 @@ def test_the_folded_teacher_is_met_per_head(taught, pairs):  # noqa: F811
     shape = model.cfg.attention
     student = per_head(model, layers, pairs, shape.paths[0].width - 2 * pairs, shape.v_width)
     for i, layer in enumerate(layers):
-        kept = alike(layer).argsort(1, descending=True)[:, :pairs].sort(1).values
+        kept = worth_to_all(layer).argsort(1, descending=True)[:, :pairs].sort(1).values
         x = torch.randn(23, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
         expected = folded(layer, kept, x.double())
         assert (model.blocks[i].attn(x[None])[0] - expected).abs().max() > 0.01, "nothing was taken from any pair"
