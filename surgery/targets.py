@@ -178,11 +178,10 @@ def shared_keys(layer: Layer) -> SharedKeys:
     return SharedKeys((first.mH @ (weights * keys))[:, 0], (first / weights)[..., 0], sizes[:, 1:].square().sum(1))
 
 
-def mla_split(layer: Layer, pairs: int) -> tuple[Split, SharedKeys]:
+def mla_split(layer: Layer, shared: SharedKeys, pairs: int) -> Split:
     """Keep the pairs for which it is worth most to share a rotated key rather than to have none."""
-    shared = shared_keys(layer)
     worth = layer.derotation.sum(0) - shared.losses
-    return split(layer, pairs, worth.expand(len(layer.wk), -1)), shared
+    return split(layer, pairs, worth.expand(len(layer.wk), -1))
 
 
 def mla_losses(cfg: Config, layers: list[Layer], share: float, report: Report) -> Iterator[tuple]:
@@ -191,11 +190,12 @@ def mla_losses(cfg: Config, layers: list[Layer], share: float, report: Report) -
     G, w, v = shape.v_groups, shape.paths[0].width, shape.v_width
     room = int(share * G * (w + v) + 1e-9)
     for i, layer in enumerate(layers):
+        shared = shared_keys(layer)
         for pairs in pair_counts(cfg):
             latent = min(room - 2 * pairs, cfg.d_model, G * (w - 2 * pairs + v))
             if latent < 1:
                 continue
-            parts, shared = mla_split(layer, pairs)
+            parts = mla_split(layer, shared, pairs)
             kept = parts.kept[0]
             of_pairs = layer.derotation.sum() - layer.derotation[:, kept].sum() + shared.losses[kept].sum()
             tail = torch.linalg.svdvals(losses_seen(layer, parts) @ layer.spread)[latent:].square().sum() / 2
@@ -210,7 +210,8 @@ def mla(teacher: GPT, layers: list[Layer], pairs: int, latent: int) -> GPT:
                               kv_head=None)
     scale = scale_of(cfg, w)
     for layer in layers:
-        parts, shared = mla_split(layer, pairs)
+        shared = shared_keys(layer)
+        parts = mla_split(layer, shared, pairs)
         kept, half, rest = parts.kept[0], w // 2, v - parts.keys.size(1)        # rest: channels of zeros
         P, R = read_from_latent(layer, parts, latent)
         sizes = (P @ layer.moments.inputs @ P.T).diagonal().sqrt()              # the RMSNorm takes them to be 1
