@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-import kvtc
 from common import parser_of, write
 from evals.subject import formats_of, load_subject
 from kernels.rotate import rotated
+from kvtc import coded
 from surgery.calibrate import Moments, calibrate
 from surgery.convert import Layer, choose, convert, root, split
 from surgery.targets import TARGETS
@@ -145,7 +145,7 @@ def rows_of(teacher, layers, healed):
     for target, share in (("per-head", 0.75), ("mla", 0.75), ("per-head", 0.5), ("mla", 0.5), ("gqa", 1 / 3)):
         rows[f"target {target} {100 * share:.3g} %"] = partial(aimed, target, share), None
     for name, share in CODED.items():
-        rows[name] = partial(kvtc.coded, teacher, layers, share), None
+        rows[name] = partial(coded, teacher, layers, share), None
     for name, make in made.items():
         rows[name] = make, None
         for fmt in ("q8_0", "q4_0") if name != "teacher" else ():
