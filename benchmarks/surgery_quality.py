@@ -7,8 +7,9 @@ What conversion to one latent costs a pretrained model, beside what quantising i
 --rows says which rows to measure; those of an earlier call stay in the file, which must be of the same windows. All
 rows see the same windows of 512 tokens; the first 16 predictions of a window don't count. Per row and text: mean KL of
 the next-token distribution to the teacher's, in nats per token, its standard error over windows, and the difference in
-nll. A .jsonl is PIQA's: its goals with the right solutions. Weights and activations are float32. The file is written
-after every window; `windows` and `kls` say which a row has seen.
+nll. A row's bytes are those of a token in a full window, what of it is fp16 included. A .jsonl is PIQA's: its goals
+with the right solutions. Weights and activations are float32. The file is written after every window; `windows` and
+`kls` say which a row has seen.
 
 Conversions: `latent` is surgery/convert.py's. Two controls keep RoPE on as many pairs but cut each head by itself:
 `per head` chooses pairs by de-rotation error, folds what stands in for the others into the queries, and cuts keys by
@@ -22,12 +23,15 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from common import parser_of, write
+from evals.policy import Policy
 from evals.subject import formats_of, load_subject
 from kernels.rotate import rotated
 from kvtc import coded
@@ -36,8 +40,7 @@ from surgery.convert import Layer, choose, convert, root, split
 from surgery.targets import TARGETS
 from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
 
-WINDOW, SKIP, CALIBRATED, GRADED = 512, 16, 12, 6
-CODED = {f"KVTC-like {100 * share:.3g} %": share for share in (0.28125, 0.1875, 0.125)}     # of fp16's bytes
+WINDOW, SKIP, CALIBRATED, GRADED, NEWEST = 512, 16, 12, 6, 32
 RIDGE = 1e-4
 
 
@@ -122,34 +125,52 @@ def per_head(teacher, layers, pairs, rank, values, kind, whitened):
 # -----------------------------------------------------------------------------
 # Rows
 
+class Row(NamedTuple):
+    """make: the function that makes the model; formats: of its cache, None for none; residual: how many of the newest
+    tokens a query reads in fp16; bits: the share of fp16's bytes where make codes them itself."""
+    make: Callable[[], GPT]
+    formats: str | None = None
+    residual: int = 0
+    bits: float | None = None
+
+
 def rows_of(teacher, layers, healed):
-    """{name: (function that makes the model, formats or None)} of the table."""
+    """{name: Row} of the table."""
     @cache
     def latent(share):
         pairs, width, _ = choose(teacher.cfg, layers, share)
         return convert(teacher, layers, pairs, width)
 
-    made = {"teacher": lambda: teacher}
-    made.update({f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5)})
-    for name, path in healed.items():
-        made[f"latent {name} %, healed"] = lambda path=path: load_subject(path, "cpu").model
-    rows = {name: (lambda: rotated(teacher), fmt) for name, fmt in (
-        ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("k q4_0, v q3_0", "k=q4_0,v=q3_0"), ("q3_0", "q3_0"),
-        ("k q4_0, v q2_0", "k=q4_0,v=q2_0"), ("k q3_0, v q2_0", "k=q3_0,v=q2_0"))}
-    rows["MHA2MLA-like 75 %"] = (lambda: per_head(teacher, layers, 16, 16, 48, ByNorm, False)), None
-    for share, pairs, rank, values in ((75, 16, 16, 48), (62.5, 16, 16, 32), (50, 8, 16, 32)):
-        rows[f"per head {share} %"] = partial(per_head, teacher, layers, pairs, rank, values, ByError, True), None
+    @cache
+    def turned():
+        return rotated(teacher)
+
     def aimed(target, share):
         return TARGETS[target](teacher, layers, share, lambda done, total: None)[0]
 
+    made = {f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5)}
+    for name, path in healed.items():
+        made[f"latent {name} %, healed"] = lambda path=path: load_subject(path, "cpu").model
+    rows = {"teacher": Row(lambda: teacher)}
+    for name, formats in (("q8_0", "q8_0"), ("q4_0", "q4_0"), ("k q4_0, v q3_0", "k=q4_0,v=q3_0"), ("q3_0", "q3_0"),
+                          ("k q4_0, v q2_0", "k=q4_0,v=q2_0"), ("k q3_0, v q2_0", "k=q3_0,v=q2_0"), ("q2_0", "q2_0")):
+        rows[name] = Row(turned, formats)
+        rows[f"{name}, {NEWEST} newest fp16"] = Row(turned, formats, NEWEST)
+    rows["MHA2MLA-like 75 %"] = Row(lambda: per_head(teacher, layers, 16, 16, 48, ByNorm, False))
+    for share, pairs, rank, values in ((75, 16, 16, 48), (62.5, 16, 16, 32), (50, 8, 16, 32)):
+        rows[f"per head {share} %"] = Row(partial(per_head, teacher, layers, pairs, rank, values, ByError, True))
     for target, share in (("per-head", 0.75), ("mla", 0.75), ("per-head", 0.5), ("mla", 0.5), ("gqa", 1 / 3)):
-        rows[f"target {target} {100 * share:.3g} %"] = partial(aimed, target, share), None
-    for name, share in CODED.items():
-        rows[name] = partial(coded, teacher, layers, share), None
+        rows[f"target {target} {100 * share:.3g} %"] = Row(partial(aimed, target, share))
+    for bits in (3.5, 2.5, 1.5):                           # a value, as q3_0 and q2_0 have and one less
+        whole = (bits * (WINDOW - NEWEST) + 16 * NEWEST) / WINDOW
+        make = partial(coded, teacher, layers, bits / 16, NEWEST)
+        rows[f"KVTC-like {bits} bits, {NEWEST} newest fp16"] = Row(make, bits=whole / 16)
     for name, make in made.items():
-        rows[name] = make, None
-        for fmt in ("q8_0", "q4_0") if name != "teacher" else ():
-            rows[f"{name}, {fmt}"] = (lambda make=make: rotated(make())), fmt
+        rows[name] = Row(make)
+        rows[f"{name}, q8_0"] = Row(lambda make=make: rotated(make()), "q8_0")
+        for residual in (0, NEWEST):
+            title = f"{name}, q4_0" + (f", {residual} newest fp16" if residual else "")
+            rows[title] = Row(lambda make=make: rotated(make()), "q4_0", residual)
     return rows
 
 
@@ -161,9 +182,9 @@ def formats_for(model, name):
 
 
 @torch.inference_mode()
-def log_probabilities(model, ids, formats):
+def log_probabilities(model, ids, formats, residual=0):
     """[T, V] of one window of ids [T], through a cache of these formats or None."""
-    kept = None if formats is None else KVCache(model.cfg, 1, len(ids), formats)
+    kept = None if formats is None else KVCache(model.cfg, 1, len(ids), formats, residual)
     return model(ids[None], cache=kept)[0, SKIP:].log_softmax(-1)
 
 
@@ -217,12 +238,13 @@ def main():
     rows = rows_of(teacher, layers, dict(pair.split("=", 1) for pair in args.healed))
     chosen = {name: row for name, row in rows.items() if re.fullmatch(args.rows, name)}
     models, table, full = {}, {}, bytes_per_token(teacher.cfg, "fp16")
-    for name, (make, fmt) in chosen.items():
-        models[name] = make()
-        cfg, formats = models[name].cfg, formats_for(models[name], fmt or "fp16")
+    for name, row in chosen.items():
+        models[name] = row.make()
+        cfg, formats = models[name].cfg, formats_for(models[name], row.formats or "fp16")
         share = sum(cfg.attention.streams.values()) / sum(teacher.cfg.attention.streams.values())
-        size = CODED.get(name, bytes_per_token(cfg, formats) / full)
-        table[name] = dict(elements=share, bytes=size, formats=formats if fmt else None)
+        size = Policy(tuple(formats.items()), residual=row.residual).bytes_per_token(cfg, WINDOW) / full
+        table[name] = dict(elements=share, bytes=row.bits or size, formats=formats if row.formats else None,
+                           residual=row.residual)
         if cfg.attention.latent:
             table[name].update(pairs=cfg.attention.paths[-1].width // 2, latent=cfg.attention.latent)
     windows = {Path(path).stem: windows_of(subject.tokenizer, path, count)
@@ -242,7 +264,7 @@ def main():
         base[text].append(-t.gather(1, targets).mean().item())
         bar.update()
         for name, model in models.items():
-            s = log_probabilities(model, window[:-1], table[name]["formats"])
+            s = log_probabilities(model, window[:-1], table[name]["formats"], table[name]["residual"])
             losses, kls = seen[name, text]
             losses.append(-s.gather(1, targets).mean().item())
             kls.append((t.exp() * (t - s)).sum(-1).mean().item())
