@@ -34,6 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_dba
 from estimate import model_flops, peak_of, training_memory
+from eval_dba import positive
+from evals.subject import check_out
 from train_dba import (
     GPT,
     KVCache,
@@ -548,17 +550,20 @@ def main(argv=None):
             p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
             p.add_argument("--limit", type=float, default=300, help="seconds of a block (300)")
         if name == "decode":
-            p.add_argument("--tokens", type=int, nargs="+", default=(), help="contexts of one sequence, and no others")
+            p.add_argument("--tokens", type=positive(), nargs="+", default=(), help="contexts of one sequence, and no "
+                           "others")
         if name == "train":
             p.add_argument("--cases", nargs="+", choices=CASES, default=())
-            p.add_argument("--micro", type=int, nargs="+", default=(), help="sequences of a step (8)")
+            p.add_argument("--micro", type=positive(), nargs="+", default=(), help="sequences of a step (8)")
             p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-            p.add_argument("--layers", type=int, help="so many in place of the preset's")
-            p.add_argument("--steps", type=int, help="timed steps (6)")
+            p.add_argument("--layers", type=positive(), help="so many in place of the preset's")
+            p.add_argument("--steps", type=positive(), help="timed steps (6)")
     args = parser.parse_args(argv)
     try:
         if args.command == "gpu":
             args.out = args.out or Path("runs/bench/gpu")
+        check_out(args.out and str(args.out))
+        if args.command == "gpu":
             return run_plan(args)
         keep_freed_memory()
         settings = vars(args)
@@ -574,6 +579,8 @@ def main(argv=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, count_params, read_json
+from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, check, count_params, read_json
 
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -17,6 +17,7 @@ UTILISATION = 0.4                                          # assumed where nothi
 ROOM = 0.95                                                # of free memory: assumed; the rest is work space, fragments
 HALF, FULL = 2, 4                                          # bytes of a value under autocast, and in float32
 MEASURED = {"rows": list, "env": {"device": str}, "toy": bool}
+ROW = {"case": str, "compiled": bool, "mfu": float, "layers?": int}             # of a step that was measured
 
 
 def peak_of(name: str) -> float | None:
@@ -113,8 +114,10 @@ def measured_rows(folder: Path) -> list[tuple]:
     for path in sorted(folder.glob("*/train*.json")):
         try:
             document = read_json(path, MEASURED)
-            rows = [] if document["toy"] else document["rows"]
-            timed += [(document["env"]["device"], path, row) for row in rows if row.get("mfu")]
+            for row in [] if document["toy"] else document["rows"]:
+                if row.get("mfu"):
+                    check(row, ROW, "a row")
+                    timed.append((document["env"]["device"], path, row))
         except (*BROKEN, OSError) as e:
             raise UserError(f"{path} is no result of bench_dba.py train ({brief(e)})") from None
     return timed

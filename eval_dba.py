@@ -54,7 +54,8 @@ def add_data(p):
 def cache(text):
     """Type of a flag: the format of a cache, or of each of its streams."""
     pairs = [pair.partition("=") for pair in text.split(",")]
-    if text not in CACHES and not all(stream and fmt in FORMATS for stream, _, fmt in pairs):
+    known = all(stream and fmt in FORMATS for stream, _, fmt in pairs)
+    if text not in CACHES and not (known and len({stream for stream, _, _ in pairs}) == len(pairs)):
         raise argparse.ArgumentTypeError(f"{text} is neither a format ({', '.join(CACHES)}) nor one for each stream, "
                                          "such as k=q4_0,v=q3_0")
     return text

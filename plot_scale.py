@@ -48,7 +48,7 @@ def read_device(folder: Path) -> tuple[dict, dict]:
             env = env or {**document["env"], "clock": document.get("clock")}
             loads.append(document.get("load", 0.0))
     if env:
-        env |= {"name": env["cpu"] if env["device"] == "cpu" else env["device"], "load": max(loads)}
+        env |= {"name": env.get("cpu", "cpu") if env["device"] == "cpu" else env["device"], "load": max(loads)}
     return blocks, env
 
 
@@ -245,7 +245,7 @@ LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, 
 
 
 def block_of(devices: dict) -> str:
-    """The page's block of {folder's name: (blocks, env)}."""
+    """The page's block of {folder's name: (blocks, env)}. Raises UserError for a damaged row."""
     lines = formula_lines()
     for name, (blocks, env) in devices.items():
         dirty = ", with changes" if env["dirty"] else ""
@@ -255,8 +255,10 @@ def block_of(devices: dict) -> str:
             lines += [f"One thread, by the CPU time that it takes, since others used the machine (load up to "
                       f"{env['load']:.0f}): ratios and exponents are what they tell, not speed on an idle one.", ""]
         for block, make_lines in LINES.items():
-            if block in blocks:
-                lines += make_lines(blocks[block])
+            try:
+                lines += make_lines(blocks[block]) if block in blocks else []
+            except BROKEN as e:
+                raise UserError(f"{name}: a row of {block} isn't as bench_dba.py writes it ({brief(e)})") from None
     return "\n".join(lines).rstrip()
 
 
@@ -351,8 +353,13 @@ def main(argv=None) -> int:
             write_text(page, replace_block(page.read_text(), block))
         else:
             print(block)
+        names = [env["name"] for _, env in devices.values()]
         for name, block, make in (("scale", "decode", draw_decode), ("growth", "growth", draw_growth)):
-            shown = {env["name"]: blocks[block] for blocks, env in devices.values() if block in blocks}
+            shown = {}
+            for folder, (blocks, env) in devices.items():  # of two devices of one name, each says its folder
+                if block in blocks:
+                    twice = names.count(env["name"]) > 1
+                    shown[f"{env['name']} ({folder})" if twice else env["name"]] = blocks[block]
             if shown:
                 make(shown, args.out / f"fig_{name}.png")
         return 0

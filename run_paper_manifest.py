@@ -415,7 +415,7 @@ def main(argv=None):
             raise UserError(f"--jobs {args.jobs} must be at least 1")
         if args.gpu and not args.dry_run:
             raise UserError(f"--for {args.gpu} estimates, and belongs to --dry-run")
-        overrides = {name: value for name, value in (("steps", args.steps), ("device", args.device)) if value}
+        overrides = {"device": args.device} if args.steps is None else {"steps": args.steps, "device": args.device}
         overrides |= parse_args(args.flags)
         runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
                          overrides.items())

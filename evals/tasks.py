@@ -25,7 +25,7 @@ from evals.subject import (
 )
 from paper.shapes import count, list_of, map_of, read_json
 from paper.stats import mcnemar
-from train_dba import KVCache, UserError, autocast, rotate_cache
+from train_dba import BROKEN, KVCache, UserError, autocast, brief, rotate_cache
 
 # The task's YAML below lm_eval/tasks, the split that is scored, and the fields of an item of the hub's data set.
 TASKS = {
@@ -238,6 +238,8 @@ def load_tasks(names: list[str], data: str | None, folder: Path) -> tuple[dict, 
             tasks.update(TaskManager(include_path=folder, include_defaults=False).load([name])["tasks"])
         except OSError as e:                               # of which are the hub's errors
             missing[name] = str(e).splitlines()[0][:200]
+        except BROKEN as e:                                # lm-eval tries the first item
+            raise UserError(f"{name}: its first item isn't as the task has them ({brief(e)})") from None
     if not tasks:
         raise UserError(f"no data for any task: {'; '.join(missing.values())}")
     return tasks, missing
@@ -321,7 +323,9 @@ def main(args) -> None:
         loaded, missing = load_tasks(args.tasks, args.tasks_dir, Path(folder))
         for name, why in missing.items():
             print(f"{name} is not run: {why}", file=sys.stderr)
-        for task in loaded.values():
+        for name, task in loaded.items():
+            if min(len(task.eval_docs), args.limit or 2) < 2:
+                raise UserError(f"{name}: one item has no standard error; give two at least")
             task.set_config("num_fewshot", 0)
         subject = load_subject(args.ckpt, args.device, args.dtype)
         formats = formats_of(subject, args.kv_cache)

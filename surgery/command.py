@@ -211,8 +211,12 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
         dtype = getattr(torch, ckpt["config"].dtype) if args.dtype == "auto" else dtype
     else:
         layers = layers_of(teacher.model, windows, args.fisher)
-        with Progress("layer", "choosing widths") as report:
-            student, chosen = TARGETS[args.target](teacher.model, layers, args.cache_share, report)
+        try:
+            with Progress("layer", "choosing widths") as report:
+                student, chosen = TARGETS[args.target](teacher.model, layers, args.cache_share, report)
+        except torch.linalg.LinAlgError as e:
+            raise UserError(f"--data says too little of the model to convert it by ({brief(e)}); give a longer or more "
+                            "varied text") from None
         record = dict(asked=asked, **chosen)
         sizes = " of ".join(f"{bytes_per_token(cfg, 'fp16'):,}" for cfg in (student.cfg, teacher.cfg))
         words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in chosen.items())

@@ -214,12 +214,15 @@ def mla(teacher: GPT, layers: list[Layer], pairs: int, latent: int) -> GPT:
         parts = mla_split(layer, shared, pairs)
         kept, half, rest = parts.kept[0], w // 2, v - parts.keys.size(1)        # rest: channels of zeros
         P, R = read_from_latent(layer, parts, latent)
-        sizes = (P @ layer.moments.inputs @ P.T).diagonal().sqrt()              # the RMSNorm takes them to be 1
+        power = (P @ layer.moments.inputs @ P.T).diagonal()
+        seen = power > RIDGE * power.max()                 # not all, where inputs are few: layer 0's are the tokens
+        sizes = power.clamp(min=0).sqrt() * seen           # the RMSNorm takes them to be 1
         factors = shared.factors[kept].T.conj().repeat_interleave(own, 0)       # [H, pairs]
         turned = torch.complex(layer.wq[:, kept], layer.wq[:, kept + half]) * factors[..., None]      # [H, pairs, D]
         key = shared.keys[kept]
         converted.append({
-            "latent.0.weight": P / sizes[:, None], "latent.1.weight": torch.ones(latent),
+            "latent.0.weight": P / torch.where(seen, sizes, torch.inf)[:, None],
+            "latent.1.weight": seen.double().mean().sqrt().expand(latent),
             "q.sem.weight": scale * F.pad(parts.queries, (0, 0, 0, rest)).flatten(0, 1),
             "k.sem.weight": F.pad(parts.keys @ (R * sizes), (0, 0, 0, rest)).repeat_interleave(own, 0).flatten(0, 1),
             "q.geo.weight": scale * torch.cat([turned.real, turned.imag], 1).flatten(0, 1),

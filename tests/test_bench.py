@@ -67,7 +67,12 @@ def test_the_plan_runs_blocks_in_processes_and_names_what_failed(tmp_path):
 
 def test_wrong_flags(tmp_path):
     assert_error(call("ceilings --device gpu", tmp_path, bench_dba.main), "device")
-    assert call("train --cases nonsense", tmp_path, bench_dba.main).code == 2
+    (tmp_path / "file").write_text("")
+    for command in ("ceilings --toy", "gpu --toy --blocks ceilings"):
+        assert_error(call(f"{command} --out file/x", tmp_path, bench_dba.main), "--out file/x", "can't make")
+    for flags in ("train --cases nonsense", "train --steps 0", "train --layers -1", "train --micro 0",
+                  "decode --tokens 0"):
+        assert call(flags, tmp_path, bench_dba.main).code == 2
 
 
 @pytest.fixture

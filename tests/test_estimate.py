@@ -160,9 +160,11 @@ def test_utilisation_is_measured_or_says_that_it_is_not(tmp_path):
     rows.append(dict(case="paper_gqa", compiled=True, mfu=0.5))
     path.write_text(json.dumps(document))
     assert estimate.utilisation(cfg, tmp_path) == (0.5, f"measured on NVIDIA H9: {path}")
-    path.write_text("{}")
-    with pytest.raises(UserError, match="train.json is no result"):
-        estimate.utilisation(cfg, tmp_path)
+    for damaged in ({}, {**document, "rows": [dict(mfu=0.5)]}, {**document, "rows": [[]]},
+                    {**document, "rows": [dict(case="paper_gqa", compiled=True, mfu="0.5")]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="train.json is no result"):
+            estimate.utilisation(cfg, tmp_path)
 
 
 def test_peaks_of_devices():

@@ -70,6 +70,18 @@ def test_a_cpu_and_what_it_measured(tmp_path):
     assert (tmp_path / "fig_growth.png").stat().st_size > 10_000 and not (tmp_path / "fig_scale.png").exists()
 
 
+def test_devices_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot_scale, "draw_growth", lambda devices, path: drawn.append(devices))
+    for folder, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        rows = [dict(case="standard", axis="layers", value=value, seconds=seconds * value) for value in (1, 2)]
+        env = dict(ENV, device="cpu", cpu="C" if folder == "c" else "A CPU")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "growth.json").write_text(json.dumps(dict(block="growth", toy=False, env=env, rows=rows)))
+    assert call("--bench . --page '' --out .", tmp_path, plot_scale.main).code == 0
+    assert {name: rows[0]["seconds"] for name, rows in drawn[0].items()} == {"A CPU (a)": 1, "A CPU (b)": 2, "C": 3}
+
+
 def test_what_is_left_out_and_what_is_refused(tmp_path):
     assert_error(call("--bench . --page '' --out .", tmp_path, plot_scale.main), "no result of bench_dba.py")
     (tmp_path / "h9").mkdir()
@@ -87,5 +99,8 @@ def test_what_is_left_out_and_what_is_refused(tmp_path):
     (tmp_path / "h9/train.json").write_text(document("train", lacking))
     said = call("--bench . --page '' --out .", tmp_path, plot_scale.main).stdout
     assert "out of memory" in said and "| llama | 8 | compiled | 9 [8..10] | 3 | - | - | 2.0 | - | - |" in said
+    for block in plot_scale.LINES:
+        path.write_text(document(block, [dict(what="copy")]))
+        assert_error(call("--bench . --page '' --out .", tmp_path, plot_scale.main), f"h9: a row of {block}")
     path.write_text("[]")
     assert_error(call("--bench . --page '' --out .", tmp_path, plot_scale.main), "ceilings.json is no result")

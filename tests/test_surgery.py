@@ -327,6 +327,27 @@ def test_a_healed_folder_goes_on_for_longer_and_in_its_type(folder):
     assert_error(dba_command(folder, "--heal-tokens 640"), "last.pt lacks", "--overwrite")
 
 
+def test_texts_of_few_different_tokens(folder):
+    """They leave directions unseen, which mla's norm must not blow up; per-head, none at all."""
+    for name, text in (("few.txt", "ab" * 999), ("one.txt", "a" * 1999)):
+        (folder / name).write_text(text)
+    assert_done(dba_command(folder, "--data few.txt --target mla --cache-share 1 --out-dir z"))
+    weights = torch.load(folder / "z/best.pt", weights_only=True)["model"]
+    assert max(weight.abs().max() for weight in weights.values()) < 100
+    teacher, student = (dba.load_model(dba.load_checkpoint(folder / name)) for name in ("run", "z"))
+    ids = torch.tensor([[97, 98] * 16])
+    assert kl(teacher, student, ids) < 0.1
+    assert_error(dba_command(folder, "--data one.txt --target per-head"), "--data says too little")
+
+
+def test_an_interrupt_is_no_traceback(folder, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "layers_of", interrupted)
+    assert dba_command(folder).code == 130 and not (folder / "y").exists()
+
+
 def test_windows_of_a_long_text_are_whole():
     ids = torch.zeros(2**24 + 15, dtype=torch.uint8)       # in float32 the last would begin at 2**24 + 12, not 11
     assert command.calibration_windows(ids, 3, 3).shape == (3, 4)

@@ -38,7 +38,8 @@ def test_refused_in_one_line(folder, args):
                                   "policy --ckpt a --max-delta-nll -1", "sweep --ckpt a --max-seconds inf",
                                   "memory --ckpt a --contexts 8", "ppl --ckpt a --kv-cach q8_0",
                                   "ppl --ckpt a --kv-cache q5_0", "ppl --ckpt a --kv-cache k=q5_0,v=q4_0",
-                                  "ppl --ckpt a --kv-cache k=q4_0,q4_0"))
+                                  "ppl --ckpt a --kv-cache k=q4_0,q4_0",
+                                  "ppl --ckpt a --kv-cache k=q4_0,v=q4_0,k=fp16"))
 def test_bad_flags_are_a_usage_error(runs, args):
     result = evaluate(args, runs)
     assert result.code == 2 and "error: " in result.stderr

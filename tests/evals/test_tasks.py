@@ -213,6 +213,12 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
                         ('{"goal": "", "sol1": "", "label": 0}', "piqa_valid.jsonl:2 lacks sol2")):
         piqa.write_text("\n".join([lines[0], line]))
         assert words in error_of(capsys, *ckpt, *where, "piqa")
+    piqa.write_text(json.dumps({**json.loads(lines[0]), "label": 9}))
+    assert "piqa: its first item isn't as the task has them" in error_of(capsys, *ckpt, *where, "piqa")
+    piqa.write_text(lines[0])
+    assert "piqa: one item has no standard error" in error_of(capsys, *ckpt, *where, "piqa")
+    piqa.write_text("\n".join(lines))
+    assert "piqa: one item" in error_of(capsys, *ckpt, *where, "piqa", "--limit", 1)
     piqa.write_bytes(b'{"goal": "\xff"}')
     assert "piqa_valid.jsonl:1" in error_of(capsys, *ckpt, *where, "piqa")
     piqa.write_text("")

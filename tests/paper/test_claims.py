@@ -134,6 +134,12 @@ def test_a_failed_run_does_not_stop_the_others(small):
     assert (small / "runs/g/s/other_s1/train.jsonl").read_bytes() == log        # a finished run is left alone
 
 
+@pytest.mark.parametrize("flags", ("--steps 0 --dry-run", "--jobs 0"))
+def test_numbers_that_cannot_be_are_refused(small, flags):
+    result = manifest_command(small, flags)
+    assert result.returncode == 1 and "must be at least 1" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_what_follows_a_run(small):
     """Measurements of its checkpoint, in the formats that its mode has; a run without a checkpoint is left alone."""
     result = manifest_command(small, "--only s/good s/other --post-ppl --post-mem128k")
