@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from evals.policy import calibration_windows
+from evals.policy import Policy, calibration_windows
 from evals.subject import (
     Progress,
     Subject,
     check_out,
     file_hash,
-    formats_of,
     json_text,
     load_subject,
     read_data,
@@ -32,6 +31,7 @@ from train_dba import (
     BROKEN,
     GPT,
     RUN_FILES,
+    Config,
     KVCache,
     UserError,
     brief,
@@ -54,6 +54,7 @@ from train_dba import (
 
 RECORD = "convert.json"                                    # in the run folder: what was asked for, and what was chosen
 QUANTISED = ("q8_0", "q4_0", "q3_0", "q2_0")               # what advise() tries, keys never below values
+NEWEST = 32                                                # tokens that stay fp16, in windows of four times as many
 LEAST_SHARE, MOST_TRIED = 0.2, 3                           # of the elements; and candidates of a kind
 
 
@@ -242,20 +243,52 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
 # -----------------------------------------------------------------------------
 # advise
 
-def through_cache(model: GPT, formats: dict[str, str]):
+def through_cache(model: GPT, policy: Policy):
     """The model as a function of token ids [1, T], each window through a cache of its own."""
-    return lambda ids: model(ids, cache=KVCache(model.cfg, len(ids), ids.size(1), formats))
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, cache=KVCache(model.cfg, len(ids), ids.size(1), dict(policy.formats), policy.residual))
+    return logits
 
 
-def quantised_alone(subject: Subject, most: float) -> list[dict]:
-    """Formats of keys and values that fit, the largest first."""
-    fitting = []
-    for i, k in enumerate(QUANTISED):
-        for v in QUANTISED[i:]:
-            formats = formats_of(subject, f"k={k},v={v}")
-            if (size := bytes_per_token(subject.cfg, formats)) <= most:
-                fitting.append((size, formats))
-    return [formats for _, formats in sorted(fitting, key=lambda pair: -pair[0])[:MOST_TRIED]]
+def alike(cfg: Config, fmt: str, residual: int) -> Policy:
+    """One format for all that a model caches."""
+    return Policy(tuple((name, fmt) for name in cfg.attention.streams), True, residual)
+
+
+def residuals(window: int) -> tuple[int, ...]:
+    """Numbers of newest tokens that stay fp16."""
+    return (0, NEWEST) if NEWEST <= window // 4 else (0,)
+
+
+def quantised_alone(subject: Subject, most: float, window: int) -> list[Policy]:
+    """Formats of keys and values that fit, without and with a residual window, the largest first."""
+    chosen = []
+    for residual in residuals(window):
+        fitting = []
+        for i, k in enumerate(QUANTISED):
+            for v in QUANTISED[i:]:
+                policy = Policy((("k", k), ("v", v)), True, residual)
+                if (size := policy.bytes_per_token(subject.cfg, window)) <= most:
+                    fitting.append((size, policy))
+        chosen += [policy for _, policy in sorted(fitting, key=lambda pair: -pair[0])[:MOST_TRIED]]
+    return chosen
+
+
+def converted(teacher: GPT, layers: list[Layer], most: float, window: int) -> list[tuple[GPT, Policy]]:
+    """(rotated student, its cache) of each format in which a conversion fits."""
+    students = []
+    for fmt, residual in (("fp16", 0), ("q8_0", 0), *(("q4_0", newest) for newest in residuals(window))):
+        share = most / alike(teacher.cfg, fmt, residual).bytes_per_token(teacher.cfg, window)
+        if not LEAST_SHARE <= share < 1:
+            continue
+        with Progress("layer", f"converting for {fmt}") as report:
+            pairs, latent, _ = choose(teacher.cfg, layers, share, report)
+        cfg = student_config(teacher.cfg, pairs, latent)
+        while latent > 1 and alike(cfg, fmt, residual).bytes_per_token(cfg, window) > most:
+            latent -= 1                                    # blocks' scales take their share, too
+            cfg = student_config(teacher.cfg, pairs, latent)
+        students.append((rotated(convert(teacher, layers, pairs, latent)), alike(cfg, fmt, residual)))
+    return students
 
 
 def advise(args: argparse.Namespace) -> None:
@@ -264,42 +297,30 @@ def advise(args: argparse.Namespace) -> None:
     subject = open_teacher(args.model)
     texts, windows = read_texts(subject, args)
     teacher, full = subject.model, bytes_per_token(subject.cfg, "fp16")
-    most, candidates = args.cache_share * full, []
-    turned = rotated(teacher)
-    for formats in quantised_alone(subject, most):
-        candidates.append(("quantised", turned, formats))
+    most, turned = args.cache_share * full, rotated(teacher)
+    candidates = [("quantised", turned, policy) for policy in quantised_alone(subject, most, args.window)]
     layers = layers_of(teacher, windows, args.fisher)
-    for fmt in ("fp16", "q8_0", "q4_0"):
-        share = most / bytes_per_token(subject.cfg, fmt)
-        if LEAST_SHARE <= share < 1:
-            with Progress("layer", f"converting for {fmt}") as report:
-                pairs, latent, _ = choose(subject.cfg, layers, share, report)
-            while latent > 1 and bytes_per_token(student_config(subject.cfg, pairs, latent), fmt) > most:
-                latent -= 1                                # blocks' scales take their share, too
-            student = convert(teacher, layers, pairs, latent)
-            candidates.append(("converted", rotated(student), dict.fromkeys(student.cfg.attention.streams, fmt)))
+    for student, policy in converted(teacher, layers, most, args.window):
+        candidates.append(("converted", student, policy))
     if not candidates:
         raise UserError(f"nothing that is tried fits into --cache-share {args.cache_share}; give more")
     rows = []
-    for kind, model, formats in candidates:
-        with Progress("window", f"{kind} {formats_text(formats)}") as report:
-            figures = distance(teacher, through_cache(model, formats), texts.held_out, report=report)
-        rows.append(dict(kind=kind, formats=formats, bytes_share=bytes_per_token(model.cfg, formats) / full,
+    for kind, model, policy in candidates:
+        with Progress("window", f"{kind} {policy}") as report:
+            figures = distance(teacher, through_cache(model, policy), texts.held_out, report=report)
+        rows.append(dict(kind=kind, cache=str(policy), formats=dict(policy.formats), residual=policy.residual,
+                         bytes_share=policy.bytes_per_token(model.cfg, args.window) / full,
                          elements_share=sum(model.cfg.attention.streams.values()) / sum(
                              subject.cfg.attention.streams.values()), **figures))
     rows.sort(key=lambda row: row["kl"])
     print(text_table([("cache", "of fp16's bytes", "of the elements", "KL", "nll more"), *(
-        (f"{row['kind']}, {formats_text(row['formats'])}", f"{100 * row['bytes_share']:.1f} %",
+        (f"{row['kind']}, {row['cache']}", f"{100 * row['bytes_share']:.1f} %",
          f"{100 * row['elements_share']:.1f} %", f"{row['kl']:.4f}", f"{row['nll'] - row['teacher_nll']:+.4f}")
         for row in rows)]))
     best = rows[0]
     what = "quantise the cache" if best["kind"] == "quantised" else "convert, then quantise the cache"
-    print(f"{what}: {formats_text(best['formats'])}, rotated, has the least KL, {best['kl']:.4f} nats per token over "
-          f"{best['tokens']:,} tokens (conversions are not healed here)")
+    print(f"{what}: {best['cache']} has the least KL, {best['kl']:.4f} nats per token over {best['tokens']:,} tokens, "
+          f"windows of {args.window} (conversions are not healed here)")
     if args.out:
         write_text(args.out, json_text(dict(model=Path(args.model).name, cache_share=args.cache_share, rows=rows,
                                             env=provenance(subject.device))))
-
-
-def formats_text(formats: dict[str, str]) -> str:
-    return ", ".join(f"{name} {fmt}" for name, fmt in formats.items())

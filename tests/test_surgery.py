@@ -392,6 +392,21 @@ def test_advice_keeps_to_its_share(folder):
     assert ("convert, then" in result.stdout) == (rows[0]["kind"] == "converted")
 
 
+def test_advice_tries_newest_tokens_in_fp16_where_windows_are_long_enough(folder):
+    save_teacher(folder / "long", attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=128)
+    flags = "--model long --data text.txt --calibration 3 --val-windows 2 --cache-share 0.5 --out advice.json"
+    bytes_of = dict(q8_0=18, q4_0=10, q3_0=8, q2_0=6)      # of the 16 channels of keys, or of values, with a scale
+    for window, tried in ((64, {0}), (128, {0, command.NEWEST})):
+        assert_done(call(f"advise {flags} --window {window}", folder, convert_dba.main))
+        rows = json.loads((folder / "advice.json").read_text())["rows"]
+        assert all(row["bytes_share"] <= 0.5 for row in rows)
+        quantised = [row for row in rows if row["kind"] == "quantised"]
+        assert {row["residual"] for row in quantised} == tried
+        for row in quantised:
+            old, newest = bytes_of[row["formats"]["k"]] + bytes_of[row["formats"]["v"]], row["residual"]
+            assert row["bytes_share"] == pytest.approx((old * (window - newest) + 64 * newest) / window / 64)
+
+
 def test_configs_of_students_are_valid():
     model = teacher_of("gqa")
     student = convert(model, layers_of(model), 4, 5)
