@@ -397,6 +397,7 @@ def draw_decode(results: dict, path: Path) -> None:
 def draw_tasks(results: dict, path: Path) -> None:
     """Accuracy per task and run, with 95 % intervals, and a line where guessing would be."""
     runs = list(of_command(results["evals"], "tasks"))
+    names = list(dict.fromkeys(run for run, _, _ in runs))
     places, items = {}, {}                                 # of the tasks: x, and the most items that a run answered
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for i, (run, file, tasks) in enumerate(runs):
@@ -410,7 +411,7 @@ def draw_tasks(results: dict, path: Path) -> None:
             points.append((x, task["acc"], 1.96 * task["acc_stderr"]))
         x, accuracies, halves = zip(*sorted(points))
         ax.errorbar(x, accuracies, yerr=halves, fmt="osD^v"[i % 5], markersize=6, capsize=3, linewidth=1.3, label=label,
-                    color=color_of_run(results, run, OTHERS[i % 3]))
+                    color=color_of_run(results, run, OTHERS[names.index(run) % 3]))
     label = "guessing"
     for name, x in places.items():
         if name in CHANCE:
@@ -420,7 +421,7 @@ def draw_tasks(results: dict, path: Path) -> None:
     ax.set_xticks(range(len(places)), [f"{name}\n{items[name]} items" for name in places])
     ax.set(ylabel="accuracy, 95 % interval")
     ax.grid(axis="y", alpha=0.3)
-    fig.legend(loc="outside lower center", ncols=len(runs) + 1)
+    fig.legend(loc="outside lower center", ncols=min(3, len(runs) + 1))
     save(fig, path)
 
 
