@@ -38,6 +38,13 @@ def rotate(tensor: torch.Tensor, groups: int) -> None:
     tensor.copy_((rotation(heads.size(1)).to(heads) @ heads).view_as(tensor))
 
 
+def rotate_rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> None:
+    """Rotate, in place, some rows of [n, ...]: those that a mask [n] or a slice names."""
+    part = tensor[rows]
+    rotate(part, 1)
+    tensor[rows] = part
+
+
 @torch.no_grad()
 def rotate_cache(model: torch.nn.Module) -> None:
     """Rotate what a model caches, per key head: keys, values and the latent, in place. Queries and output weights are
@@ -75,18 +82,19 @@ def rotate_heads(attn: torch.nn.Module) -> dict[str, int]:
 
 def rotate_latent(attn: torch.nn.Module) -> dict[str, int]:
     """The same where there is a latent: that, whose norm (MLA's) commutes with a rotation once its gain is folded into
-    what reads it, and the keys beside it if they are without RoPE."""
+    what reads it, and the keys beside it if they are without RoPE. Channels of gain 0 stay: they are cached as 0."""
     shape, rotated = attn.shape, {attn.shape.v_stream: 1}
     project, norm = attn.latent
+    heard = norm.weight != 0 if shape.latent_norm else slice(None)
     for reader in (attn.k["sem"], attn.v):
         if shape.latent_norm:
             reader.weight *= norm.weight
-        rotate(reader.weight.T, 1)
+        rotate_rows(reader.weight.T, heard)
     if shape.latent_norm:
         if attn.null:
             attn.null[shape.v_stream] /= norm.weight
-        norm.weight.fill_(1.0)
-    rotate(project.weight, 1)
+        norm.weight[heard] = 1.0
+    rotate_rows(project.weight, heard)
     for path in shape.paths:
         if not path.rotate and path.stream != shape.v_stream:
             rotated[path.stream] = path.groups

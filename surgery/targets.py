@@ -2,8 +2,9 @@
 What a conversion can aim at, each in closed form: {name: function} in TARGETS.
 
 `latent` is surgery/convert.py's. `per-head` is decoupled attention that cuts each key head by itself. `mla` has one
-latent and one rotated key for all heads (2405.04434); its RMSNorm makes it inexact at every width. `gqa` has fewer key
-heads, each the mean of those in whose place it stands (2305.13245). The first three keep RoPE on some pairs only.
+latent and one rotated key for all heads (2405.04434); of its RMSNorm a loud constant channel takes most of the effect.
+`gqa` has fewer key heads, each the mean of those in whose place it stands (2305.13245). The first three keep RoPE on
+some pairs only.
 
 Legend: that of surgery/convert.py; r width of a head's unrotated keys, u of its values.
 """
@@ -32,6 +33,8 @@ from surgery.convert import (
 from train_dba import GPT, Config, UserError
 
 Report = Callable[[int, int], None]
+STEADY = 0.1                                               # spread of a channel that may be taken for constant
+LOUD = 100.0                                               # its size, in units of the norm that all others have
 
 
 def pair_counts(cfg: Config) -> range:
@@ -184,23 +187,47 @@ def mla_split(layer: Layer, shared: SharedKeys, pairs: int) -> Split:
     return split(layer, pairs, worth.expand(len(layer.wk), -1))
 
 
+def constant(layer: Layer) -> tuple[Tensor, bool]:
+    """(weights [D] of the channel that is nearest to 1 on all inputs, whether its spread is below STEADY)."""
+    C, mean = layer.moments.inputs, layer.moments.mean
+    weights = torch.linalg.solve(C + RIDGE * C.diagonal().mean() * torch.eye(len(C)), mean)
+    met = (mean @ weights).item()                          # 1 less the share of 1 that is missed
+    return weights / met, 1 / met - 1 < STEADY ** 2
+
+
 def mla_losses(cfg: Config, layers: list[Layer], share: float, report: Report) -> Iterator[tuple]:
     """((pairs, latent), nats) of each layer and choice of widths that fits."""
     shape = cfg.attention
     G, w, v = shape.v_groups, shape.paths[0].width, shape.v_width
     room = int(share * G * (w + v) + 1e-9)
     for i, layer in enumerate(layers):
-        shared = shared_keys(layer)
+        shared, (_, steady) = shared_keys(layer), constant(layer)
         for pairs in pair_counts(cfg):
-            latent = min(room - 2 * pairs, cfg.d_model, G * (w - 2 * pairs + v))
-            if latent < 1:
+            latent = min(room - 2 * pairs, cfg.d_model, G * (w - 2 * pairs + v) + steady)
+            if latent < 1 + steady:
                 continue
             parts = mla_split(layer, shared, pairs)
             kept = parts.kept[0]
             of_pairs = layer.derotation.sum() - layer.derotation[:, kept].sum() + shared.losses[kept].sum()
-            tail = torch.linalg.svdvals(losses_seen(layer, parts) @ layer.spread)[latent:].square().sum() / 2
+            tail = torch.linalg.svdvals(losses_seen(layer, parts) @ layer.spread)[latent - steady:].square().sum() / 2
             yield (pairs, latent), (of_pairs + tail).item()
         report(i + 1, len(layers))
+
+
+def through_norm(layer: Layer, parts: Split, latent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(P [m, D], gains [m], R [D, m]) of read_from_latent(), with the gains of an RMSNorm between the two. It divides
+    by the size of the latent, which hangs on the token; where inputs have a channel that is nearly constant, the
+    latent's first is that, loud enough to be most of its size, and silent in what is cached."""
+    weights, steady = constant(layer)
+    P, R = read_from_latent(layer, parts, latent - steady)
+    power = (P @ layer.moments.inputs @ P.T).diagonal()
+    seen = power > RIDGE * power.max()                     # not all, where inputs are few: layer 0's are the tokens
+    sizes = power.clamp(min=0).sqrt() * seen
+    P, R = P / torch.where(seen, sizes, torch.inf)[:, None], R * sizes          # channels of mean square 1
+    if not steady:
+        return P, seen.double().mean().sqrt().expand(latent), R
+    loudest = LOUD * latent ** 0.5 * weights
+    return torch.cat([loudest[None], P]), F.pad(torch.full((latent - 1,), LOUD), (1, 0)), F.pad(R, (1, 0))
 
 
 def mla(teacher: GPT, layers: list[Layer], pairs: int, latent: int) -> GPT:
@@ -213,21 +240,17 @@ def mla(teacher: GPT, layers: list[Layer], pairs: int, latent: int) -> GPT:
         shared = shared_keys(layer)
         parts = mla_split(layer, shared, pairs)
         kept, half, rest = parts.kept[0], w // 2, v - parts.keys.size(1)        # rest: channels of zeros
-        P, R = read_from_latent(layer, parts, latent)
-        power = (P @ layer.moments.inputs @ P.T).diagonal()
-        seen = power > RIDGE * power.max()                 # not all, where inputs are few: layer 0's are the tokens
-        sizes = power.clamp(min=0).sqrt() * seen           # the RMSNorm takes them to be 1
+        P, gains, R = through_norm(layer, parts, latent)
         factors = shared.factors[kept].T.conj().repeat_interleave(own, 0)       # [H, pairs]
         turned = torch.complex(layer.wq[:, kept], layer.wq[:, kept + half]) * factors[..., None]      # [H, pairs, D]
         key = shared.keys[kept]
         converted.append({
-            "latent.0.weight": P / torch.where(seen, sizes, torch.inf)[:, None],
-            "latent.1.weight": seen.double().mean().sqrt().expand(latent),
+            "latent.0.weight": P, "latent.1.weight": gains,
             "q.sem.weight": scale * F.pad(parts.queries, (0, 0, 0, rest)).flatten(0, 1),
-            "k.sem.weight": F.pad(parts.keys @ (R * sizes), (0, 0, 0, rest)).repeat_interleave(own, 0).flatten(0, 1),
+            "k.sem.weight": F.pad(parts.keys @ R, (0, 0, 0, rest)).repeat_interleave(own, 0).flatten(0, 1),
             "q.geo.weight": scale * torch.cat([turned.real, turned.imag], 1).flatten(0, 1),
             "k.geo.weight": torch.cat([key.real, key.imag]),
-            "v.weight": (layer.wv @ (R * sizes)).repeat_interleave(own, 0).flatten(0, 1),
+            "v.weight": (layer.wv @ R).repeat_interleave(own, 0).flatten(0, 1),
             "o.weight": layer.wo.transpose(0, 1).flatten(1), "inv_freq": layer.inv_freq[parts.kept[:1]]})
     return assemble(teacher, cfg, converted)
 

@@ -9,7 +9,8 @@ import train_dba as dba
 from helpers import assert_done, assert_error, call, losses
 from kernels.rotate import rotate_cache
 from reference import cached_logits, close
-from surgery.targets import TARGETS, gqa, mla, per_head, shared_keys, worth_to_all
+from surgery import targets
+from surgery.targets import TARGETS, constant, gqa, mla, per_head, shared_keys, worth_to_all
 from test_surgery import (  # noqa: F401  (fixtures)
     dba_command,
     folded,
@@ -83,6 +84,29 @@ def test_keys_that_are_multiples_of_one_are_shared_without_loss():
     for block in student.blocks:
         block.attn.latent[1] = torch.nn.Identity()
     close(student(ids), model(ids), 1e-4)
+
+
+def test_a_loud_constant_takes_the_norms_effect(monkeypatch):
+    """A stream with a large constant part; key heads alike, all pairs kept, a latent of all values: that is the
+    teacher, but for how constant the part is. Without it the norm changes what attention reads."""
+    model = teacher_of("gqa")
+    with torch.no_grad():
+        model.embed.weight += 4 * torch.randn(model.embed.weight.size(1), generator=torch.Generator().manual_seed(5))
+        for block in model.blocks:
+            heads = block.attn.k["geo"].weight.view(2, 8, -1)
+            heads[1] = heads[0]
+    layers, ids = layers_of(model), ids_of(4, 60, seed=8)
+    weights, steady = constant(layers[1])
+    channel = model.blocks[1].attn_norm(model.blocks[0](model.embed(ids))).double() @ weights
+    assert steady and channel.mean().item() == pytest.approx(1, abs=0.02) and channel.std() < targets.STEADY
+    student = mla(model, layers, 4, 2 * 8 + 1)
+    loud = kl(model, student, ids)
+    monkeypatch.setattr(targets, "STEADY", 0.0)
+    assert loud < 0.02 * kl(model, mla(model, layers, 4, 2 * 8), ids)
+    exact = student(ids)
+    rotate_cache(student)                                  # the channel is silent there, too
+    close(student(ids), exact, 1e-3)
+    close(cached_logits(student, ids, [7, 1, 52], "q8_0"), exact, 0.05)
 
 
 def test_a_shared_key_is_the_nearest(taught):  # noqa: F811
