@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -281,8 +282,12 @@ def converted(teacher: GPT, layers: list[Layer], most: float, window: int) -> li
         share = most / alike(teacher.cfg, fmt, residual).bytes_per_token(teacher.cfg, window)
         if not LEAST_SHARE <= share < 1:
             continue
-        with Progress("layer", f"converting for {fmt}") as report:
-            pairs, latent, _ = choose(teacher.cfg, layers, share, report)
+        try:
+            with Progress("layer", f"converting for {fmt}") as report:
+                pairs, latent, _ = choose(teacher.cfg, layers, share, report)
+        except UserError as e:
+            print(f"no conversion for {fmt}: {e}", file=sys.stderr)
+            continue
         cfg = student_config(teacher.cfg, pairs, latent)
         while latent > 1 and alike(cfg, fmt, residual).bytes_per_token(cfg, window) > most:
             latent -= 1                                    # blocks' scales take their share, too

@@ -407,6 +407,15 @@ def test_advice_tries_newest_tokens_in_fp16_where_windows_are_long_enough(folder
             assert row["bytes_share"] == pytest.approx((old * (window - newest) + 64 * newest) / window / 64)
 
 
+def test_advice_where_no_conversion_fits(folder):
+    """Heads of two channels leave little room for a latent; quantising still fits."""
+    save_teacher(folder / "narrow", attn_mode="standard", n_head=16, d_model=32, layers=1, d_ff=48, block=64)
+    result = call(f"advise {FLAGS} --model narrow --cache-share 0.45 --out advice.json", folder, convert_dba.main)
+    assert result.code == 0 and "no conversion for" in result.stderr
+    rows = json.loads((folder / "advice.json").read_text())["rows"]
+    assert "quantised" in {row["kind"] for row in rows}
+
+
 def test_configs_of_students_are_valid():
     model = teacher_of("gqa")
     student = convert(model, layers_of(model), 4, 5)
