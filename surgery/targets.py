@@ -89,14 +89,12 @@ def key_cuts(layer: Layer, parts: Split) -> list[Cut]:
 
 
 def value_cuts(layer: Layer) -> list[Cut]:
-    """Of each key head's values, averaged by attention as its query heads do."""
-    H, M = len(layer.wo), layer.moments.values
-    own = M.unflatten(0, (H, -1)).unflatten(2, (H, -1))[range(H), :, range(H)]  # [H, v, v]
+    """Of each key head's values, token by token: that attention averages their errors is left out, as its query heads
+    have them in common."""
     cuts = []
-    for g in range(len(layer.wv)):
-        heads = layer.heads(g)
-        reads = sum(layer.weighted_outputs[h].T @ layer.weighted_outputs[h] for h in heads)
-        cuts.append(cut(sum(own[h] for h in heads) / len(heads), reads))
+    for g, values in enumerate(layer.wv):
+        reads = sum(layer.weighted_outputs[h].T @ layer.weighted_outputs[h] for h in layer.heads(g))
+        cuts.append(cut(values @ layer.moments.inputs @ values.T, reads))
     return cuts
 
 
