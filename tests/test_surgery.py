@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -405,6 +406,28 @@ def test_advice_tries_newest_tokens_in_fp16_where_windows_are_long_enough(folder
         for row in quantised:
             old, newest = bytes_of[row["formats"]["k"]] + bytes_of[row["formats"]["v"]], row["residual"]
             assert row["bytes_share"] == pytest.approx((old * (window - newest) + 64 * newest) / window / 64)
+
+
+@torch.no_grad()
+def test_advice_reads_the_newest_tokens_in_fp16():
+    model, ids = teacher_of("gqa"), ids_of(1, 60, seed=2)
+    policy = command.alike(model.cfg, "q2_0", 16)
+    found = command.through_cache(model, policy)(ids)
+    close(found, cached_logits(model, ids, [60], "q2_0", 16), 1e-4)
+    assert (found - command.through_cache(model, command.alike(model.cfg, "q2_0", 0))(ids)).abs().max() > 0.1
+
+
+def test_a_loss_that_is_no_number_leaves_what_there_was(folder, monkeypatch):
+    """Even at the first step: the conversion is in last.pt, from which the same command goes on."""
+    more, loss_of = "--heal-tokens 96 --lr 1e-3", healing.loss_of
+    assert_done(dba_command(folder, more))
+    (folder / "y").rename(folder / "whole")
+    monkeypatch.setattr(healing, "loss_of", lambda *args: (math.nan, loss_of(*args)[1]))
+    assert_error(dba_command(folder, more), "step 1", "last.pt holds step 0")
+    monkeypatch.setattr(healing, "loss_of", loss_of)
+    assert dba.load_checkpoint(folder / "y/last.pt")["step"] == 0
+    assert_done(dba_command(folder, more))
+    assert losses(folder / "y") == losses(folder / "whole")
 
 
 def test_advice_where_no_conversion_fits(folder):

@@ -10,7 +10,8 @@ from helpers import assert_done, assert_error, call, losses
 from kernels.rotate import rotate_cache
 from reference import cached_logits, close
 from surgery import targets
-from surgery.targets import TARGETS, constant, gqa, mla, per_head, shared_keys, worth_to_all
+from surgery.convert import split
+from surgery.targets import TARGETS, constant, gqa, key_cuts, mla, mla_split, per_head, shared_keys, worth_to_all
 from test_surgery import (  # noqa: F401  (fixtures)
     dba_command,
     folded,
@@ -46,6 +47,37 @@ def test_the_folded_teacher_is_met_per_head(taught, pairs):  # noqa: F811
         expected = folded(layer, kept, x.double())
         assert (model.blocks[i].attn(x[None])[0] - expected).abs().max() > 0.01, "nothing was taken from any pair"
         close(student.blocks[i].attn(x[None])[0], expected, 2e-3)               # W_o is fitted with a ridge
+
+
+def test_a_narrow_key_scores_in_the_teachers_size(taught):  # noqa: F811
+    """What the cut leaves of the unrotated score is divided by the root of the teacher's width, not of the narrower."""
+    model, layers = taught
+    shape = model.cfg.attention
+    student, x = per_head(model, layers, 2, 2, shape.v_width), torch.randn(9, model.cfg.d_model, dtype=torch.float64)
+    attn, layer = student.blocks[1].attn, layers[1]
+    parts = split(layer, 2, worth_to_all(layer))
+    for h in range(model.cfg.n_head):
+        g = h // (model.cfg.n_head // shape.v_groups)
+        cut = key_cuts(layer, parts)[g]
+        expected = (x @ parts.queries[h].T @ cut.read[:2].T) @ (x @ parts.keys[g].T @ cut.write[:2].T).T
+        q = x.float() @ attn.q["sem"].weight[2 * h:2 * h + 2].T
+        k = x.float() @ attn.k["sem"].weight[2 * g:2 * g + 2].T
+        close(attn.shape.paths[0].scale * q @ k.T, expected / shape.paths[0].width ** 0.5, 1e-4)
+
+
+def test_the_folded_teacher_is_met_by_mla_without_its_norm():
+    """Key heads alike, two pairs kept, a latent of all that differs: 4 unrotated channels of keys, 16 of values."""
+    model = teacher_of("gqa")
+    for block in model.blocks:
+        heads = block.attn.k["geo"].weight.view(2, 8, -1)
+        heads[1] = heads[0]
+    layers = layers_of(model)
+    student = mla(model, layers, 2, 4 + 16)
+    for i, layer in enumerate(layers):
+        student.blocks[i].attn.latent[1] = torch.nn.Identity()
+        x = torch.randn(23, model.cfg.d_model, generator=torch.Generator().manual_seed(i))
+        kept = mla_split(layer, shared_keys(layer), 2).kept
+        close(student.blocks[i].attn(x[None])[0], folded(layer, kept, x.double()), 1e-3)
 
 
 def test_key_heads_that_are_alike_are_pooled_without_loss():
@@ -103,8 +135,10 @@ def test_a_loud_constant_takes_the_norms_effect(monkeypatch):
     loud = kl(model, student, ids)
     monkeypatch.setattr(targets, "STEADY", 0.0)
     assert loud < 0.02 * kl(model, mla(model, layers, 4, 2 * 8), ids)
-    exact = student(ids)
+    exact, x = student(ids), torch.randn(5, model.cfg.d_model, generator=torch.Generator().manual_seed(1))
+    assert not student.blocks[0].attn.latent(x)[:, 0].any()
     rotate_cache(student)                                  # the channel is silent there, too
+    assert not student.blocks[0].attn.latent(x)[:, 0].any() and student.blocks[0].attn.latent(x)[:, 1:].all()
     close(student(ids), exact, 1e-3)
     close(cached_logits(student, ids, [7, 1, 52], "q8_0"), exact, 0.05)
 

@@ -125,7 +125,7 @@ def byte_checkpoint(path, seed=0, **settings):
     save_checkpoint(path, cfg, ByteTokenizer(), model, step=0)
 
 
-def test_command_and_comparison(tmp_path, capsys):
+def test_command_and_comparison(tmp_path, capsys, monkeypatch):
     """Our own checkpoints, by the command line: a result, what isn't run, and a paired test of two results."""
     needs_lm_eval()
     names = ("piqa", "boolq")
@@ -137,7 +137,9 @@ def test_command_and_comparison(tmp_path, capsys):
     assert "winogrande is not run: no winogrande_valid.jsonl" in capsys.readouterr().err
     assert run("--ckpt", tmp_path / "1.pt", "--out", tmp_path / "1.json", *flags, "--limit", 6, "--compare",
                tmp_path / "0.json") == 0
-    assert run("--ckpt", tmp_path / "0.pt", *flags, "--limit", 2, "--kv-cache", "q4_0", "--kv-rotate") == 0
+    rotated, rotate_cache = [], tasks.rotate_cache
+    monkeypatch.setattr(tasks, "rotate_cache", lambda model: (rotated.append(model), rotate_cache(model)))
+    assert run("--ckpt", tmp_path / "0.pt", *flags, "--limit", 2, "--kv-cache", "q4_0", "--kv-rotate") == 0 and rotated
     assert (tmp_path / "eval_tasks_q4_0_rotated.json").is_file() and not (tmp_path / "eval_tasks.json").exists()
     first, second = (json.loads((tmp_path / f"{seed}.json").read_text()) for seed in (0, 1))
     assert first["not_run"].keys() == {"winogrande"} and set(first["tasks"]) == set(names)
