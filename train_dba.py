@@ -2910,6 +2910,16 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def leave(code):
+    """End the process with an exit code. One of several ranks ends at once: gloo's threads outlive the group, and one
+    that frees a tensor while Python shuts down aborts a run that is finished (pytorch/pytorch pull request 179291)."""
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.modules["train_dba"] = sys.modules[__name__]       # which convert_dba.py imports: this file, not it once more
-    sys.exit(main())
+    leave(main())

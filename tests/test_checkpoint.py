@@ -353,7 +353,7 @@ def limited(path, **line):
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 25, resource.RLIM_INFINITY))
     append(path, **line)
 train_dba.append_line = limited
-sys.exit(train_dba.main())
+train_dba.leave(train_dba.main())
 """
 
 

@@ -134,7 +134,7 @@ def failing(*args):
     return draw(*args)
 train_dba.sample_batch = failing
 if __name__ == "__main__":
-    sys.exit(train_dba.main())
+    train_dba.leave(train_dba.main())
 """
 
 
@@ -195,7 +195,7 @@ import os, sys
 sys.path.insert(0, {path!r})
 os.chdir("rank" + os.environ["RANK"])                      # machines without a file system that they share
 import train_dba
-sys.exit(train_dba.main())
+train_dba.leave(train_dba.main())
 """
 
 

@@ -20,8 +20,7 @@ sys.path.insert(0, {path!r})
 import torch
 import train_dba
 {before}
-code = train_dba.main()
-sys.exit(code)
+train_dba.leave(train_dba.main())
 """
 
 
@@ -93,7 +92,7 @@ for number, (name, run) in enumerate({runs!r}.items()):
     say("exit code of", name, train_dba.main(flags.split()))
 say("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 say("seen:", sorted(seen))
-sys.exit()
+train_dba.leave(0)
 """
 
 
@@ -195,6 +194,12 @@ def test_torchrun_starts_again_after_a_kill(folder, tmp_path):
     assert [line["step"] for line in log if line["type"] == "resume_meta"] == [4]
     assert log[-1]["type"] == "done"
     assert_curve(folder / "one", folder / "again", 11)
+
+
+def test_a_rank_ends_before_python_shuts_down(folder, tmp_path):
+    """Where gloo's threads may abort it."""
+    program = script(tmp_path, "import atexit\natexit.register(os._exit, 3)")
+    assert_done(ranks(2, f"{RUN} --steps 2 --shard --out-dir left", folder, program))
 
 
 def test_shard_needs_ranks(folder):
