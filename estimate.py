@@ -1,15 +1,20 @@
 """
-What training costs, by formula: FLOPs of a token, bytes of GPU memory, hours on a named GPU. Nothing is run.
+What training costs, by formula: FLOPs of a token, bytes of GPU memory, hours on a named GPU. Nothing is run, but for
+--micro-batch auto, which tries whether what should fit does.
 
 The formula of the memory is held to PyTorch's own bookkeeping of fake tensors by tests/test_estimate.py, and stands
 beside what was measured in docs/scale.md.
 """
 
 import dataclasses
+import gc
 import statistics
 from pathlib import Path
 
-from train_dba import BROKEN, LOGIT_CHUNK, Config, UserError, brief, check, count_params, read_json
+import torch
+
+import train_dba
+from train_dba import BROKEN, LOGIT_CHUNK, Config, Ranks, UserError, brief, check, count_params, mesh_sizes, read_json
 
 # FLOP/s in dense bfloat16, of the data sheets; the first whose words all occur in a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -105,6 +110,45 @@ def fits_by_formula(cfg: Config, vocab_size: int, sizes: list[int], free: int, s
         if parts["peak"] - shared + shared / shards <= ROOM * free:
             break
     return size
+
+
+def lacks_memory(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> bool:
+    """Whether any rank's memory runs out in two steps of a model that is then forgotten; the second step has the
+    optimiser's state, and gradients beside a micro-batch's activations where the run's steps have them. With --shard
+    ranks wait for each other within a step: there all run out, or none."""
+    lacking, parts = False, range(2 if cfg.micro_batch < cfg.batch_size * cfg.grad_accum else 1)
+    try:
+        model, optimizer, _ = train_dba.build(cfg, vocab_size, ranks.device)
+        batch = torch.zeros(2, len(parts) * cfg.micro_batch, cfg.block, dtype=torch.int64)
+        for _ in range(2):
+            train_dba.step_gradients(model, batch, cfg, 1, cfg.micro_batch, parts, ranks, dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        lacking = True
+    model = optimizer = None
+    gc.collect()                                           # a compiled model is part of a cycle
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()               # the log's is the run's own
+    return ranks.sum(lacking)[0] > 0
+
+
+def fitting_micro_batch(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype, free: int) -> int:
+    """What --micro-batch auto stands for, on every rank, with `free` bytes on this one: the first part of a batch that
+    fits by formula, or the next of at most half its size that does when it is tried. Raises UserError if none does."""
+    sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
+             and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
+    nodes, local_ranks = mesh_sizes()
+    shards = (local_ranks if local_ranks > 1 else nodes) if cfg.shard else 1    # as shard_model() splits
+    first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
+    sizes = [size for size in sizes if size <= first]
+    while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
+        if not (smaller := [size for size in sizes if size <= sizes[0] // 2]):
+            raise UserError(f"no memory for --micro-batch {sizes[0]} (auto); --activation-checkpointing takes less, "
+                            "and --shard on several GPUs")
+        sizes = smaller
+    return sizes[0]
 
 
 def measured_rows(folder: Path) -> list[tuple]:

@@ -36,7 +36,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
-import gc
+import functools
 import hashlib
 import json
 import math
@@ -553,8 +553,6 @@ class GPT(nn.Module):
         h = self.hidden(idx, cache)
         if targets is None:
             return self.logits(h)
-        if torch.is_autocast_enabled(h.device.type):
-            h = h.to(torch.get_autocast_dtype(h.device.type))
         h, targets, training = h.flatten(0, 1), targets.flatten(), torch.is_grad_enabled()
         if COMPACT and training and h.device.type == "cpu" and h.dtype == torch.float32:
             return F.linear_cross_entropy(h, self.embed.weight[:self.vocab_size], targets, reduction="sum",
@@ -760,40 +758,39 @@ class BPETokenizer:
     `words` lists the merges, [i, j] for tokens i and j, each of which makes the next token unless there is one of the
     same bytes; the last id ends a document. Text is first cut into words as GPT-2 cuts it."""
     name = "bpe"
-    __slots__ = ("__dict__", "encoder")                    # the encoder isn't among vars(): equal merges, equal vars()
 
     def __init__(self, words):
-        self.words, self.encoder = [list(pair) for pair in words], None
-        self.tokens = {bytes([byte]): byte for byte in range(256)}
-        spelled = list(self.tokens)                        # [id] -> bytes
+        self.words = [list(pair) for pair in words]
+        tokens = {bytes([byte]): byte for byte in range(256)}
+        spelled = self.spelled = list(tokens)              # [id] -> bytes
         for pair in self.words:
             if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(spelled) for i in pair):
                 raise UserError(f"a bpe vocabulary must list pairs of earlier tokens, not {str(pair)[:60]}")
             token = spelled[pair[0]] + spelled[pair[1]]
             if len(token) > LONGEST_TOKEN:
                 raise UserError(f"a bpe vocabulary has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
-            if self.tokens.setdefault(token, len(spelled)) == len(spelled):
+            if tokens.setdefault(token, len(spelled)) == len(spelled):
                 spelled.append(token)
         self.eot, self.vocab_size = len(spelled), len(spelled) + 1
 
-    def start_encoder(self):
+    @functools.cached_property
+    def encoder(self):
+        """The same tokens in the library tokenizers. Raises UserError where that is missing."""
         try:
             from tokenizers import Tokenizer, models, pre_tokenizers
         except ImportError:
             raise UserError("the bpe tokenizer needs tokenizers: pip install tokenizers") from None
-        chars = ["".join(BYTE_CHARS[byte] for byte in token) for token in self.tokens]
+        chars = ["".join(BYTE_CHARS[byte] for byte in token) for token in self.spelled]
         vocabulary = {token: i for i, token in enumerate(chars)}
-        self.encoder = Tokenizer(models.BPE(vocabulary, [(chars[i], chars[j]) for i, j in self.words]))
-        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        encoder = Tokenizer(models.BPE(vocabulary, [(chars[i], chars[j]) for i, j in self.words]))
+        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return encoder
 
     def encode(self, text):
-        if self.encoder is None:
-            self.start_encoder()
         return np.array(self.encoder.encode(text).ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def decode(self, ids):
-        spelled = list(self.tokens)
-        return b"".join(spelled[i] for i in ids if i < self.eot)
+        return b"".join(self.spelled[i] for i in ids if i < self.eot)
 
 
 TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
@@ -989,25 +986,27 @@ def load_data(cfg, tokenizer=None):
     return data
 
 
-def split_off(ids, val_frac):
-    """Training and validation part: the last val_frac (default 0.1) of a sequence."""
+def split_off(parts, val_frac):
+    """Training and validation part: the two that there are, or of a single one its last val_frac (default 0.1)."""
+    if len(parts) == 2:
+        return parts
+    ids, = parts
     cut = len(ids) - round(len(ids) * (val_frac or 0.1))
     return [ids[:cut], ids[cut:]]
 
 
 def load_token_files(cfg, paths):
-    parts = [open_token_file(path) for path in paths]
-    (train, tokenizer, info) = parts[0]
-    if len(parts) == 1 and info["val"] and cfg.val_frac is None:
-        parts.append(open_token_file(paths[0].parent / info["val"]))
+    train, tokenizer, info = open_token_file(paths[0])
     if cfg.tokenizer not in ("auto", tokenizer.name):
         raise UserError(f"--tokenizer {cfg.tokenizer}, but {paths[0]} was made with {tokenizer.name}; leave it out")
-    if len({tokenizer_hash(other) for _, other, _ in parts}) > 1:
+    if len(paths) == 1 and info["val"] and cfg.val_frac is None:
+        paths = [*paths, paths[0].parent / info["val"]]
+    if len(paths) == 1:
+        return Data(*split_off([train], cfg.val_frac), tokenizer, None, info["sha256"], None)
+    val, val_tokenizer, val_info = open_token_file(paths[1])
+    if tokenizer_hash(val_tokenizer) != tokenizer_hash(tokenizer):
         raise UserError(f"{paths[0]} and its validation file have different vocabularies; prepare them together")
-    if len(parts) == 2:
-        val, _, val_info = parts[1]
-        return Data(train, val, tokenizer, val_info["text_bytes"], info["sha256"], val_info["sha256"])
-    return Data(*split_off(train, cfg.val_frac), tokenizer, None, info["sha256"], None)
+    return Data(train, val, tokenizer, val_info["text_bytes"], info["sha256"], val_info["sha256"])
 
 
 def load_texts(cfg, paths, tokenizer=None):
@@ -1016,20 +1015,18 @@ def load_texts(cfg, paths, tokenizer=None):
     kind = tokenizer.name if tokenizer else kind
     texts = [read_text(path) for path in paths]
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    hashes = hashes if len(texts) > 1 else [*hashes, None]
-    val_bytes = len(texts[1].encode()) if len(texts) > 1 else None
     if kind == "word":
-        parts = [split_words(text) + [EOS] for text in texts]
-        parts = parts if len(parts) > 1 else split_off(parts[0], cfg.val_frac)
+        parts = split_off([split_words(text) + [EOS] for text in texts], cfg.val_frac)
         tokenizer = tokenizer or WordTokenizer.build(parts[0])
-        return Data(*(tokenizer.encode_words(words) for words in parts), tokenizer, val_bytes, *hashes)
-    tokenizer = tokenizer or make_tokenizer(kind, None)
-    parts = [tokenizer.encode(text) for text in texts]
-    parts = [np.append(ids, ids.dtype.type(tokenizer.eot)) for ids in parts]
-    if len(parts) == 1:
-        parts = split_off(parts[0], cfg.val_frac)
-        val_bytes = len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
-    return Data(*parts, tokenizer, val_bytes, *hashes)
+        parts = [tokenizer.encode_words(words) for words in parts]
+    else:
+        tokenizer = tokenizer or make_tokenizer(kind, None)
+        parts = [tokenizer.encode(text) for text in texts]
+        parts = split_off([np.append(ids, ids.dtype.type(tokenizer.eot)) for ids in parts], cfg.val_frac)
+    if len(texts) == 2:
+        return Data(*parts, tokenizer, len(texts[1].encode()), *hashes)
+    val_bytes = None if kind == "word" else len(tokenizer.decode(parts[1][parts[1] != tokenizer.eot]))
+    return Data(*parts, tokenizer, val_bytes, *hashes, None)
 
 
 def sample_batch(rng, tokens, batch, block):
@@ -1724,48 +1721,15 @@ def build(cfg, vocab_size, device, source=None):
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
 
 
-def lacks_memory(cfg, vocab_size, ranks, dtype):
-    """Whether any rank's memory runs out in two steps of a model that is then forgotten; the second step has the
-    optimiser's state, and gradients beside a micro-batch's activations where the run's steps have them. With --shard
-    ranks wait for each other within a step: there all run out, or none."""
-    lacking, parts = False, range(2 if cfg.micro_batch < cfg.batch_size * cfg.grad_accum else 1)
-    try:
-        model, optimizer, _ = build(cfg, vocab_size, ranks.device)
-        batch = torch.zeros(2, len(parts) * cfg.micro_batch, cfg.block, dtype=torch.int64)
-        for _ in range(2):
-            step_gradients(model, batch, cfg, 1, cfg.micro_batch, parts, ranks, dtype)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        lacking = True
-    model = optimizer = None
-    gc.collect()                                           # a compiled model is part of a cycle
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()               # the log's is the run's own
-    return ranks.sum(lacking)[0] > 0
-
-
 def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
-    """What --micro-batch auto stands for, on every rank: the first part of a batch that fits by formula, or the next of
-    at most half its size that does when it is tried."""
+    """What --micro-batch auto stands for, on every rank, by estimate.py. Raises UserError where that is missing, the
+    device isn't CUDA, or nothing fits."""
     free = free_memory(ranks.device)
     try:
-        from estimate import fits_by_formula
+        import estimate
     except ModuleNotFoundError as e:
         raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
-    sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
-             and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
-    nodes, local_ranks = mesh_sizes()
-    shards = (local_ranks if local_ranks > 1 else nodes) if cfg.shard else 1    # as shard_model() splits
-    first = ranks.from_first(lambda: fits_by_formula(cfg, vocab_size, sizes, free, shards))
-    sizes = [size for size in sizes if size <= first]
-    while lacks_memory(dataclasses.replace(cfg, micro_batch=sizes[0]), vocab_size, ranks, dtype):
-        if not (smaller := [size for size in sizes if size <= sizes[0] // 2]):
-            raise UserError(f"no memory for --micro-batch {sizes[0]} (auto); --activation-checkpointing takes less, "
-                            "and --shard on several GPUs")
-        sizes = smaller
-    return sizes[0]
+    return estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype, free)
 
 
 def restore(ckpt, model, optimizer, rng):

@@ -109,7 +109,6 @@ def to_tokenizers(tokenizer):
     elif tokenizer.name == "gpt2":
         made = byte_level(*gpt2_pairs(tokenizer), words=True)
     elif tokenizer.name == "bpe":
-        tokenizer.start_encoder()
         merges = json.loads(tokenizer.encoder.to_str())["model"]["merges"]
         made = byte_level(tokenizer.encoder.get_vocab(), [tuple(pair) for pair in merges], words=True)
     else:                                                  # a Llama's, which is one
