@@ -631,6 +631,16 @@ def loss_or_infinity(value):
     return type(value) is float and value >= 0
 
 
+def file_hash(*paths):
+    """sha256 of files, one after the other, in hexadecimal; a folder stands for the weights in it (*.safetensors)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with open(part, "rb") as f:
+                hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
+
 def read_bytes(path, limit):
     """What a regular file holds. Raises OSError, or ValueError if it has more than `limit` bytes."""
     if not os.path.isfile(path):                           # /dev/zero would never end
@@ -1274,6 +1284,7 @@ MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_ever
               "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
 RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT_WEIGHTS = "step[0-9]*.pt"                             # of --keep-every
+ELSEWHERE = "use another --out-dir, or --overwrite"
 KEPT = "what was saved before is kept. Free some space (or make the folder writable) and run the command again"
 CONFIG = {f"{name}?": kind for name, kind in get_type_hints(Config).items()}
 CHECKPOINT = {"format": whole_number, "config": dict, "tokenizer": {"name": str, "words": list | None}, "model": dict,
@@ -1478,58 +1489,63 @@ def read_log(path, shape=LOG_LINE):
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is no log ({brief(e)}); use another --out-dir") from None
     parsed = []
-    for i, line in enumerate(lines):
+    for n, line in enumerate(lines, 1):
         try:
-            parsed.append(json.loads(line))
-            check(parsed[-1], shape, "the line")
+            value = json.loads(line)
+            check(value, shape, "the line")
         except BROKEN as e:
-            if i + 1 < len(lines):
-                raise UserError(f"{path}:{i + 1} is no log line ({brief(e)}); mend it, or use another "
-                                "--out-dir") from None
-            del parsed[i:]
+            if n == len(lines):
+                break
+            raise UserError(f"{path}:{n} is no log line ({brief(e)}); mend it, or use another --out-dir") from None
+        parsed.append(value)
     return parsed
+
+
+def read_run(folder):
+    """(lines of the log, last.pt or None) of a run folder. Raises UserError for what can't be gone on with."""
+    log, last = read_log(folder / "train.jsonl"), folder / "last.pt"
+    ckpt = load_checkpoint(last, mmap=True) if last.exists() else None
+    if not log and not ckpt and (kept := sorted(folder.glob(KEPT_WEIGHTS))):
+        raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; {ELSEWHERE}")
+    if ckpt and (lacking := {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys()):
+        raise UserError(f"{last} lacks {', '.join(sorted(lacking))}: a copy of best.pt? That can be sampled from, but "
+                        "not trained on")
+    if log and "config" not in log[0]:
+        raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; {ELSEWHERE}")
+    return log, ckpt
+
+
+def as_begun(cfg, given, saved):
+    """The Config with what a run of the saved settings began with where the command leaves it open: choices of `auto`,
+    and defaults that follow from --steps, which may have grown, and from --size, which widths didn't always."""
+    kept = [name for name, auto in (("dtype", "auto"), ("micro_batch", 0)) if getattr(cfg, name) == auto]
+    following = ["warmup_steps", "sem_dim", "geo_dim", "attn_dim"] if cfg.size else ["warmup_steps"]
+    kept += [name for name in following if name not in given]
+    return dataclasses.replace(cfg, **{name: saved[name] for name in kept})
 
 
 def find_run(cfg, given):
     """What the run folder holds for this command: (cfg, checkpoint or None, finished). Raises UserError if that is
     a run with other settings, or can't be gone on with."""
     folder = Path(cfg.out_dir)
-    log = [] if cfg.overwrite else read_log(folder / "train.jsonl")
-    afresh = cfg.overwrite or not (folder / "last.pt").exists()
-    ckpt = None if afresh else load_checkpoint(folder / "last.pt", mmap=True)
+    log, ckpt = ([], None) if cfg.overwrite else read_run(folder)
     if not log and not ckpt:
-        if (kept := sorted(folder.glob(KEPT_WEIGHTS))) and not cfg.overwrite:
-            raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; use another --out-dir, or "
-                            "--overwrite")
         return cfg, None, False
-    lacking = {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys() if ckpt else None
-    if lacking:
-        raise UserError(f"{folder}/last.pt lacks {', '.join(sorted(lacking))}: a copy of best.pt? That can be sampled "
-                        "from, but not trained on")
-    if log and "config" not in log[0]:
-        raise UserError(f"{folder}/train.jsonl doesn't begin with a meta line; use another --out-dir, or --overwrite")
     try:
         saved = dataclasses.asdict(ckpt["config"] if ckpt else config_of(log[0]["config"]))
     except BROKEN as e:
-        raise UserError(f"{folder}/train.jsonl has broken settings ({brief(e)}); use another --out-dir, or "
-                        "--overwrite") from None
-    if "warmup_steps" not in given:                        # its default depends on --steps, which may have grown
-        cfg = dataclasses.replace(cfg, warmup_steps=saved["warmup_steps"])
-    widths = ("sem_dim", "geo_dim", "attn_dim")            # which didn't follow --size always
-    cfg = dataclasses.replace(cfg, **{name: saved[name] for name in widths if name not in given and cfg.size})
-    for name, auto in (("dtype", "auto"), ("micro_batch", 0)):                  # a run keeps what it began with
-        cfg = dataclasses.replace(cfg, **{name: saved[name]}) if getattr(cfg, name) == auto else cfg
+        raise UserError(f"{folder}/train.jsonl has broken settings ({brief(e)}); {ELSEWHERE}") from None
+    cfg = as_begun(cfg, given, saved)
     if ckpt and ckpt["step"] == saved["steps"] < cfg.steps:                     # a finished run may be extended
         saved["steps"] = cfg.steps
     may_change = MAY_CHANGE | ({"val_data"} if ckpt and "val_sha256" in ckpt["data"] else set())
     differ = [f"{flag_name(name)} was {saved[name]!r}, is {value!r}" for name, value in dataclasses.asdict(cfg).items()
               if name not in may_change and value != saved[name]]
     if differ:
-        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differ)}); use another --out-dir, or "
-                        "--overwrite")
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differ)}); {ELSEWHERE}")
     finished = bool(log) and log[-1]["type"] == "done" and log[-1].get("step") == cfg.steps
     if ckpt is None and len(log) > 1 and not finished:
-        raise UserError(f"{folder} has a log but no last.pt to go on from; use another --out-dir, or --overwrite")
+        raise UserError(f"{folder} has a log but no last.pt to go on from; {ELSEWHERE}")
     return cfg, ckpt, finished
 
 
@@ -1753,7 +1769,7 @@ def restore(ckpt, model, optimizer, rng):
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
         rng.bit_generator.state = ckpt["rng"]
     except (*BROKEN, RuntimeError) as e:
-        raise UserError(f"last.pt doesn't fit this run ({brief(e)}); use another --out-dir, or --overwrite") from None
+        raise UserError(f"last.pt doesn't fit this run ({brief(e)}); {ELSEWHERE}") from None
 
 
 @dataclass
@@ -1907,7 +1923,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
                    cfg.tokens_per_step, of_peak=share_of_peak(cfg, vocab_size, ranks, env))
     if ckpt:
-        check_same_data(ckpt["data"], data, folder, "use another --out-dir, or --overwrite")
+        check_same_data(ckpt["data"], data, folder, ELSEWHERE)
         restore(ckpt, model, optimizer, rng)
         run.step, run.best, run.saved_at = ckpt["step"], ckpt["best_val_loss"], ckpt["step"]
     runner = model
@@ -1968,30 +1984,16 @@ def stream_bytes(fmt, C):
     return -(-C * bits // 8) + scale * -(-C // 32)
 
 
-def whole_bytes(bits):
-    """The fewest channels whose codes fill whole bytes, and how many bytes that is."""
-    return 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
-
-
-def pack(codes, bits):
-    """codes [N, C] uint8 of so many bits -> bytes [N, ceil(C · bits / 8)], the first channel in the lowest bits."""
-    (group, length), C = whole_bytes(bits), codes.size(1)
-    first, *others = F.pad(codes, (0, -C % group)).unflatten(1, (-1, group)).to(
-        torch.uint8 if length == 1 else torch.int32).unbind(2)
-    for i, code in enumerate(others, 1):
-        first = first | code << bits * i
-    return torch.stack([first >> 8 * i & 255 for i in range(length)], 2).byte().flatten(1)[:, :-(-C * bits // 8)]
-
-
-def unpack(packed, bits, C):
-    """The codes [B, C, S] of bytes [B, ceil(C · bits / 8), S]."""
-    group, length = whole_bytes(bits)
-    first, *others = F.pad(packed, (0, 0, 0, -packed.size(1) % length)).unflatten(1, (-1, length)).to(
-        torch.uint8 if length == 1 else torch.int32).unbind(2)
-    for i, byte in enumerate(others, 1):
-        first = first | byte << 8 * i
-    shift = bits * torch.arange(group, dtype=first.dtype, device=packed.device)[:, None]
-    return (first[:, :, None] >> shift & 2**bits - 1).flatten(1, 2)[:, :C]
+def regroup(x, bits, to, n):
+    """Numbers x [N, ., S] of so many bits -> the first n [N, n, S] of `to` bits each that the same bits make, the first
+    in the lowest. Packs codes into bytes (n = ceil(C · bits / 8) of C channels), and unpacks them."""
+    together = math.lcm(bits, to)                          # what whole numbers of both sizes fill: 8 bits, or 24
+    x = F.pad(x, (0, 0, 0, -x.size(1) % (together // bits))).unflatten(1, (-1, together // bits))
+    first, *others = x.to(torch.uint8 if together == 8 else torch.int32).unbind(2)
+    for i, part in enumerate(others, 1):
+        first = first | part << bits * i
+    shift = torch.arange(0, together, to, dtype=first.dtype, device=x.device)[:, None]
+    return (first[:, :, None] >> shift & 2**to - 1).flatten(1, 2)[:, :n]
 
 
 def quantize(x, fmt):
@@ -2020,7 +2022,8 @@ def quantize(x, fmt):
         codes = (x + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
     codes = codes.flatten(1)[:, :C]
     if fmt != "q8_0":
-        codes = pack(codes, FORMATS[fmt][0])
+        bits = FORMATS[fmt][0]
+        codes = regroup(codes[..., None], bits, 8, -(-C * bits // 8))[..., 0].byte()
     return codes, torch.where(fits, d, torch.nan)[..., 0].half()
 
 
@@ -2029,7 +2032,7 @@ def dequantize(codes, scales, fmt, C):
     if fmt in FLOAT_FORMATS:
         return codes.float()
     bits = FORMATS[fmt][0]
-    codes = codes if fmt == "q8_0" else unpack(codes, bits, C)                  # [B, C, S]
+    codes = codes if fmt == "q8_0" else regroup(codes, 8, bits, C)              # [B, C, S]
     x = torch.tensor(NF4, device=codes.device)[codes.int()] if fmt == "nf4" else codes.float()
     if fmt not in ("q8_0", "nf4"):
         x -= 2 ** (bits - 1)
@@ -2516,11 +2519,7 @@ def auto_policy(cfg, model_cfg):
                         f"({brief(e)}); {again}") from None
     formats, rotate, residual = policy["formats"], policy["rotate"], policy["residual"]
     kernel = policy.get("kernel", "auto") if cfg.kernel == "auto" else cfg.kernel
-    digest = hashlib.sha256()
-    for part in sorted(ckpt.glob("*.safetensors")) if ckpt.is_dir() else [ckpt]:
-        with open(part, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)
-    if policy.get("checkpoint_sha256") != digest.hexdigest():
+    if policy.get("checkpoint_sha256") != file_hash(ckpt):
         raise UserError(f"--kv-cache auto: {path} was made for another checkpoint than {ckpt}; {again}")
     print(f"--kv-cache auto ({path}): {', '.join(map(' '.join, formats.items()))}, {'' if rotate else 'not '}rotated, "
           f"residual {residual}, kernel {kernel}", file=sys.stderr)

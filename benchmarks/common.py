@@ -26,7 +26,7 @@ def write(out: Path | None, device: torch.device, **result) -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(env=train_dba.provenance(device), **result), indent=1) + "\n"
-    train_dba.write_whole(out, lambda temporary: temporary.write_text(text))
+    train_dba.write_text(out, text)
 
 
 def seconds_of(call: Callable, device: torch.device, least: float = 0.0) -> float:

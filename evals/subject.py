@@ -6,7 +6,6 @@ as a .gguf file or a Hugging Face folder.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from train_dba import (
     UserError,
     cache_formats,
     check_same_data,
+    file_hash,
     pick_device,
     pick_dtype,
     provenance,
@@ -54,22 +54,12 @@ class Subject:
         return self.path.parent
 
 
-def file_hash(*paths: Path) -> str:
-    """sha256 of files, one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)
-    return digest.hexdigest()
-
-
 def load_subject(ckpt: str | Path, device: str = "auto", dtype: str = "float32") -> Subject:
     """The Subject of --ckpt, --device and --dtype. Raises UserError."""
     device = pick_device(device)
     dtype, _ = pick_dtype(dtype, device)
     model, tokenizer, path, content = read_model(ckpt, device)
-    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return Subject(model, tokenizer, path, content.get("step"), file_hash(*weights), device, dtype, content.get("data"))
+    return Subject(model, tokenizer, path, content.get("step"), file_hash(path), device, dtype, content.get("data"))
 
 
 # -----------------------------------------------------------------------------
@@ -179,7 +169,7 @@ def write_result(path: Path, subject: Subject, flags: dict, result: dict) -> Non
     settings = {name: value for name, value in flags.items() if name not in ("run", "out")}
     model = dict(step=subject.step, sha256=subject.sha256, config=dataclasses.asdict(subject.cfg))
     text = json_text(dict(settings=settings, model=model, env=provenance(subject.device), **result))
-    train_dba.write_whole(path, lambda temporary: temporary.write_text(text))
+    train_dba.write_text(path, text)
 
 
 def json_text(result: dict) -> str:

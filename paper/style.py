@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-from train_dba import write_whole
+from train_dba import write_text, write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
@@ -23,11 +23,6 @@ SMALL, NORMAL = 8, 9                                       # points of text, at 
 plt.rcParams.update({"font.size": SMALL, "axes.titlesize": NORMAL, "axes.labelsize": SMALL, "legend.fontsize": SMALL,
                      "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "axes.spines.top": False,
                      "axes.spines.right": False, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def write_json(path: Path, content) -> None:

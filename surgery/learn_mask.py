@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import train_dba
-from evals.subject import Report, Subject, file_hash, json_text, load_subject, quiet
+from evals.subject import Report, Subject, json_text, load_subject, quiet
 from evals.timing import forget_peak, peak_since
 from surgery.mask import (
     Gates,
@@ -43,7 +43,7 @@ from surgery.measure_mask import (
     summary,
 )
 from surgery.sparse_attention import Grid
-from train_dba import BROKEN, UserError, brief, whole_number
+from train_dba import BROKEN, UserError, brief, file_hash, whole_number
 
 WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in nats of a block's share
 DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
@@ -101,8 +101,7 @@ def open_host(path: str, device: str) -> tuple[Host, Subject]:
     except (*BROKEN, OSError, RuntimeError, SafetensorError, StrictDataclassError) as e:
         raise UserError(f"{path} can't be read as a language model of transformers ({brief(e)})") from None
     device = train_dba.pick_device(device)
-    subject = Subject(model.to(device), tokenizer, folder, None, file_hash(*sorted(folder.glob("*.safetensors"))),
-                      device, torch.float32)
+    subject = Subject(model.to(device), tokenizer, folder, None, file_hash(folder), device, torch.float32)
     return Host(model), subject
 
 

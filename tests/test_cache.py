@@ -180,11 +180,11 @@ def test_blocks_are_32_channels_of_one_token(fmt, C):
 def test_packed_codes_are_one_row_of_bits(bits, C, seed):
     """Beside Python's whole numbers; what fills up the last byte is 0."""
     codes = torch.randint(0, 2**bits, (3, C), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = dba.pack(codes, bits)
+    packed = dba.regroup(codes[..., None], bits, 8, math.ceil(C * bits / 8))[..., 0]
     for row, expected in zip(packed, codes.tolist()):
         number = sum(code << bits * i for i, code in enumerate(expected))
         assert bytes(row.tolist()) == number.to_bytes(math.ceil(C * bits / 8), "little")
-    assert torch.equal(dba.unpack(packed.T[None], bits, C)[0].T, codes)
+    assert torch.equal(dba.regroup(packed.T[None], 8, bits, C)[0].T, codes)
 
 
 def test_the_even_channel_is_the_low_half_of_a_byte():

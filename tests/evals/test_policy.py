@@ -12,9 +12,9 @@ from trained import BLOCK, EVALUATE, evaluate, result_of, validation
 import train_dba
 from evals import policy as policies
 from evals import timing
-from evals.subject import file_hash, load_subject
+from evals.subject import load_subject
 from helpers import assert_done, assert_error, call, snapshot
-from train_dba import KVCache, cache_bytes, load_checkpoint, load_model, rotate_cache, stream_bytes
+from train_dba import KVCache, cache_bytes, file_hash, load_checkpoint, load_model, rotate_cache, stream_bytes
 
 POLICY = "--max-tokens 512 --batch-size 3 --kernel-tokens 100"
 

@@ -18,9 +18,9 @@ from train_dba import UserError
 
 def test_a_run_folder_and_its_checkpoint_are_one_subject(runs):
     one, other = subject.load_subject(runs / "mla", "cpu"), subject.load_subject(runs / "mla/best.pt", "cpu")
-    assert one.sha256 == other.sha256 == subject.file_hash(runs / "mla/best.pt")
+    assert one.sha256 == other.sha256 == train_dba.file_hash(runs / "mla/best.pt")
     assert one.folder == runs / "mla" and one.step == 12 and not one.model.training
-    assert one.data["sha256"] == subject.file_hash(runs / "text.txt")
+    assert one.data["sha256"] == train_dba.file_hash(runs / "text.txt")
 
 
 @pytest.mark.parametrize("ckpt", ("nowhere", "nowhere/best.pt", "empty"))
