@@ -112,6 +112,13 @@ def fits_by_formula(cfg: Config, vocab_size: int, sizes: list[int], free: int, s
     return size
 
 
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device. Raises UserError on others: a system that lends more than it has can't tell."""
+    if device.type != "cuda":
+        raise UserError(f"--micro-batch auto asks a CUDA device for its free memory; give a number on {device.type}")
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def lacks_memory(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> bool:
     """Whether any rank's memory runs out in two steps of a model that is then forgotten; the second step has the
     optimiser's state, and gradients beside a micro-batch's activations where the run's steps have them. With --shard
@@ -134,9 +141,10 @@ def lacks_memory(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype)
     return ranks.sum(lacking)[0] > 0
 
 
-def fitting_micro_batch(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype, free: int) -> int:
-    """What --micro-batch auto stands for, on every rank, with `free` bytes on this one: the first part of a batch that
-    fits by formula, or the next of at most half its size that does when it is tried. Raises UserError if none does."""
+def fitting_micro_batch(cfg: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> int:
+    """What --micro-batch auto stands for, on every rank: the first part of a batch that fits by formula, or the next of
+    at most half its size that does when it is tried. Raises UserError if none does."""
+    free = free_memory(ranks.device)
     sizes = [size for size in range(cfg.batch_size, 0, -1) if cfg.batch_size % size == 0
              and cfg.batch_size * cfg.grad_accum // size % ranks.world == 0]
     nodes, local_ranks = mesh_sizes()

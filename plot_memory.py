@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from evals.subject import load_subject
-from evals.timing import forget_peak, peak_since
+from evals.timing import cache_bytes, forget_peak, peak_since
 from paper.style import COLORS, MARKERS, NORMAL, REPORTED, clean, latex_table, save, write_json, write_text
 from train_dba import (
     CACHE_BLOCK,
@@ -41,7 +41,6 @@ from train_dba import (
     UserError,
     autocast,
     bytes_per_token,
-    cache_bytes,
     cache_formats,
     cache_slots,
     make_config,

@@ -203,7 +203,7 @@ def product_rate(cfg, device, seconds=0.2):
     """FLOP/s of matrix products on this device in the type that a run would take here, and that type's name."""
     if device.type == "cpu":
         rates = product_rates(cfg.batch_size * cfg.block, cfg.d_model, cfg.d_ff)
-        name = str(pick_dtype(cfg.dtype, device, rates)[0]).removeprefix("torch.")
+        name = str(pick_dtype(cfg.dtype, device, lambda: rates)[0]).removeprefix("torch.")
         return rates[name] * 1e12, name
     dtype, size = pick_dtype(cfg.dtype, device)[0], 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)

@@ -1154,8 +1154,9 @@ def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter, l
     return {name: flop / statistics.median(times[1:]) / 1e12 for name, times in seconds.items()}  # [0] is the warm-up
 
 
-def pick_dtype(name, device, rates=None):
-    """Type of the matrix products, and the reason for it. rates: of product_rates(), which auto goes by on a CPU."""
+def pick_dtype(name, device, measure=lambda: product_rates(256, 512, 2048)):
+    """Type of the matrix products, and the reason for it. measure() makes the product_rates() that auto goes by on a
+    CPU."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
@@ -1163,7 +1164,7 @@ def pick_dtype(name, device, rates=None):
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU lacks bfloat16")
     if device.type != "cpu":
         return torch.float32, f"no fast bfloat16 on this {device.type}"
-    rates = rates or product_rates(256, 512, 2048)
+    rates = measure()
     fast = rates["bfloat16"] > 1.1 * rates["float32"]      # casting weights and activations costs some of the gain
     return torch.bfloat16 if fast else torch.float32, (
         f"timed: {rates['float32']:.3g} TFLOP/s in float32, {rates['bfloat16']:.3g} in bfloat16")
@@ -1184,13 +1185,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if device.type == "cpu" else None
-
-
-def free_memory(device):
-    """Free bytes of a CUDA device. Raises UserError on others: a system that lends more than it has can't tell."""
-    if device.type != "cuda":
-        raise UserError(f"--micro-batch auto asks a CUDA device for its free memory; give a number on {device.type}")
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def keep_freed_memory():
@@ -1738,14 +1732,13 @@ def build(cfg, vocab_size, device, source=None):
 
 
 def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
-    """What --micro-batch auto stands for, on every rank, by estimate.py. Raises UserError where that is missing, the
-    device isn't CUDA, or nothing fits."""
-    free = free_memory(ranks.device)
+    """What --micro-batch auto stands for, on every rank, by estimate.py. Raises UserError where that is missing, has no
+    free memory to ask for, or finds that nothing fits."""
     try:
         import estimate
     except ModuleNotFoundError as e:
         raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
-    return estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype, free)
+    return estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype)
 
 
 def restore(ckpt, model, optimizer, rng):
@@ -1902,9 +1895,12 @@ def train(cfg, given, argv, source=None, tokenizer=None):
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
-    if cfg.dtype == "auto" and device.type == "cpu":
+
+    def measure():
         env["product_tflops"] = ranks.from_first(lambda: product_rates(cfg.block, cfg.d_model, cfg.d_ff))
-    dtype, why = pick_dtype(cfg.dtype, device, env.get("product_tflops"))
+        return env["product_tflops"]
+
+    dtype, why = pick_dtype(cfg.dtype, device, measure)
     if given.get("dtype", "auto") == "auto" != cfg.dtype:
         why = "as this run began"
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
@@ -2077,14 +2073,6 @@ def cache_slots(tokens, residual):
     """Slots that are allocated for so many tokens: settled ones, and those of the ring of the newest."""
     ring = min(residual, tokens)
     return -(-(tokens - ring) // CACHE_BLOCK) * CACHE_BLOCK, -(-ring // RING_BLOCK) * RING_BLOCK
-
-
-def cache_bytes(cfg, batch, tokens, policy, residual=0):
-    """Bytes that a KVCache of these arguments owns."""
-    settled, ring = cache_slots(tokens, residual)
-    formats = cache_formats(cfg, policy)
-    of_ring = {name: ring_format(fmt) for name, fmt in formats.items()}
-    return batch * (settled * bytes_per_token(cfg, formats) + ring * bytes_per_token(cfg, of_ring))
 
 
 class CacheStream:
@@ -2598,11 +2586,8 @@ def sample(cfg):
     device = pick_device(cfg.device)
     model, tokenizer, path, ckpt = read_model(cfg.ckpt, device)
     cfg = dataclasses.replace(cfg, ckpt=str(path))
-    timed = cfg.dtype == "auto" and device.type == "cpu"   # a token at a time: vectors times matrices
-    rates = None
-    if timed:
-        rates = product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers)
-    dtype, why = pick_dtype(cfg.dtype, device, rates)
+    dtype, why = pick_dtype(cfg.dtype, device, lambda: product_rates(           # a token at a time: vectors
+        1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers))
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     formats = stream_formats(cfg, model.cfg)
     kernel, why_kernel = resolve_kernel(cfg.kernel, device, formats.values())

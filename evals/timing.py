@@ -31,13 +31,15 @@ from evals.subject import (
     write_result,
 )
 from train_dba import (
+    Config,
     KVCache,
     UserError,
     autocast,
     bytes_per_token,
-    cache_bytes,
     cache_formats,
+    cache_slots,
     resolve_kernel,
+    ring_format,
     rotate_cache,
     synchronize,
 )
@@ -45,6 +47,14 @@ from train_dba import (
 COMPARED = ("fp16", "q8_0", "q4_0", "hetero")              # cache formats, where they fit the model
 WARM_UP = 8                                                # decode steps that aren't measured: kernels are compiled
 COPY_BYTES = 2**29
+
+
+def cache_bytes(cfg: Config, batch: int, tokens: int, policy: str | dict[str, str], residual: int = 0) -> int:
+    """Bytes that a KVCache of these arguments owns, by formula."""
+    settled, ring = cache_slots(tokens, residual)
+    formats = cache_formats(cfg, policy)
+    of_ring = {name: ring_format(fmt) for name, fmt in formats.items()}
+    return batch * (settled * bytes_per_token(cfg, formats) + ring * bytes_per_token(cfg, of_ring))
 
 
 # -----------------------------------------------------------------------------

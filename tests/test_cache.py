@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import reference
 import train_dba as dba
+from evals.timing import cache_bytes
 from kernels import rotate
 from reference import (
     LEVELS,
@@ -279,7 +280,7 @@ def test_owned_bytes_are_the_predicted_ones(mode, widths):
                                      for s, C in streams.items())
             cache = dba.KVCache(cfg, batch, length, formats, residual)
             owned = sum(x.untyped_storage().nbytes() for x in tensors(cache))
-            assert cache.nbytes() == owned == wanted == dba.cache_bytes(cfg, batch, length, formats, residual)
+            assert cache.nbytes() == owned == wanted == cache_bytes(cfg, batch, length, formats, residual)
             assert cache.capacity == settled + N >= length
 
 

@@ -64,7 +64,7 @@ def test_a_fast_clock_means_more_rounds():
     (dict(float32=1.0, bfloat16=1.2), "bfloat16"),
 ], ids=str)
 def test_auto_takes_the_faster_type_and_says_both_rates(rates, expected):
-    dtype, why = pick_dtype("auto", CPU, rates)
+    dtype, why = pick_dtype("auto", CPU, lambda: rates)
     assert dtype == getattr(torch, expected)
     assert f"{rates['float32']:.3g}" in why and f"{rates['bfloat16']:.3g}" in why
 

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+import estimate
 import train_dba
 from estimate import ROOM, fits_by_formula, training_memory
 from helpers import TRAIN, assert_done, assert_error, call, losses, make_text, read_log
@@ -15,7 +16,8 @@ from train_dba import make_config
 RUN = f"{TRAIN} --batch-size 12 --lr 1e-2 --steps 2 --eval-iters 2"
 # A program whose rank 1 runs out of memory at more than `most` sequences.
 PRETEND = """
-train_dba.free_memory = lambda device: {free}
+import estimate
+estimate.free_memory = lambda device: {free}
 steps = train_dba.step_gradients
 def limited(model, batch, cfg, step, micro, *rest):
     if micro > {most} and os.environ.get("RANK", "1") == "1":
@@ -35,7 +37,7 @@ def pretend(monkeypatch, free=2**40, most=12):
             raise torch.OutOfMemoryError("pretended")
         return steps(model, batch, cfg, step, micro, mine, *rest)
 
-    monkeypatch.setattr(train_dba, "free_memory", lambda device: free)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: free)
     monkeypatch.setattr(train_dba, "step_gradients", limited)
     return tried
 

@@ -12,10 +12,11 @@ import torch
 
 import plot_memory
 import train_dba
+from evals.timing import cache_bytes
 from helpers import Result, assert_done, assert_error, environment
 from plot_memory import GIB, MODELS, POLICIES, estimate, factors, measure_fill, model_configs, policies, what_fits
 from reference import MODES, config, settings
-from train_dba import CACHE_BLOCK, GPT, KVCache, bytes_per_token, cache_bytes
+from train_dba import CACHE_BLOCK, GPT, KVCache, bytes_per_token
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 131_072

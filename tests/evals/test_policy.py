@@ -13,8 +13,9 @@ import train_dba
 from evals import policy as policies
 from evals import timing
 from evals.subject import load_subject
+from evals.timing import cache_bytes
 from helpers import assert_done, assert_error, call, snapshot
-from train_dba import KVCache, cache_bytes, file_hash, load_checkpoint, load_model, rotate_cache, stream_bytes
+from train_dba import KVCache, file_hash, load_checkpoint, load_model, rotate_cache, stream_bytes
 
 POLICY = "--max-tokens 512 --batch-size 3 --kernel-tokens 100"
 

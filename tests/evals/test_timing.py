@@ -10,8 +10,9 @@ from trained import BLOCK, EVALUATE, evaluate, plain_nll, result_of, validation
 import train_dba
 from evals import timing
 from evals.subject import load_subject
+from evals.timing import cache_bytes
 from helpers import assert_done
-from train_dba import KVCache, cache_bytes, load_checkpoint, load_model, stream_bytes
+from train_dba import KVCache, load_checkpoint, load_model, stream_bytes
 
 
 @pytest.fixture(autouse=True)
