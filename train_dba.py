@@ -2516,10 +2516,11 @@ def auto_policy(cfg, model_cfg):
 
 
 def rotate_cache(model):
-    """rotate_cache() of kernels/rotate.py, for --kv-rotate. Raises UserError where that is missing, or can't."""
+    """rotate_cache() of kernels/rotate.py, for --kv-rotate: the same model. Raises UserError where that is missing, or
+    can't."""
     try:
         from kernels import rotate
-        rotate.rotate_cache(model)
+        return rotate.rotate_cache(model)
     except ModuleNotFoundError as e:
         raise UserError(f"--kv-rotate: no module {e.name} beside train_dba.py") from None
     except ValueError as e:

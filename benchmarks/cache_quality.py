@@ -91,8 +91,7 @@ def main():
             policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
         except UserError as e:
             return f"error: {e}"
-        rotated = copy.deepcopy(subject.model)
-        train_dba.rotate_cache(rotated)
+        rotated = train_dba.rotate_cache(copy.deepcopy(subject.model))
         batches = [(ids[:, :-1], ids[:, 1:]) for ids in windows.to(subject.device).split(args.batch_size)]
         label = subject.path.name if subject.step is None else "/".join(subject.folder.resolve().parts[-2:])
         sources[label] = dict(sha256=subject.sha256, data_sha256=held.sha256, block=windows.size(1) - 1,

@@ -278,8 +278,7 @@ def main(args) -> None:
     check_out(args.out)
     subject = load_subject(args.ckpt, args.device, args.dtype)
     held = held_out(subject, args.data)
-    block, rotated = args.block or subject.cfg.block, copy.deepcopy(subject.model)
-    rotate_cache(rotated)
+    block, rotated = args.block or subject.cfg.block, rotate_cache(copy.deepcopy(subject.model))
     limits = dict(delta_nll=args.max_delta_nll, kl=args.max_kl, max_delta_logit=args.max_delta_logit)
     budget = Budget({name: limit for name, limit in limits.items() if limit is not None},
                     args.max_kv_bytes_per_token or math.inf)

@@ -46,10 +46,10 @@ def rotate_rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> None:
 
 
 @torch.no_grad()
-def rotate_cache(model: torch.nn.Module) -> None:
-    """Rotate what a model caches, per key head: keys, values and the latent, in place. Queries and output weights are
-    rotated along, so that nothing but rounding in the cache changes. Only keys with RoPE cost more per token, a product
-    with `turn` after it, as llama.cpp has it since April 2026 (pull request 21038).
+def rotate_cache(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, in which what it caches, keys, values and the latent, is rotated per key head. Queries and output
+    weights are rotated along, so that nothing but rounding in the cache changes. Only keys with RoPE cost more per
+    token, a product with `turn` after it, as llama.cpp has it since April 2026 (pull request 21038).
 
     Raises ValueError, before anything is changed, where a norm's gain of 0 would have to be folded into a null token.
     """
@@ -63,6 +63,7 @@ def rotate_cache(model: torch.nn.Module) -> None:
         for stream, groups in (rotate_latent if attn.shape.latent else rotate_heads)(attn).items():
             if stream in attn.null:
                 rotate(attn.null[stream], groups)
+    return model
 
 
 def rotate_heads(attn: torch.nn.Module) -> dict[str, int]:
@@ -105,6 +106,4 @@ def rotate_latent(attn: torch.nn.Module) -> dict[str, int]:
 
 def rotated(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a model, whose cache is rotated. Raises ValueError as rotate_cache() does."""
-    model = copy.deepcopy(model)
-    rotate_cache(model)
-    return model
+    return rotate_cache(copy.deepcopy(model))
