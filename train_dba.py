@@ -2160,88 +2160,6 @@ class Span:
                 yield part, start, stop, pos
 
 
-class KVCache:
-    """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
-    appended in place; of the tokens that a query sees, the newest `residual` are floats, however many come in a pass.
-    length [B], on the CPU, counts the tokens that all layers hold; a forward pass adds its own at its end. kernel: what
-    reads and writes the settled tokens."""
-
-    def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
-        formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
-        self.shape, self.device, self.kernel = cfg.attention, device, kernel or TORCH
-        self.window = min(residual, tokens)
-        self.capacity = settled + self.window
-        self.layers = [{name: CacheStream(batch, C, settled, ring, formats[name], device)
-                        for name, C in self.shape.streams.items()} for _ in range(cfg.layers)]
-        self.length, self.settled = torch.zeros(2, batch, dtype=torch.long)
-
-    def begin(self, T):
-        """Span of the next T tokens of every sequence. Raises ValueError past what is allocated."""
-        length, end = self.length, self.length + T
-        if end.max() > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end.max()}")
-        settled = torch.maximum(self.settled, end - self.window)
-        pos, old = length[:, None] + torch.arange(T), self.settled[:, None] + torch.arange(T)     # [B, T]
-        rows, t = (old < torch.minimum(settled, length)[:, None]).nonzero(as_tuple=True)
-        new = pos < settled[:, None]
-        leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
-            (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        seen, recent = int(torch.minimum(settled, length + min(T, 1)).min()), None
-        if T > 1 and self.window and (settled > self.settled).any():
-            seen, recent = int(self.settled.min()), self.recent_positions(pos).to(self.device)
-        floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
-        return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
-                    settling, staying, floats, recent)
-
-    def recent_positions(self, pos):
-        """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
-        settled = self.settled[:, None]
-        ring = settled + (torch.arange(self.window) - settled) % self.window
-        ring = torch.where(ring < self.length[:, None], ring, torch.iinfo(torch.long).max)
-        return torch.cat([ring, pos], 1)
-
-    def append(self, layer, span, entries):
-        """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
-        so that a settled value doesn't depend on when it settled. Returns {stream: floats [B, C, window + T]} at the
-        positions of span.recent, or None without those."""
-        recent = None if span.recent is None else {}
-        for name, x in entries.items():
-            stream = self.layers[layer][name]
-            if self.window:
-                x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
-                if recent is not None:
-                    recent[name] = torch.cat([stream.ring[..., :self.window], x.mT], 2)
-                self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
-            rows, t = span.settling
-            self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
-            rows, t = span.staying
-            stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
-        return recent
-
-    def attend(self, layer, span, q, null, recent=None):
-        """decode_attention() over one layer, by the kernel unless there are too many queries for it, or what append()
-        returned holds tokens that some of them see as floats and others settled."""
-        if recent is not None:
-            return decode_attention(q, self.layers[layer], self.shape, span, null, recent)
-        G = 1 if self.shape.latent else self.shape.v_groups
-        few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
-        return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
-
-    def advance(self, span):
-        """Count the tokens of a span, which all layers hold by now."""
-        self.length = self.length + span.pos.size(1)
-        self.settled = torch.maximum(self.settled, self.length - self.window)
-
-    def truncate(self, n):
-        """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
-        self.length = torch.minimum(self.length, torch.as_tensor(n).cpu())
-        self.settled = torch.minimum(self.settled, self.length)
-
-    def nbytes(self):
-        """Bytes that the cache's tensors own."""
-        return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
-
-
 FUSED_FROM = 64                                            # queries that share a key: benchmarks/prefill_speed.py
 HIDDEN = torch.finfo(torch.float32).min / 2                # a score; the fused kernel has wrong sums for infinities
 
@@ -2325,6 +2243,88 @@ class Kernel:
 
 
 TORCH = Kernel("torch", decode_attention)
+
+
+class KVCache:
+    """The streams of all layers, each in the format that the policy gives it, allocated once for `tokens` tokens and
+    appended in place; of the tokens that a query sees, the newest `residual` are floats, however many come in a pass.
+    length [B], on the CPU, counts the tokens that all layers hold; a forward pass adds its own at its end. kernel: what
+    reads and writes the settled tokens."""
+
+    def __init__(self, cfg, batch, tokens, policy, residual=0, device="cpu", kernel=None):
+        formats, (settled, ring) = cache_formats(cfg, policy), cache_slots(tokens, residual)
+        self.shape, self.device, self.kernel = cfg.attention, device, kernel or TORCH
+        self.window = min(residual, tokens)
+        self.capacity = settled + self.window
+        self.layers = [{name: CacheStream(batch, C, settled, ring, formats[name], device)
+                        for name, C in self.shape.streams.items()} for _ in range(cfg.layers)]
+        self.length, self.settled = torch.zeros(2, batch, dtype=torch.long)
+
+    def begin(self, T):
+        """Span of the next T tokens of every sequence. Raises ValueError past what is allocated."""
+        length, end = self.length, self.length + T
+        if end.max() > self.capacity:
+            raise ValueError(f"the KV cache has room for {self.capacity} tokens, not {end.max()}")
+        settled = torch.maximum(self.settled, end - self.window)
+        pos, old = length[:, None] + torch.arange(T), self.settled[:, None] + torch.arange(T)     # [B, T]
+        rows, t = (old < torch.minimum(settled, length)[:, None]).nonzero(as_tuple=True)
+        new = pos < settled[:, None]
+        leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
+            (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
+        seen, recent = int(torch.minimum(settled, length + min(T, 1)).min()), None
+        if T > 1 and self.window and (settled > self.settled).any():
+            seen, recent = int(self.settled.min()), self.recent_positions(pos).to(self.device)
+        floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
+        return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
+                    settling, staying, floats, recent)
+
+    def recent_positions(self, pos):
+        """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
+        settled = self.settled[:, None]
+        ring = settled + (torch.arange(self.window) - settled) % self.window
+        ring = torch.where(ring < self.length[:, None], ring, torch.iinfo(torch.long).max)
+        return torch.cat([ring, pos], 1)
+
+    def append(self, layer, span, entries):
+        """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
+        so that a settled value doesn't depend on when it settled. Returns {stream: floats [B, C, window + T]} at the
+        positions of span.recent, or None without those."""
+        recent = None if span.recent is None else {}
+        for name, x in entries.items():
+            stream = self.layers[layer][name]
+            if self.window:
+                x, (rows, pos) = x.to(stream.ring.dtype), span.leaving
+                if recent is not None:
+                    recent[name] = torch.cat([stream.ring[..., :self.window], x.mT], 2)
+                self.kernel.append(stream, rows, pos, stream.ring[rows, :, pos % self.window])
+            rows, t = span.settling
+            self.kernel.append(stream, rows, span.pos[rows, t], x[rows, t])
+            rows, t = span.staying
+            stream.ring[rows, :, span.pos[rows, t] % max(1, self.window)] = x[rows, t].to(stream.ring.dtype)
+        return recent
+
+    def attend(self, layer, span, q, null, recent=None):
+        """decode_attention() over one layer, by the kernel unless there are too many queries for it, or what append()
+        returned holds tokens that some of them see as floats and others settled."""
+        if recent is not None:
+            return decode_attention(q, self.layers[layer], self.shape, span, null, recent)
+        G = 1 if self.shape.latent else self.shape.v_groups
+        few = q.size(1) // G * q.size(2) <= self.kernel.most_queries
+        return (self.kernel if few else TORCH).attention(q, self.layers[layer], self.shape, span, null)
+
+    def advance(self, span):
+        """Count the tokens of a span, which all layers hold by now."""
+        self.length = self.length + span.pos.size(1)
+        self.settled = torch.maximum(self.settled, self.length - self.window)
+
+    def truncate(self, n):
+        """Forget all but the first n tokens of every sequence; n: a number, or one per sequence [B]."""
+        self.length = torch.minimum(self.length, torch.as_tensor(n).cpu())
+        self.settled = torch.minimum(self.settled, self.length)
+
+    def nbytes(self):
+        """Bytes that the cache's tensors own."""
+        return sum(stream.nbytes() for layer in self.layers for stream in layer.values())
 
 
 # -----------------------------------------------------------------------------
@@ -2582,6 +2582,21 @@ def resolve_kernel(name, device, formats=()):
     return TORCH, f"{kernel.name}: {problem}"
 
 
+def continue_text(model, tokenizer, ids, cache, cfg, seed):
+    """Print a prompt and what the model makes of it, then on standard error how long that took."""
+    printer, ends = Printer(tokenizer, cfg.stop), cfg.stop_at_eot and tokenizer.name != "word"
+    printer.prompt(ids)
+    count, first, started = 0, None, time.perf_counter()
+    prompt = torch.tensor([ids], device=cache.device)
+    for token in generate(model, prompt, cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k, cfg.top_p, seed):
+        count, first = count + 1, first or time.perf_counter()
+        if ends and token.item() == tokenizer.eot or printer.add([token.item()]):
+            break
+    printer.end()
+    rate = f", then {(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else ""
+    print(f"{count} tokens: the first after {1000 * (first - started):.0f} ms{rate}", file=sys.stderr)
+
+
 def sample(cfg):
     """Stream continuations of the prompts to standard output. Nothing is written to the run folder."""
     device = pick_device(cfg.device)
@@ -2616,21 +2631,6 @@ def sample(cfg):
                 cache.truncate(0)
                 continue_text(model, tokenizer, ids, cache, cfg, cfg.seed + n)
     return 0
-
-
-def continue_text(model, tokenizer, ids, cache, cfg, seed):
-    """Print a prompt and what the model makes of it, then on standard error how long that took."""
-    printer, ends = Printer(tokenizer, cfg.stop), cfg.stop_at_eot and tokenizer.name != "word"
-    printer.prompt(ids)
-    count, first, started = 0, None, time.perf_counter()
-    prompt = torch.tensor([ids], device=cache.device)
-    for token in generate(model, prompt, cfg.max_new_tokens, cache, cfg.temperature, cfg.top_k, cfg.top_p, seed):
-        count, first = count + 1, first or time.perf_counter()
-        if ends and token.item() == tokenizer.eot or printer.add([token.item()]):
-            break
-    printer.end()
-    rate = f", then {(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else ""
-    print(f"{count} tokens: the first after {1000 * (first - started):.0f} ms{rate}", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
