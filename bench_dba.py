@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import prepare_fineweb
 import train_dba
 from estimate import model_flops, peak_of, training_memory
 from eval_dba import positive
@@ -52,6 +54,7 @@ from train_dba import (
     peak_memory,
     pick_device,
     pick_dtype,
+    product_rates,
     provenance,
     resolve_kernel,
     step_gradients,
@@ -467,8 +470,78 @@ def decode(device, toy, tokens=()):
                 forget(device)
 
 
-def checkpoint(device, toy):
-    """Saving and loading a checkpoint with the optimiser's state, as last.pt has it, in the working directory."""
+MODES = {"standard": ("fp16", "q4_0"), "gqa": ("fp16", "q4_0"), "decoupled": ("fp16", "q8_0", "q4_0", "hetero"),
+         "mla": ("fp16", "q8_0")}
+
+
+def generate(device, toy):
+    """A whole model's first token after a prompt (TTFT), and each token after that, as `--mode sample` makes them: its
+    type, its kernel. Ratios are to standard attention over a cache in float16."""
+    kernel, _ = resolve_kernel("auto", device)
+    sizes, prompt, count = dict(size="1b" if device.type == "cuda" else "small"), 2048, 33
+    if toy:
+        sizes, prompt, count = dict(d_model=128, layers=2, d_ff=256), 16, 4
+    base = None
+    for mode, formats in MODES.items():
+        cfg = make_config(data="-", attn_mode=mode, kv_head=2 if mode == "gqa" else None, **sizes)
+        rates = None
+        if device.type == "cpu":
+            rates = product_rates(1, cfg.d_model, cfg.d_ff, training=False, layers=cfg.layers)
+        dtype, _ = pick_dtype("auto", device, rates)
+        forget(device)
+        with device:
+            model = GPT(cfg, VOCAB).init_weights()
+            ids = torch.randint(VOCAB, (1, prompt))
+
+        def seconds_of_tokens(cache, model=model, ids=ids):
+            cache.truncate(0)
+            seconds, started = [], CLOCK()
+            for token in train_dba.generate(model, ids, count, cache, temperature=0):
+                token.item()
+                now = CLOCK()
+                seconds.append(now - started)
+                started = now
+            return seconds
+
+        for fmt in formats:
+            cache = KVCache(cfg, 1, prompt + count - 1, fmt, device=device, kernel=kernel)
+            with autocast(device, dtype):                  # around all, so that weights are cast once, in the warm-up
+                seconds_of_tokens(cache)
+                rounds = [seconds_of_tokens(cache) for _ in range(1 if toy else 3)]
+            first = statistics.median(seconds[0] for seconds in rounds)
+            later = statistics.median(second for seconds in rounds for second in seconds[1:])
+            base = base or (first, later)
+            yield dict(case=mode, format=fmt, kernel=kernel.name, dtype=str(dtype)[6:], tokens=prompt,
+                       params=count_params(cfg, VOCAB)["total"], cache_mib=prompt * bytes_per_token(cfg, fmt) / 2**20,
+                       ttft_ms=1000 * first, ms=1000 * later, times_ttft=base[0] / first, times_ms=base[1] / later)
+
+
+def host(device, toy):
+    """Seconds of what processor and disk do: start the trainer (beside importing torch alone), make ids of Python's
+    documentation, hash a token file, save and load a checkpoint with the optimiser's state, as last.pt has it. Files
+    are made in the working directory, and deleted."""
+    def row(what, call, size=None):
+        """size: bytes, where there is a rate."""
+        started = time.perf_counter()                      # CLOCK may not count other processes and the disk
+        call()
+        seconds = time.perf_counter() - started
+        return dict(what=what, seconds=seconds, mb_per_s=size() / seconds / 1e6 if size else None)
+
+    starts = {"import torch": ("-c", "import torch"), "train_dba.py --help": (train_dba.__file__, "--help")}
+    for what, arguments in starts.items():
+        yield row(what, partial(subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL))
+    documents = prepare_fineweb.read_sample(None)
+    text = "".join(text for text, _ in itertools.islice(documents, 2 if toy else None))
+    size = len(text.encode())
+    words = train_dba.WordTokenizer.build(train_dba.split_words(text))
+    for name, make in (("byte", train_dba.ByteTokenizer), ("word", lambda: words), ("gpt2", train_dba.GPT2Tokenizer)):
+        try:
+            tokenizer = make()
+        except UserError as e:
+            yield dict(what=f"tokenise, {name}", seconds=None, why=str(e))
+            continue
+        yield row(f"tokenise, {name}", partial(tokenizer.encode, text), lambda: size)
+
     cfg = make_config(data="-", exp="paper_baseline", **(dict(d_model=128, layers=1, d_ff=256) if toy else {}))
     with device:
         model = GPT(cfg, VOCAB).init_weights()
@@ -476,20 +549,18 @@ def checkpoint(device, toy):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    path = Path("bench_last.pt")
-    try:
-        started = time.perf_counter()
-        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), path)
-        saved = time.perf_counter() - started
-        started = time.perf_counter()
-        torch.load(path, map_location=device, mmap=True)
-        yield dict(gb=path.stat().st_size / 1e9, save_s=saved, load_s=time.perf_counter() - started)
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "last.pt"
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        ids = Path(folder) / "ids"
+        ids.write_bytes(bytes(2**20 if toy else 2**28))
+        yield row("hash token ids", partial(train_dba.digest_ids, ids, 0, "uint16"), lambda: ids.stat().st_size)
+        yield row("save last.pt", partial(torch.save, state, path), lambda: path.stat().st_size)
+        yield row("load last.pt", partial(torch.load, path, map_location=device), lambda: path.stat().st_size)
 
 
 BLOCKS = {block.__name__: block for block in (ceilings, check, sdpa, loss, compact, train, profile, small, growth,
-                                                  decode, checkpoint)}
+                                                  decode, generate, host)}
 
 
 # -----------------------------------------------------------------------------

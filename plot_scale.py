@@ -239,9 +239,28 @@ def growth_lines(rows: list) -> list[str]:
             *markdown(("attention", "axis", "value: ms", "exponent"), cells), ""]
 
 
+def generate_lines(rows: list) -> list[str]:
+    cells = [(row["case"], row["format"], row["kernel"], row["dtype"], f"{row['cache_mib']:,.1f}",
+              f"{row['ttft_ms']:,.0f}", f"{row['times_ttft']:.2f}", f"{row['ms']:,.1f}", f"{row['times_ms']:.2f}")
+             for row in rows]
+    return [f"A whole model of {rows[0]['params'] / 1e6:,.0f}M parameters as `--mode sample` runs it, after a prompt "
+            f"of {rows[0]['tokens']:,} tokens: the first token, and each later one, both also as how many times as "
+            "fast as the first row:", "",
+            *markdown(("attention", "cache", "kernel", "weights", "cache, MiB", "first, ms", "x", "later, ms", "x"),
+                      cells), ""]
+
+
+def host_lines(rows: list) -> list[str]:
+    said = []
+    for row in rows:
+        rate = f" ({row['mb_per_s']:,.0f} MB/s)" if row.get("mb_per_s") else ""
+        said.append(f"{row['what']} {row['why']}" if "why" in row else f"{row['what']} {row['seconds']:.3g} s{rate}")
+    return [f"Around the model: {'; '.join(said)}.", ""]
+
+
 LINES = {"ceilings": ceiling_lines, "check": check_lines, "train": train_lines, "speed": speed_lines,
          "compact": compact_lines, "growth": growth_lines, "sdpa": sdpa_lines, "llama_cpp": llama_cpp_lines,
-         "decode": decode_lines}
+         "decode": decode_lines, "generate": generate_lines, "host": host_lines}
 
 
 def block_of(devices: dict) -> str:

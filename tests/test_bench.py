@@ -23,7 +23,8 @@ KEYS = {                                                   # of every row of a b
     "small": {"case", "micro", "tok_s", "ms", "gib", "formula_gib"},
     "growth": {"case", "axis", "value", "params", "seconds", "fastest_s"},
     "decode": {"case", "format", "kernel", "batch", "tokens", "us", "cache_mib", "gb_per_s", "share_of_copy"},
-    "checkpoint": {"gb", "save_s", "load_s"},
+    "generate": {"case", "format", "kernel", "dtype", "tokens", "ttft_ms", "ms", "times_ttft", "times_ms", "cache_mib"},
+    "host": {"what", "seconds"},
 }
 
 
@@ -56,13 +57,13 @@ def test_block(name, tmp_path):
 
 
 def test_the_plan_runs_blocks_in_processes_and_names_what_failed(tmp_path):
-    good = call("gpu --toy --device cpu --out out --blocks checkpoint", tmp_path, bench_dba.main)
+    good = call("gpu --toy --device cpu --out out --blocks host", tmp_path, bench_dba.main)
     assert good.code == 0, good.stderr
     document = json.loads(good.stdout.splitlines()[-1])
-    assert document["failed"] == [] and [block["block"] for block in document["blocks"]] == ["checkpoint"]
-    slow = call("gpu --toy --device cpu --out slow --blocks checkpoint --limit 0.1", tmp_path, bench_dba.main)
-    assert slow.code == 1 and "checkpoint: stopped after 0.1 s" in slow.stderr
-    assert json.loads(slow.stdout.splitlines()[-1]) == dict(failed=["checkpoint"], blocks=[])
+    assert document["failed"] == [] and [block["block"] for block in document["blocks"]] == ["host"]
+    slow = call("gpu --toy --device cpu --out slow --blocks host --limit 0.1", tmp_path, bench_dba.main)
+    assert slow.code == 1 and "host: stopped after 0.1 s" in slow.stderr
+    assert json.loads(slow.stdout.splitlines()[-1]) == dict(failed=["host"], blocks=[])
 
 
 def test_wrong_flags(tmp_path):

@@ -52,6 +52,10 @@ def test_a_cpu_and_what_it_measured(tmp_path):
         "compact": [dict(tokens=8, width=4, types=1000, ms={"ours float32": 10.0, "compact float32": 8.0,
                                                             "ours bfloat16": 20.0})],
         "llama_cpp": [dict(step, engine="ours", cpu_ms={"1024": 9.0, "4096": 22.5})],
+        "generate": [dict(case="mla", format="q8_0", kernel="torch", dtype="float32", params=2_000_000, tokens=2048,
+                          cache_mib=1.25, ttft_ms=1500.0, times_ttft=0.5, ms=12.34, times_ms=2.0)],
+        "host": [dict(what="save last.pt", seconds=0.25, mb_per_s=800.0),
+                 dict(what="gpt2", seconds=None, why="offline")],
     }
     (tmp_path / "here").mkdir()
     env = dict(ENV, device="cpu", cpu="A CPU", threads=1)
@@ -67,6 +71,8 @@ def test_a_cpu_and_what_it_measured(tmp_path):
     assert "| fp32 | 20.48 | 0.75 | - | - |" in said
     assert "| 8 x 4 x 1,000 | 10 | 20 | 0.80 | - |" in said
     assert "| q4_0 | ours | 4.50 | 1,024: 9.0, 4,096: 22.5 |" in said
+    assert "| mla | q8_0 | torch | float32 | 1.2 | 1,500 | 0.50 | 12.3 | 2.00 |" in said
+    assert "Around the model: save last.pt 0.25 s (800 MB/s); gpt2 offline." in said
     assert (tmp_path / "fig_growth.png").stat().st_size > 10_000 and not (tmp_path / "fig_scale.png").exists()
 
 
