@@ -2598,7 +2598,7 @@ def sample(cfg):
     device = pick_device(cfg.device)
     model, tokenizer, path, ckpt = read_model(cfg.ckpt, device)
     cfg = dataclasses.replace(cfg, ckpt=str(path))
-    dtype, why = pick_dtype(cfg.dtype, device, lambda: product_rates(           # a token at a time: vectors
+    dtype, why = pick_dtype(cfg.dtype, device, lambda: product_rates(           # of vectors and matrices
         1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers))
     cfg = auto_policy(cfg, model.cfg) if cfg.kv_cache == "auto" else cfg
     formats = stream_formats(cfg, model.cfg)

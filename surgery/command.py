@@ -29,6 +29,7 @@ from surgery.heal import Texts, distance, heal
 from surgery.targets import TARGETS
 from train_dba import (
     BROKEN,
+    ELSEWHERE,
     GPT,
     RUN_FILES,
     Config,
@@ -171,17 +172,16 @@ def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
         return {}
     if not path.exists():
         if held := [name for name in RUN_FILES if (folder / name).exists()]:
-            raise UserError(f"{folder} holds {held[0]} of another run; use another --out-dir, or --overwrite")
+            raise UserError(f"{folder} holds {held[0]} of another run; {ELSEWHERE}")
         return {}
     try:
         record = read_json(path, {"asked": dict})
     except (*BROKEN, OSError) as e:
-        raise UserError(f"{path} is damaged ({brief(e)}); use another --out-dir, or --overwrite") from None
+        raise UserError(f"{path} is damaged ({brief(e)}); {ELSEWHERE}") from None
     differ = [f"{name} was {record['asked'].get(name)!s:.20}, is {value!s:.20}" for name, value in asked.items()
               if record["asked"].get(name) != value]
     if differ:
-        raise UserError(f"{folder} holds another conversion ({'; '.join(differ)}); use another --out-dir, or "
-                        "--overwrite")
+        raise UserError(f"{folder} holds another conversion ({'; '.join(differ)}); {ELSEWHERE}")
     return record
 
 

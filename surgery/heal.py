@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_dba import (
+    ELSEWHERE,
     GPT,
     MAY_CHANGE,
     Config,
@@ -122,13 +123,12 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
         raise UserError(f"{folder}/last.pt lacks {min(lacking)}: a copy of best.pt? Use another --out-dir, or "
                         "--overwrite")
     if ckpt.get("data") != identity:
-        raise UserError(f"{folder}/last.pt was healed on other text; use another --out-dir, or --overwrite")
+        raise UserError(f"{folder}/last.pt was healed on other text; {ELSEWHERE}")
     before = vars(ckpt["config"])
     differ = [f"{flag_name(name)} was {before[name]!r}, is {value!r}" for name, value in vars(cfg).items()
               if name not in MAY_CHANGE | {"steps"} and before[name] != value]
     if differ:
-        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); use another --out-dir, or "
-                        "--overwrite")
+        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
     restore(ckpt, student, optimizer, rng)
     return ckpt["step"], ckpt["best_val_loss"], [factor for factor in ckpt[LATENT_SCALE]]
 
