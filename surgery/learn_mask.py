@@ -31,6 +31,7 @@ from surgery.mask import (
     plain_attention,
     refuse_unknown,
     save_gates,
+    survey,
     window,
 )
 from surgery.measure_mask import (
@@ -51,6 +52,8 @@ SHIFTS = 1.5                                               # nats around the thr
 HALVINGS = 3
 GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
 SAVE_EVERY = 4                                             # steps
+SURVEYED = 4                                               # windows that indices and first thresholds are fitted to
+AFTER_ALL = 2**31                                          # steps: their windows are none that a step learns from
 RECORD = {"text": str, "ids?": str, "length": whole_number, "start": whole_number, "choice": str}
 
 
@@ -59,6 +62,7 @@ class Plan:
     """What is learned from what: that of a folder never changes."""
     block: int
     rows: int
+    index_bits: float
     lengths: list[int]
     mass_steps: int
     updates: int
@@ -113,6 +117,8 @@ def plan_of(flags: dict, subject: Subject) -> Plan:
     for name in ("mass_steps", "logits_steps", "seed"):
         if flags[name] < 0:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: at least 0")
+    if not 0 <= flags["index_bits"] <= 6:
+        raise UserError(f"--index-bits {flags['index_bits']}: from 0, which is four vectors a block, to 6")
     if flags["block"] % flags["rows"]:
         raise UserError(f"--rows {flags['rows']} doesn't divide --block {flags['block']}")
     if not all(0 < x < math.inf for x in (*flags["kl"], flags["lr"])) or not 0 < flags["lost"] < 1:
@@ -173,9 +179,16 @@ def rate_at(done: float) -> float:
 
 def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Report = quiet) -> Gates:
     """Gates learned by a plan from ids [N], going on with what the folder has. Writes last.pt and train.jsonl."""
-    gates = Gates(len(host.attentions), host.heads, host.width, plan.block, plan.rows).to(host.device)
+    gates = Gates(len(host.attentions), host.heads, host.groups, host.width, plan.block, plan.rows, plan.index_bits)
+    gates = gates.to(host.device)
     step, price, optimizers = resume(folder / "last.pt", plan, gates)
     keep_lines(folder / "train.jsonl", step)
+    if step == 0:
+        texts = [window(ids, plan.lengths[i % len(plan.lengths)], plan.seed, AFTER_ALL + i).to(host.device)
+                 for i in range(SURVEYED)]
+        if plan.index_bits:
+            survey(host, gates, texts)
+        equal_loss(host, gates, texts, plan.lost)
     while step < plan.steps:
         started, mass = time.monotonic(), step < plan.mass_steps
         if step == plan.mass_steps:
@@ -311,14 +324,6 @@ def point_of(gates: Gates, record: dict) -> Point:
     return Point(record["shift"], drops.to(gates.thresholds.device))
 
 
-def by_block(gates: Gates) -> Gates:
-    """The same gates for reading a prompt, where the queries of a block choose together."""
-    gate = gates.layers[0]
-    together = Gates(len(gates.layers), gate.mean.size(0), gate.mean.size(2), gates.block, gates.block)
-    together.load_state_dict(gates.state_dict())
-    return together.to(gates.thresholds.device).requires_grad_(False)
-
-
 def dropped_bytes(gates: Gates, record: dict, tokens: int) -> float:
     """The share of a cache of so many tokens that is kept: heads that drop old keys hold the sink, the block before and
     their own."""
@@ -335,7 +340,7 @@ def choices_of(kinds: list[str], gates: Gates, points: list[dict], budgets: list
     if "controls" in kinds:
         choices |= controls(gates.block, budgets)
     if "gates" in kinds:
-        together = by_block(gates)
+        together = gates.by_block()
         for record in points:
             name, point = f"gates KL {record['target']:g}", point_of(gates, record)
             choices[name] = partial(gate_point, gates, point)
@@ -478,7 +483,7 @@ def costs(host: Host, ids: torch.Tensor, lengths: list[int], gates: Gates, point
     """For each length and attention: ms and peak bytes of one layer's attention alone and of the whole forward pass
     without logits, with rows of whole blocks that choose together, as a prompt is read. kept is of all blocks in
     reach."""
-    rows, middle, prompt = [], len(host.attentions) // 2, by_block(gates)
+    rows, middle, prompt = [], len(host.attentions) // 2, gates.by_block()
     for length in lengths:
         attentions = {"eager": eager_attention, "sdpa": fused_attention}
         for record in points:

@@ -1,11 +1,12 @@
 """
 Learned block-sparse attention on a frozen model: a gate per head says which earlier blocks of keys a query reads.
 
-A gate estimates how much attention each far block would get, from four vectors that a block keeps of its keys (mean,
-variance, largest and least) and the query. It begins as the second-order expansion of log mean exp, m + v/2, which
-nothing has been learned for. learn_mass() fits it to the model's own attention, row by row; learn_logits() then moves
-gates and thresholds together so that fewest blocks are read at a given KL divergence of the next token. What is read
-near a query (surgery/sparse_attention.py) is not chosen.
+A gate estimates how much attention each far block would get, from the query and an index of a few bits of each key
+(surgery/key_index.py), or from four vectors that a block keeps of its keys (mean, variance, largest and least). The
+latter begins as the second-order expansion of log mean exp, m + v/2. Nothing has been learned for either yet.
+learn_mass() fits it to the model's own attention, row by row; learn_logits() then moves gates and thresholds together
+so that fewest blocks are read at a given KL divergence of the next token. What is read near a query
+(surgery/sparse_attention.py) is not chosen.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import train_dba
+from surgery.key_index import Index, Survey
 from surgery.sparse_attention import (
     Grid,
     block_log_mass,
@@ -182,8 +184,8 @@ class Summary:
 
 
 class Gate(nn.Module):
-    """A layer's gates: per query head and channel how much of each vector of a summary counts, and per head what a
-    block's distance adds."""
+    """A layer's gates by four vectors of each block: per query head and channel how much of each vector of a summary
+    counts, and per head what a block's distance adds."""
     DISTANCES = 24                                         # half octaves, in blocks
 
     def __init__(self, heads: int, width: int):
@@ -205,13 +207,22 @@ class Gate(nn.Module):
 
 class Gates(nn.Module):
     """The gates of all layers; thresholds [L, H]: the log share of attention from which on a head reads a far block.
-    rows: how many queries choose together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
+    groups: key heads; bits: of a channel in the index, 0 for gates by four vectors. rows: how many queries choose
+    together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
 
-    def __init__(self, layers: int, heads: int, width: int, block: int, rows: int = 1):
+    def __init__(self, layers: int, heads: int, groups: int, width: int, block: int, rows: int = 1, bits: float = 2.0):
         super().__init__()
         self.block, self.rows = block, rows
-        self.layers = nn.ModuleList(Gate(heads, width) for _ in range(layers))
+        self.facts = dict(layers=layers, heads=heads, groups=groups, width=width, block=block, rows=rows, bits=bits)
+        self.layers = nn.ModuleList(Index(heads, groups, width, bits) if bits else Gate(heads, width)
+                                    for _ in range(layers))
         self.thresholds = nn.Parameter(torch.full((layers, heads), math.log(3e-3)))
+
+    def by_block(self) -> "Gates":
+        """The same gates for reading a prompt, where the queries of a block choose together."""
+        together = copy.deepcopy(self)
+        together.rows = self.block
+        return together
 
     def share(self, layer: int, grid: Grid, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """Estimated log share of attention of each far block, [B, H, N', M]."""
@@ -257,6 +268,22 @@ class Sparse:
 
 # -----------------------------------------------------------------------------
 # Learning
+
+@torch.no_grad()
+def survey(host: Host, gates: Gates, texts: list[torch.Tensor]) -> None:
+    """Fit indices to the queries and keys that the model has on texts [1, T]."""
+    surveys = [Survey() for _ in gates.layers]
+
+    def attention(layer, q, k, v, scale, visible):
+        grid = Grid(len(q), q.size(2), k.size(2), gates.block, visible, q.device)
+        surveys[layer].add(grid, q, k, scale)
+        return plain_attention(q, k, v, scale)
+
+    for ids in texts:
+        host.hidden(ids, attention)
+    for gate, seen in zip(gates.layers, surveys):
+        gate.fit(*seen.moments())
+
 
 def mass_shares(grid: Grid, q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(log shares of attention of a row's far blocks and, last, of its near ones together [B, H, R, M + 1]; log mass of
@@ -370,6 +397,9 @@ def learn_logits(host: Host, gates: Gates, ids: torch.Tensor, temperature: float
 # -----------------------------------------------------------------------------
 # Files
 
+SHAPE = dict.fromkeys(("layers", "heads", "groups", "width", "block", "rows"), int) | dict(bits=float)
+
+
 def window(ids: torch.Tensor, length: int, seed: int, step: int) -> torch.Tensor:
     """[1, length]: the window of ids [N] that a step learns from, drawn for the step alone."""
     start = np.random.default_rng([seed, step]).integers(len(ids) - length + 1)
@@ -377,13 +407,11 @@ def window(ids: torch.Tensor, length: int, seed: int, step: int) -> torch.Tensor
 
 
 def save_gates(folder: Path, gates: Gates, **facts) -> None:
-    """gates.safetensors and gates.json: block, rows, widths and other facts of them."""
+    """gates.safetensors and gates.json: their shape and other facts of them."""
     from safetensors.torch import save_file
-    heads, width = gates.layers[0].mean.size(0), gates.layers[0].mean.size(2)
-    facts = dict(block=gates.block, rows=gates.rows, layers=len(gates.layers), heads=heads, width=width, **facts)
     train_dba.write_whole(folder / "gates.safetensors", lambda path: save_file(
         {name: tensor.contiguous() for name, tensor in gates.state_dict().items()}, path))
-    train_dba.write_text(folder / "gates.json", json.dumps(facts, indent=1) + "\n")
+    train_dba.write_text(folder / "gates.json", json.dumps({**gates.facts, **facts}, indent=1) + "\n")
 
 
 def load_gates(folder: Path) -> tuple[Gates, dict]:
@@ -391,8 +419,8 @@ def load_gates(folder: Path) -> tuple[Gates, dict]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
-        facts = train_dba.read_json(folder / "gates.json", dict(block=int, rows=int, layers=int, heads=int, width=int))
-        gates = Gates(facts["layers"], facts["heads"], facts["width"], facts["block"], facts["rows"])
+        facts = train_dba.read_json(folder / "gates.json", SHAPE)
+        gates = Gates(**{name: facts[name] for name in SHAPE})
         gates.load_state_dict(load_file(folder / "gates.safetensors"))
     except (*BROKEN, OSError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{folder} holds no gates that can be read ({brief(e)})") from None

@@ -15,6 +15,8 @@ def flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--block", type=int, choices=(16, 32, 64), default=32, help="keys in a block (%(default)s)")
     p.add_argument("--rows", type=int, default=1, help="queries that choose together, a divisor of --block "
                    "(%(default)s, as in decoding)")
+    p.add_argument("--index-bits", type=float, default=2.0, help="of each channel of a key, from which its score is "
+                   "estimated (%(default)s); 0: four vectors of each block instead")
     p.add_argument("--lengths", type=int, nargs="+", default=[1024], help="tokens of the windows of the "
                    "first kind, in turn")
     p.add_argument("--mass-steps", type=int, default=32, help="windows from which gates learn the model's own "

@@ -153,9 +153,12 @@ def test_rules_keep_what_they_say():
 # -----------------------------------------------------------------------------
 # Gates
 
-def tiny_gates(shape, rows=1, seed=2):
+BITS = (0.0, 2.0)                                          # four vectors a block, an index of each key
+
+
+def tiny_gates(shape, rows=1, seed=2, bits=0.0):
     torch.manual_seed(seed)
-    gates = Gates(1, shape[1], shape[5], shape[-1], rows).double()
+    gates = Gates(1, shape[1], shape[2], shape[5], shape[-1], rows, bits).double()
     with torch.no_grad():
         for p in gates.layers.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -169,7 +172,7 @@ def test_an_untrained_gate_is_the_second_order_expansion():
     k = k.repeat(1, 1, 1, 16, 1)
     k[..., 0] += 0.05 * spread
     k, q = k.flatten(2, 3), torch.randn(1, 4, 80, 8, generator=g, dtype=torch.float64)
-    grid, gate = Grid(1, 80, 80, 16), Gates(1, 4, 8, 16).double().layers[0]
+    grid, gate = Grid(1, 80, 80, 16), Gates(1, 4, 2, 8, 16, bits=0).double().layers[0]
     far = grid.far[:, None].repeat_interleave(16, 2).expand(1, 4, 80, 5)
 
     def error():
@@ -180,10 +183,11 @@ def test_an_untrained_gate_is_the_second_order_expansion():
     assert 0 < with_variance < 1e-3 < 2e-3 < error()
 
 
-def test_a_choice_sees_nothing_that_comes_later():
+@pytest.mark.parametrize("bits", BITS)
+def test_a_choice_sees_nothing_that_comes_later(bits):
     shape = SHAPES[0]
     q, k, v, visible, grid = drawn(shape)
-    gates, cut = tiny_gates(shape), 53
+    gates, cut = tiny_gates(shape, bits=bits), 53
     attention = Sparse(gates.requires_grad_(False), Point(1.0))
     whole = attention(0, q, k, v, 0.3, visible)
     part = attention(0, q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], 0.3, visible[:, :cut])
@@ -192,11 +196,13 @@ def test_a_choice_sees_nothing_that_comes_later():
     assert torch.allclose(whole[:, :, cut - 1:cut], last, atol=1e-12)           # as in decoding
 
 
-def test_gradients_of_a_gate_are_those_of_differences():
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_of_a_gate_are_those_of_differences(bits):
     """Through the soft mask, its share of blocks and the attention behind it."""
     shape = (1, 4, 2, 70, 70, 8, 8, 16)
     q, k, v, visible, _ = drawn(shape)
-    gates = tiny_gates(shape)
+    gates = tiny_gates(shape, bits=bits)
+    gate = gates.layers[0]
 
     def value():
         soft = Soft(gates, 0.7)
@@ -204,7 +210,7 @@ def test_gradients_of_a_gate_are_those_of_differences():
         return y.square().sum() + 3 * soft.kept[0]
 
     value().backward()
-    for p in (gates.thresholds, gates.layers[0].most, gates.layers[0].mean, gates.layers[0].bias):
+    for p in (gates.thresholds, *((gate.weight, gate.error) if bits else (gate.most, gate.mean, gate.bias))):
         index = p.grad.abs().flatten().argmax()
         with torch.no_grad():
             sides = []
@@ -230,7 +236,7 @@ def test_every_mode_of_ours_attends_through_it(name):
     """All blocks kept: its own logits. None but the near ones: others. And its own attention again afterwards."""
     host = ours(**OTHERS[name])
     ids = torch.randint(257, (2, 100), generator=torch.Generator().manual_seed(0))
-    gates = Gates(2, host.heads, host.width, 16).requires_grad_(False)
+    gates = Gates(2, host.heads, host.groups, host.width, 16).requires_grad_(False)
     with torch.no_grad():
         own = host.hidden(ids)
         everything = host.hidden(ids, Sparse(gates, Point(-1e9)))
@@ -240,14 +246,15 @@ def test_every_mode_of_ours_attends_through_it(name):
         assert torch.equal(own, host.hidden(ids))
 
 
-def test_learning_brings_gates_closer_and_leaves_the_model_alone():
+@pytest.mark.parametrize("bits,least", zip(BITS, (0.5, 0.9)))                   # an index has little to learn
+def test_learning_brings_gates_closer_and_leaves_the_model_alone(bits, least):
     host = ours(attn_mode="gqa", kv_head=2, attn_dim=32)
     before = {name: p.clone() for name, p in host.model.state_dict().items()}
     ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))
-    gates = Gates(2, host.heads, host.width, 16)
+    gates = Gates(2, host.heads, host.groups, host.width, 16, bits=bits)
     optimizers = [torch.optim.Adam(gate.parameters(), lr=0.05) for gate in gates.layers]
     losses = [learn_mass(host, gates, ids, optimizers, 10) for _ in range(4)]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < least * losses[0]
     kl, kept = learn_logits(host, gates, ids, 0.5, 1.0, 0.01)
     assert kl > 0 and 0 < kept < 1 and gates.thresholds.grad.abs().min() > 0
     assert all(torch.equal(p, before[name]) for name, p in host.model.state_dict().items())
@@ -257,7 +264,7 @@ def test_learning_brings_gates_closer_and_leaves_the_model_alone():
 def test_thresholds_leave_out_the_same_share_of_every_head():
     host = ours(attn_mode="gqa", kv_head=2, attn_dim=32)
     ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))
-    gates, lost = Gates(2, host.heads, host.width, 16).requires_grad_(False), {}
+    gates, lost = Gates(2, host.heads, host.groups, host.width, 16).requires_grad_(False), {}
     equal_loss(host, gates, [ids[:, :112], ids], 0.05)
 
     def attention(layer, q, k, v, scale, visible):
@@ -410,7 +417,7 @@ def test_transformers_models_attend_through_it(tmp_path, kind):
     ids = torch.randint(2, 300, (2, 90), generator=torch.Generator().manual_seed(0))
     visible = torch.ones_like(ids).bool()
     visible[1, :40] = False
-    gates = Gates(2, host.heads, host.width, 16).requires_grad_(False)
+    gates = Gates(2, host.heads, host.groups, host.width, 16).requires_grad_(False)
     everything, nothing = Sparse(gates, Point(-1e9)), Sparse(gates, Point(1e9))
     with torch.no_grad():
         for mask in (None, visible):
@@ -438,7 +445,7 @@ def test_heads_that_drop_old_keys_need_not_hold_them(tmp_path):
     save("Llama", tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     host, ids = Host(model), torch.randint(2, 300, (2, 128), generator=torch.Generator().manual_seed(0))
-    gates = Gates(2, host.heads, host.width, 16).requires_grad_(False)
+    gates = Gates(2, host.heads, host.groups, host.width, 16).requires_grad_(False)
     record = dict(shift=1.0, drops=[[0, 0], [0, 1], [1, 2], [1, 3]])            # a key head in each layer
     point = point_of(gates, record)
     cache = dropping_cache(gates, point, host.groups)
