@@ -39,6 +39,13 @@ def model_flops(cfg: Config, vocab_size: int, causal: bool = True) -> float:
     return 6 * (params["total"] - params["norm"] - params["null"]) + attention / (2 if causal else 1)
 
 
+def share_of_peak(cfg: Config, vocab_size: int, ranks: Ranks, device: str) -> float | None:
+    """What a token per second is of the FLOP/s of all ranks' devices, each of that name; None where PEAKS doesn't list
+    it, or a run isn't in bfloat16."""
+    peak = peak_of(device) if cfg.dtype == "bfloat16" else None
+    return peak and model_flops(cfg, vocab_size) / (peak * ranks.world)
+
+
 def kept_by_block(cfg: Config, on_gpu: bool) -> int:
     """Bytes that a block keeps of each token for its backward pass, under autocast and without dropout.
 

@@ -1051,11 +1051,10 @@ def eval_batches(tokens, batch, block, limit=None):
     limit: that many batches, evenly spread."""
     batches = -(-(len(tokens) - 1) // (batch * block))
     for b in np.linspace(0, batches - 1, min(limit or batches, batches)).round().astype(int):
-        part = tokens[b * batch * block:(b + 1) * batch * block + 1].astype(np.int64)
-        x, y = np.zeros((2, batch * block), dtype=np.int64)
-        y[:] = -1
-        x[:len(part) - 1], y[:len(part) - 1] = part[:-1], part[1:]
-        yield torch.from_numpy(x.reshape(batch, block)), torch.from_numpy(y.reshape(batch, block))
+        part = torch.from_numpy(tokens[b * batch * block:(b + 1) * batch * block + 1].astype(np.int64))
+        spare = (0, batch * block + 1 - len(part))
+        x, y = F.pad(part[:-1], spare), F.pad(part[1:], spare, value=-1)
+        yield x.view(batch, block), y.view(batch, block)
 
 
 # -----------------------------------------------------------------------------
@@ -1703,15 +1702,13 @@ def describe(cfg, data, ranks, dtype, why):
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv, data=data.identity)
 
 
-def share_of_peak(cfg, vocab_size, ranks, env):
-    """What a token per second is of the FLOP/s of all ranks' devices, by estimate.py's data sheets, which are of dense
-    bfloat16; None where the device isn't among them, or estimate.py isn't here."""
+def estimator():
+    """estimate.py, which knows what GPUs can do, or None where it isn't here."""
     try:
         import estimate
+        return estimate
     except ModuleNotFoundError:
         return None
-    peak = estimate.peak_of(env["device"]) if cfg.dtype == "bfloat16" else None
-    return peak and estimate.model_flops(cfg, vocab_size) / (peak * ranks.world)
 
 
 def build(cfg, vocab_size, device, source=None):
@@ -1728,16 +1725,6 @@ def build(cfg, vocab_size, device, source=None):
     if cfg.shard:
         shard_model(model, device, getattr(torch, cfg.dtype))
     return model, make_optimizer(model, cfg), np.random.Generator(np.random.PCG64(cfg.seed))
-
-
-def fitting_micro_batch(cfg, vocab_size, ranks, dtype):
-    """What --micro-batch auto stands for, on every rank, by estimate.py. Raises UserError where that is missing, has no
-    free memory to ask for, or finds that nothing fits."""
-    try:
-        import estimate
-    except ModuleNotFoundError as e:
-        raise UserError(f"--micro-batch auto: no module {e.name} beside train_dba.py") from None
-    return estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype)
 
 
 def restore(ckpt, model, optimizer, rng):
@@ -1905,8 +1892,11 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     data = load_data(cfg, tokenizer)
     vocab_size = data.tokenizer.vocab_size
-    if cfg.micro_batch == 0:
-        cfg = dataclasses.replace(cfg, micro_batch=fitting_micro_batch(cfg, vocab_size, ranks, dtype))
+    estimate = estimator()
+    if cfg.micro_batch == 0:                               # auto
+        if not estimate:
+            raise UserError("--micro-batch auto: no module estimate beside train_dba.py")
+        cfg = dataclasses.replace(cfg, micro_batch=estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype))
     micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
 
@@ -1916,7 +1906,9 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     if source and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
-                   cfg.tokens_per_step, of_peak=share_of_peak(cfg, vocab_size, ranks, env))
+                   cfg.tokens_per_step)
+    if estimate:
+        run.of_peak = estimate.share_of_peak(cfg, vocab_size, ranks, env["device"])
     if ckpt:
         check_same_data(ckpt["data"], data, folder, ELSEWHERE)
         restore(ckpt, model, optimizer, rng)
