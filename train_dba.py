@@ -1699,7 +1699,8 @@ def describe(cfg, data, ranks, dtype, why):
         if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
             print(f"warning: channels per head: {', '.join(narrow)}; fewer than {NARROW} hold little. Give larger "
                   "--sem-dim and --geo-dim, or fewer heads", file=sys.stderr)
-    return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv, data=data.identity)
+    return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv,
+                data=data.identity)
 
 
 def estimator():
@@ -2085,8 +2086,8 @@ class CacheStream:
         self.ring = torch.empty(batch, channels, ring, dtype=FLOAT_FORMATS[self.ring_fmt], device=device)
 
     def read(self, part, start, stop):
-        """Values in slots start..stop of a part, "settled" or "newest", as float32 [B, C, stop - start]."""
-        if part == "newest":
+        """Values in slots start..stop of a part, "settled" or "ring", as float32 [B, C, stop - start]."""
+        if part == "ring":
             return self.ring[..., start:stop].float()
         scales = None if self.scales is None else self.scales[..., start:stop]
         return dequantize(self.codes[..., start:stop], scales, self.fmt, self.channels)
@@ -2103,21 +2104,18 @@ def append(stream, rows, pos, x):
         stream.codes[rows, :, pos], stream.scales[rows, :, pos] = quantize(x, stream.fmt)
 
 
-BEYOND = torch.iinfo(torch.long).max                       # a position that no query has reached
-
-
 @dataclass(frozen=True)
 class Span:
     """The T tokens per sequence of one forward pass, and where the cache holds what they may see.
 
     pos [B, T]: their positions. Tokens below settled [B] are settled, all below `end`, and those below `seen` are read
-    so by every query; the newest [B, window] ones are in the ring, position p in slot p mod window. Of leaving,
+    so by every query; the newer ones, up to `window`, are in the ring, position p in slot p mod window. Of leaving,
     (rows, positions), the ring is relieved; of the new tokens, settling (rows, t) settle at once and staying (rows, t)
     go into the ring.
 
     Where several tokens come at once, some settle that the earlier of the queries must still see as floats, as they
-    would if the tokens came one by one. Newest [B, window + T] are then the positions of what was in the ring before
-    and of the new tokens; a query reads those from position floats [B, T] (else None) on as floats, all others settled.
+    would if the tokens came one by one. recent [B, window + T], else None, has the positions of what was in the ring
+    before and of the new tokens; a query reads those from position floats [B, T] on as floats, all others settled.
 
         window 3, T 2:      settled before   ring before   new
         position            0  1  2  3       4  5  6       7  8
@@ -2132,21 +2130,25 @@ class Span:
     leaving: tuple
     settling: tuple
     staying: tuple
-    newest: torch.Tensor
-    floats: torch.Tensor | None
+    floats: torch.Tensor
+    recent: torch.Tensor | None
 
-    def chunks(self, most):
-        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache, those
-        of the part "settled", none of which begins before `seen` and ends after it, and "newest". The position of an
-        empty slot is beyond all queries."""
-        newer = self.newest.size(1)
-        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), ("newest", 0, newer)):
+    def chunks(self, most, newest="ring"):
+        """Yield (part, start, stop, positions [B, stop - start]) for ranges of at most `most` slots of the cache, the
+        settled ones, none of which begins before `seen` and ends after it, and those of newest, "ring" or "recent". The
+        position of an empty slot is beyond all queries."""
+        settled, beyond = self.settled[:, None], torch.iinfo(torch.long).max
+        newer = self.recent.size(1) if newest == "recent" else self.window
+        for part, first, end in (("settled", 0, self.seen), ("settled", self.seen, self.end), (newest, 0, newer)):
             for start in range(first, end, most):
                 stop = min(start + most, end)
-                pos = self.newest[:, start:stop]
+                slot = torch.arange(start, stop, device=self.pos.device)
                 if part == "settled":
-                    slot = torch.arange(start, stop, device=self.pos.device)
-                    pos = torch.where(slot < self.settled[:, None], slot, BEYOND)
+                    pos = torch.where(slot < settled, slot, beyond)
+                elif part == "ring":
+                    pos = settled + (slot - settled) % self.window
+                else:
+                    pos = self.recent[:, start:stop]
                 yield part, start, stop, pos
 
 
@@ -2184,7 +2186,7 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
 
     q [B, H, T, w]: scaled queries, the paths' widths concatenated, at positions span.pos. null: None or (score
     [B, H, T], value [G, v]). recent: None, or of every stream the floats [B, C, window + T] at the positions
-    span.newest, which queries read from span.floats on in place of the ring and of what has settled since. Returns
+    span.recent, which queries read from span.floats on in place of the ring and of what has settled since. Returns
     [B, H, T, v], all in float32. Buffers may hold NaN where there is no token.
     """
     B, H, T, _ = q.shape
@@ -2200,8 +2202,9 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
     attend_chunk, scores = (fused_chunk, 0) if fused else (product_chunk, H * T)
     per_token = B * max(scores, sum(shape.streams.values()))                    # scores, or channels, of a cached token
     with torch.autocast(q[0].device.type, enabled=False):
-        for part, start, stop, pos in span.chunks(max(CACHE_BLOCK, DECODE_CHUNK // per_token)):
-            if part == "newest" and recent is not None:
+        most, newest = max(CACHE_BLOCK, DECODE_CHUNK // per_token), "ring" if recent is None else "recent"
+        for part, start, stop, pos in span.chunks(most, newest):
+            if part == "recent":
                 held = {name: x[..., start:stop].float() for name, x in recent.items()}
             else:
                 held = {name: stream.read(part, start, stop) for name, stream in streams.items()}
@@ -2212,7 +2215,7 @@ def decode_attention(q, streams, shape, span, null=None, recent=None):
                 held = {name: torch.where(there, x, 0.0) for name, x in held.items()}
                 visible = pos[:, None] <= span.pos[:, :, None]                                        # [B, T, S]
                 if recent is not None:
-                    visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "newest")
+                    visible &= (pos[:, None] >= span.floats[:, :, None]) == (part == "recent")
                 visible = visible.repeat(1, H // G, 1)[:, None]                                       # [B, 1, H/G·T, S]
             more, more_log_sum = attend_chunk(q, [held[name] for name in names], held[shape.v_stream], visible)
             new = torch.logaddexp(log_sum, more_log_sum)
@@ -2260,24 +2263,25 @@ class KVCache:
         new = pos < settled[:, None]
         leaving, settling, staying = (tuple(x.to(self.device) for x in pair) for pair in (
             (rows, old[rows, t]), new.nonzero(as_tuple=True), (~new).nonzero(as_tuple=True)))
-        seen, newest, floats = int(torch.minimum(settled, length + min(T, 1)).min()), self.in_ring(settled), None
+        seen, recent = int(torch.minimum(settled, length + min(T, 1)).min()), None
         if T > 1 and self.window and (settled > self.settled).any():
-            before = self.in_ring(self.settled)
-            before = torch.where(before < length[:, None], before, BEYOND)
-            seen, newest = int(self.settled.min()), torch.cat([before, pos], 1)
-            floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
+            seen, recent = int(self.settled.min()), self.recent_positions(pos).to(self.device)
+        floats = torch.maximum(self.settled[:, None], pos + 1 - self.window).to(self.device)
         return Span(pos.to(self.device), settled.to(self.device), seen, int(settled.max()), self.window, leaving,
-                    settling, staying, newest.to(self.device), floats)
+                    settling, staying, floats, recent)
 
-    def in_ring(self, settled):
-        """Positions [B, window] that the ring's slots are for, once the tokens below settled [B] have left it."""
-        return settled[:, None] + (torch.arange(self.window) - settled[:, None]) % self.window
+    def recent_positions(self, pos):
+        """Positions [B, window + T] of what is in the ring now and of new tokens at pos [B, T]."""
+        settled = self.settled[:, None]
+        ring = settled + (torch.arange(self.window) - settled) % self.window
+        ring = torch.where(ring < self.length[:, None], ring, torch.iinfo(torch.long).max)
+        return torch.cat([ring, pos], 1)
 
     def append(self, layer, span, entries):
         """Store the new tokens of one layer, {stream: [B, T, C]}. With a window, all are rounded as in the ring first,
         so that a settled value doesn't depend on when it settled. Returns {stream: floats [B, C, window + T]} at the
-        positions span.newest where some queries see others as floats than the last does, else None."""
-        recent = None if span.floats is None else {}
+        positions of span.recent, or None without those."""
+        recent = None if span.recent is None else {}
         for name, x in entries.items():
             stream = self.layers[layer][name]
             if self.window:
@@ -2341,7 +2345,7 @@ def why_not_finite(cache):
     slots = torch.arange(settled, length) % max(1, cache.window)
     for i, layer in enumerate(cache.layers):
         for name, stream in layer.items():
-            held = stream.read("settled", 0, settled), stream.read("newest", 0, cache.window)[..., slots]
+            held = stream.read("settled", 0, settled), stream.read("ring", 0, cache.window)[..., slots]
             if all(values.isfinite().all() for values in held):
                 continue
             if stream.fmt in ("fp32", "bf16"):
