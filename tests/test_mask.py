@@ -491,6 +491,8 @@ def test_without_safetensors_nothing_is_begun(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags,words", (
     ("--rows 5", "--rows 5 doesn't divide --block 16"),
     ("--rows 0", "at least 1"),
+    ("--index-bits 7", "to 6"),
+    ("--index-bits nan", "to 6"),
     ("--windows 0", "at least 1"),
     ("--kl 0", "above 0"),
     ("--kl 0.01 nan", "finite"),
@@ -522,7 +524,8 @@ def test_what_can_be_mended_is_said_in_a_line(tmp_path, flags, words):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
     (tmp_path / "out").mkdir()
-    torch.save(dict(plan=dict(block=16, rows=1, lengths=[96], mass_steps=5)), tmp_path / "out" / "last.pt")
+    plan = dict(block=16, rows=1, index_bits=2.0, lengths=[96], mass_steps=5)
+    torch.save(dict(plan=plan), tmp_path / "out" / "last.pt")
     assert_error(convert(f"mask --model model {FLAGS} --out-dir out {flags}", tmp_path), words)
 
 
