@@ -1154,8 +1154,7 @@ def product_rates(tokens, n_in, n_out, training=True, clock=time.perf_counter, l
 
 
 def pick_dtype(name, device, measure=lambda: product_rates(256, 512, 2048)):
-    """Type of the matrix products, and the reason for it. measure() makes the product_rates() that auto goes by on a
-    CPU."""
+    """Type of the matrix products, and the reason for it. measure(): the product_rates() that auto goes by on a CPU."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
@@ -2507,8 +2506,7 @@ def auto_policy(cfg, model_cfg):
 
 
 def rotate_cache(model):
-    """rotate_cache() of kernels/rotate.py, for --kv-rotate: the same model. Raises UserError where that is missing, or
-    can't."""
+    """rotate_cache() of kernels/rotate.py, for --kv-rotate: the same model. Raises UserError if it can't."""
     try:
         from kernels import rotate
         return rotate.rotate_cache(model)
