@@ -218,6 +218,12 @@ class Gates(nn.Module):
                                     for _ in range(layers))
         self.thresholds = nn.Parameter(torch.full((layers, heads), math.log(3e-3)))
 
+    @property
+    def bits_read(self) -> float:
+        """Bits that a choice reads of each channel of each key: codes and stretch, or four vectors a block, of 16."""
+        bits = self.facts["bits"]
+        return bits + 16 / self.facts["width"] if bits else 4 * 16 / self.block
+
     def by_block(self) -> "Gates":
         """The same gates for reading a prompt, where the queries of a block choose together."""
         together = copy.deepcopy(self)
