@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -192,11 +193,17 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
         train_dba.write_whole(last, partial(torch.save, content))
 
     if not begun:
-        texts = [window(ids, plan.lengths[i % len(plan.lengths)], plan.seed, AFTER_ALL + i).to(host.device)
-                 for i in range(SURVEYED)]
+        passes = SURVEYED * (2 if plan.index_bits else 1)
+        counter = itertools.count(1)
+
+        def texts():
+            for i in range(SURVEYED):
+                yield window(ids, plan.lengths[i % len(plan.lengths)], plan.seed, AFTER_ALL + i).to(host.device)
+                report(next(counter), passes)
+
         if plan.index_bits:
-            survey(host, gates, texts)
-        equal_loss(host, gates, texts, plan.lost)
+            survey(host, gates, texts())
+        equal_loss(host, gates, texts(), plan.lost)
         save()
     while step < plan.steps:
         started, mass = time.monotonic(), step < plan.mass_steps
