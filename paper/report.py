@@ -730,9 +730,11 @@ def policy_lines(evals: dict) -> list[str]:
 
 
 def mask_lines(evals: dict) -> list[str]:
-    rows, costs = [], []
+    rows, costs, bits = [], [], {}
     for run, _, result in of_command(evals, "mask"):
         for row in result["summary"]:
+            if "index_bits" in row:
+                bits[f"{row['index_bits']:.3g}"] = None
             half = "" if row["kl_half"] is None else f" ± {row['kl_half']:.2g}"
             mass = f"{row['mass']:.3f}" if "mass" in row else "-"
             mse = f"{row['mse']:.1e}" if "mse" in row else "-"
@@ -745,11 +747,12 @@ def mask_lines(evals: dict) -> list[str]:
             costs.append((f"`{run}`", f"{row['length']:,}", row["attention"], f"{row['layer_ms']:.0f}",
                           mib(row["layer_bytes"], 1), f"{row['ms_per_token']:.2f}", mib(row["forward_bytes"], 0)))
     lines = []
+    besides = f" To choose, gates read {' or '.join(bits)} bits of each channel of every key." if bits else ""
     if rows:
         lines += ["Sparse attention (`convert_dba.py mask`), over the second half of each window: keys read of those "
                   "in reach, attention's mass on them, mean square of its difference, KL divergence of the next token "
                   "in nats ± 95 % interval over windows, accuracy of the next token against the model's own, cache "
-                  "held. bfloat16 is the model itself, rounded:", "",
+                  f"held. bfloat16 is the model itself, rounded.{besides}", "",
                   *markdown(("run", "text", "windows", "choice", "read", "mass", "MSE", "KL", "ΔNLL", "accuracy kept",
                              "KV held"), rows), ""]
     if costs:

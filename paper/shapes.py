@@ -88,7 +88,7 @@ BUDGET = dict(max_delta_nll=maybe(number), max_kv_bytes_per_token=maybe(number),
 MASK_ROW = {"text": str, "length": count, "choice": str, "windows": count, "tokens": count, "kept": number,
             "kl": number, "kl_half": maybe(number), "accuracy_kept": maybe(number), "delta_nll": number,
             "accuracy_kept_half": maybe(number), "mass?": number, "mse?": number, "mse_half?": maybe(number),
-            "kv_kept?": number}
+            "kv_kept?": number, "index_bits?": number}
 GRADIENT_ROW = dict(text=str, length=count, start=count, choice=str, least=number, median=number)
 COST_ROW = dict(length=count, attention=str, layer_ms=number, layer_bytes=maybe(number), forward_ms=number,
                 forward_bytes=maybe(number), ms_per_token=number)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -180,15 +181,29 @@ def rate_at(done: float) -> float:
 def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Report = quiet) -> Gates:
     """Gates learned by a plan from ids [N], going on with what the folder has. Writes last.pt and train.jsonl."""
     gates = Gates(len(host.attentions), host.heads, host.groups, host.width, plan.block, plan.rows, plan.index_bits)
-    gates = gates.to(host.device)
-    step, price, optimizers = resume(folder / "last.pt", plan, gates)
+    gates, last = gates.to(host.device), folder / "last.pt"
+    begun = last.exists()
+    step, price, optimizers = resume(last, plan, gates)
     keep_lines(folder / "train.jsonl", step)
-    if step == 0:
-        texts = [window(ids, plan.lengths[i % len(plan.lengths)], plan.seed, AFTER_ALL + i).to(host.device)
-                 for i in range(SURVEYED)]
+
+    def save():
+        content = dict(plan=dataclasses.asdict(plan), step=step, price=price, gates=gates.state_dict(),
+                       optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        train_dba.write_whole(last, partial(torch.save, content))
+
+    if not begun:
+        passes = SURVEYED * (2 if plan.index_bits else 1)
+        counter = itertools.count(1)
+
+        def texts():
+            for i in range(SURVEYED):
+                yield window(ids, plan.lengths[i % len(plan.lengths)], plan.seed, AFTER_ALL + i).to(host.device)
+                report(next(counter), passes)
+
         if plan.index_bits:
-            survey(host, gates, texts)
-        equal_loss(host, gates, texts, plan.lost)
+            survey(host, gates, texts())
+        equal_loss(host, gates, texts(), plan.lost)
+        save()
     while step < plan.steps:
         started, mass = time.monotonic(), step < plan.mass_steps
         if step == plan.mass_steps:
@@ -217,9 +232,7 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
         train_dba.append_line(folder / "train.jsonl", step=step, tokens=length, **line,
                               seconds=round(time.monotonic() - started, 2))
         if step % SAVE_EVERY == 0 or step in (plan.mass_steps, plan.steps):
-            content = dict(plan=dataclasses.asdict(plan), step=step, price=price, gates=gates.state_dict(),
-                           optimizers=[optimizer.state_dict() for optimizer in optimizers])
-            train_dba.write_whole(folder / "last.pt", partial(torch.save, content))
+            save()
         report(step, plan.steps)
     return gates.requires_grad_(False)
 
@@ -401,6 +414,8 @@ def measure_all(host: Host, gates: Gates, points: list[dict], texts: dict, folde
     records = measure(host, texts, windows, choices, gates.block, folder / "eval.jsonl", report)
     result = dict(summary=summary(records), records=records)
     for row in result["summary"]:
+        if row["choice"].startswith("gates"):
+            row["index_bits"] = gates.bits_read
         for record in points:
             if row["choice"].split(",")[0] == f"gates KL {record['target']:g}":
                 row["kv_kept"] = dropped_bytes(gates, record, row["length"])

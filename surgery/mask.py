@@ -13,7 +13,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,6 +218,12 @@ class Gates(nn.Module):
                                     for _ in range(layers))
         self.thresholds = nn.Parameter(torch.full((layers, heads), math.log(3e-3)))
 
+    @property
+    def bits_read(self) -> float:
+        """Bits that a choice reads of each channel of each key: codes and stretch, or four vectors a block, of 16."""
+        bits = self.facts["bits"]
+        return bits + 16 / self.facts["width"] if bits else 4 * 16 / self.block
+
     def by_block(self) -> "Gates":
         """The same gates for reading a prompt, where the queries of a block choose together."""
         together = copy.deepcopy(self)
@@ -270,7 +276,7 @@ class Sparse:
 # Learning
 
 @torch.no_grad()
-def survey(host: Host, gates: Gates, texts: list[torch.Tensor]) -> None:
+def survey(host: Host, gates: Gates, texts: Iterable[torch.Tensor]) -> None:
     """Fit indices to the queries and keys that the model has on texts [1, T]."""
     surveys = [Survey() for _ in gates.layers]
 
@@ -334,7 +340,7 @@ def learn_mass(host: Host, gates: Gates, ids: torch.Tensor, optimizers: list[tor
 
 
 @torch.no_grad()
-def equal_loss(host: Host, gates: Gates, texts: list[torch.Tensor], lost: float) -> None:
+def equal_loss(host: Host, gates: Gates, texts: Iterable[torch.Tensor], lost: float) -> None:
     """Set each head's threshold so that it leaves out that share of its attention on texts [1, T]: a head whose gate
     can be trusted less reads more."""
     seen: list[list] = [[] for _ in gates.layers]

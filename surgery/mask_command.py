@@ -60,7 +60,8 @@ def make_mask(args: argparse.Namespace) -> None:
             gates = learn_mask.learn(host, ids, plan, folder, report)
         with Progress("pass", "thresholds") as report:
             facts = learn_mask.points_of_folder(host, gates, ids, plan, folder, args.calibration, report)
-        print(f"{folder}: gates of {plan.steps} steps, {sum(p.numel() for p in gates.parameters()):,} parameters")
+        print(f"{folder}: gates of {plan.steps} steps, {sum(p.numel() for p in gates.parameters()):,} parameters; "
+              f"to choose, {gates.bits_read:.3g} bits of each channel of every key are read")
         for point in facts["points"]:
             print(f"KL {point['target']:g}: {100 * point['kept']:.1f} % of tokens read, KL {point['kl']:.2g} on the "
                   f"training text, {len(point['drops'])} of {gates.thresholds.numel()} heads drop old keys")

@@ -246,7 +246,7 @@ def test_every_mode_of_ours_attends_through_it(name):
         assert torch.equal(own, host.hidden(ids))
 
 
-@pytest.mark.parametrize("bits,least", zip(BITS, (0.5, 0.9)))                   # an index has little to learn
+@pytest.mark.parametrize("bits,least", [*zip(BITS, (0.5, 0.9))])                # an index has little to learn
 def test_learning_brings_gates_closer_and_leaves_the_model_alone(bits, least):
     host = ours(attn_mode="gqa", kv_head=2, attn_dim=32)
     before = {name: p.clone() for name, p in host.model.state_dict().items()}
