@@ -484,10 +484,8 @@ def generate(device, toy):
     base = None
     for mode, formats in MODES.items():
         cfg = make_config(data="-", attn_mode=mode, kv_head=2 if mode == "gqa" else None, **sizes)
-        rates = None
-        if device.type == "cpu":
-            rates = product_rates(1, cfg.d_model, cfg.d_ff, training=False, layers=cfg.layers)
-        dtype, _ = pick_dtype("auto", device, rates)
+        rates = partial(product_rates, 1, cfg.d_model, cfg.d_ff, training=False, layers=cfg.layers)
+        dtype, _ = pick_dtype("auto", device, rates)       # as sample() picks it
         forget(device)
         with device:
             model = GPT(cfg, VOCAB).init_weights()

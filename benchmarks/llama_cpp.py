@@ -60,8 +60,8 @@ def ours(path, formats, depths, threads):
     train_dba.keep_freed_memory()
     subject = load_subject(path, "cpu", "float32")
     model, device = subject.model.requires_grad_(), subject.device              # autocast keeps casts of such alone
-    rates = train_dba.product_rates(1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers)
-    dtype, _ = train_dba.pick_dtype("auto", device, lambda: rates)                      # as sample() picks it
+    dtype, _ = train_dba.pick_dtype("auto", device, lambda: train_dba.product_rates(    # as sample() picks it
+        1, model.cfg.d_model, model.cfg.d_ff, training=False, layers=model.cfg.layers))
     kernel, _ = train_dba.resolve_kernel("auto", device)
     caches = {}
 
