@@ -207,8 +207,8 @@ class Gate(nn.Module):
 
 class Gates(nn.Module):
     """The gates of all layers; thresholds [L, H]: the log of attention, in units of an equal share, from which on a
-    head reads a far block. groups: key heads; bits: of a channel in the index, 0 for gates by four vectors. rows: how many queries choose
-    together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
+    head reads a far block. groups: key heads; bits: of a channel in the index, 0 for gates by four vectors. rows: how
+    many queries choose together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
 
     def __init__(self, layers: int, heads: int, groups: int, width: int, block: int, rows: int = 1, bits: float = 2.0):
         super().__init__()
