@@ -553,6 +553,15 @@ QUICK = ("--data text.txt --block 16 --lengths 64 --mass-steps 1 --updates 1 --l
 
 
 @NEEDED
+@pytest.mark.parametrize("steps", ("--mass-steps 0", "--logits-steps 0", "--mass-steps 0 --logits-steps 0"))
+def test_either_kind_of_step_can_be_left_out_and_the_same_command_goes_on(tmp_path, steps):
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    for _ in range(2):
+        assert_done(convert(f"mask --model model {QUICK} {steps} --out-dir out", tmp_path))
+
+
+@NEEDED
 def test_texts_are_known_by_their_ids(tmp_path):
     """Another text of the same name is measured, not taken for the one before."""
     make_text(tmp_path)
