@@ -250,7 +250,7 @@ def resume(path: Path, plan: Plan, gates: Gates) -> tuple[int, float, list[torch
             if state["plan"].get(name) != value:
                 raise UserError(f"{path.parent} holds gates learned with {name} {state['plan'].get(name)}, not "
                                 f"{value}; use another --out-dir")
-        optimizers = optimizers_of(gates, plan, state["step"] - 1)
+        optimizers = optimizers_of(gates, plan, max(state["step"] - 1, 0))
         gates.load_state_dict(state["gates"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)

@@ -206,9 +206,9 @@ class Gate(nn.Module):
 
 
 class Gates(nn.Module):
-    """The gates of all layers; thresholds [L, H]: the log share of attention from which on a head reads a far block.
-    groups: key heads; bits: of a channel in the index, 0 for gates by four vectors. rows: how many queries choose
-    together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
+    """The gates of all layers; thresholds [L, H]: the log of attention, in units of an equal share, from which on a
+    head reads a far block. groups: key heads; bits: of a channel in the index, 0 for gates by four vectors. rows: how
+    many queries choose together, a divisor of block: 1 as in decoding, block as in reading a prompt."""
 
     def __init__(self, layers: int, heads: int, groups: int, width: int, block: int, rows: int = 1, bits: float = 2.0):
         super().__init__()
@@ -216,7 +216,7 @@ class Gates(nn.Module):
         self.facts = dict(layers=layers, heads=heads, groups=groups, width=width, block=block, rows=rows, bits=bits)
         self.layers = nn.ModuleList(Index(heads, groups, width, bits) if bits else Gate(heads, width)
                                     for _ in range(layers))
-        self.thresholds = nn.Parameter(torch.full((layers, heads), math.log(3e-3)))
+        self.thresholds = nn.Parameter(torch.full((layers, heads), math.log(0.1)))
 
     @property
     def bits_read(self) -> float:
@@ -231,10 +231,12 @@ class Gates(nn.Module):
         return together
 
     def share(self, layer: int, grid: Grid, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """Estimated log share of attention of each far block, [B, H, N', M]."""
+        """log of the estimated attention to each far block, in units of an equal share for each block in reach, so that
+        a threshold means the same in a longer text: [B, H, N', M]."""
         q, k = q.detach(), k.detach()                      # a gate learns nothing through what it reads
         far = self.layers[layer](grid, q, k, scale)
-        return share_rows(grid, log_share(far, near_log_mass(grid, q, k, scale)), self.rows)
+        share = share_rows(grid, log_share(far, near_log_mass(grid, q, k, scale)), self.rows)
+        return share + log_reach(grid, self.rows)
 
     def keep(self, layer: int, grid: Grid, q: torch.Tensor, k: torch.Tensor, scale: float, point: "Point"
              ) -> torch.Tensor:
@@ -252,6 +254,12 @@ class Point:
     needn't be held (all query heads of a key head, or none)."""
     shift: float = 0.0
     drops: torch.Tensor | None = None
+
+
+def log_reach(grid: Grid, rows: int) -> torch.Tensor:
+    """log of the number of blocks that a row could read: [B, 1, N', 1]"""
+    blocks = (grid.near | grid.far).sum(-1).clamp(min=1)   # [B, N]
+    return blocks.log().repeat_interleave(grid.block // rows, 1)[:, None, :, None]
 
 
 def near_rows(grid: Grid, rows: int) -> torch.Tensor:
@@ -351,7 +359,8 @@ def equal_loss(host: Host, gates: Gates, texts: Iterable[torch.Tensor], lost: fl
         truth, near = mass_shares(grid, rows, keys, scale)
         guess = whole_share(gates.layers[layer](grid, rows, keys, scale), near)
         far = grid.far.repeat_interleave(grid.block, 1) & grid.real[:, None]    # [B, R, M]
-        pairs = [x[..., :-1].transpose(0, 1)[:, far] for x in (guess, truth)]   # [H, queries' far blocks]
+        guess = guess[..., :-1] + log_reach(grid, 1)
+        pairs = [x.transpose(0, 1)[:, far] for x in (guess, truth[..., :-1])]   # [H, queries' far blocks]
         seen[layer].append((*pairs, far.any(-1).sum().item()))
         return plain_attention(q, k, v, scale)
 

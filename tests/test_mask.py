@@ -13,6 +13,7 @@ import convert_dba
 import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text, snapshot
 from small_models import OTHERS, D, saved
+from surgery.key_index import Survey
 from surgery.learn_mask import dropped_bytes, point_of
 from surgery.mask import (
     Gates,
@@ -181,6 +182,24 @@ def test_an_untrained_gate_is_the_second_order_expansion():
     with_variance = error()
     torch.nn.init.zeros_(gate.variance)
     assert 0 < with_variance < 1e-3 < 2e-3 < error()
+
+
+@pytest.mark.parametrize("rows", (1, 4))
+@pytest.mark.parametrize("bits", BITS)
+def test_an_equal_share_of_attention_is_a_share_of_one_at_any_length(bits, rows):
+    """Of keys that are all the same, for the last query of each block, which sees whole blocks only; the mean of four
+    queries that see 13 to 16 of the last block's 16 keys is a little more."""
+    for blocks in (4, 9, 30):
+        grid, gates = Grid(1, 16 * blocks, 16 * blocks, 16), Gates(1, 4, 2, 8, 16, rows, bits).double()
+        q, k = torch.randn(1, 4, 16 * blocks, 8).double(), torch.ones(1, 2, 16 * blocks, 8).double()
+        if bits:
+            survey = Survey()
+            survey.add(grid, q, k, 1.0)
+            gates.layers[0].fit(*survey.moments())
+        last = gates.share(0, grid, q, k, 1.0).exp()[:, :, 16 // rows - 1::16 // rows]
+        far = last[last > 0]
+        assert len(far) == 4 * (blocks - 2) * (blocks - 3) / 2
+        assert torch.allclose(far, torch.ones_like(far), atol=1e-6 if rows == 1 else 0.05)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -531,6 +550,15 @@ def test_what_can_be_mended_is_said_in_a_line(tmp_path, flags, words):
 
 QUICK = ("--data text.txt --block 16 --lengths 64 --mass-steps 1 --updates 1 --logits-steps 1 --logits-length 64 "
          "--calibration 1 --device cpu --eval-data text.txt --eval-lengths 64 --windows 1 --measure controls")
+
+
+@NEEDED
+@pytest.mark.parametrize("steps", ("--mass-steps 0", "--logits-steps 0", "--mass-steps 0 --logits-steps 0"))
+def test_either_kind_of_step_can_be_left_out_and_the_same_command_goes_on(tmp_path, steps):
+    make_text(tmp_path)
+    save("ours", tmp_path / "model")
+    for _ in range(2):
+        assert_done(convert(f"mask --model model {QUICK} {steps} --out-dir out", tmp_path))
 
 
 @NEEDED
