@@ -110,6 +110,8 @@ KERNELS = ("auto", "torch", "triton", "metal")
 
 
 def number_or_auto(text):
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number of at least 1")
     return 0 if text == "auto" else int(text)
 
 
@@ -2711,8 +2713,8 @@ def out_of_range(settings):
         value, name, choices, limits = settings[f.name], flag_name(f.name), f.metadata["choices"], f.metadata["limits"]
         if value is None:
             continue
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} {value} must be a finite number"
+        if isinstance(value, int | float) and not abs(value) < 2**63:           # nor is a NaN
+            yield f"{name} {value} must be a finite number below 2**63"
         for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                     ("below", operator.lt, "below"), ("top", operator.le, "at most")):
             if limits[limit] is not None and not holds(value, limits[limit]):
@@ -2784,6 +2786,8 @@ def problems(c, given):
             (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
             (c.schedule == "constant" and c.min_lr != c.lr,
              f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
+            (c.tokens_per_step >= 2**53, f"--batch-size {c.batch_size} x --grad-accum {c.grad_accum} x --block {c.block} "
+             "tokens a step are too many to count"),
             (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
             (c.micro_batch and c.batch_size % c.micro_batch,
              f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
@@ -2844,6 +2848,12 @@ def shape_from(cfg, given):
     return {**{name: value for name, value in shape.items() if value != DEFAULTS[name]}, **given}
 
 
+def lacks_room(e):
+    """Whether an exception says that there is no memory; PyTorch's of a CPU does by its words alone."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(e, RuntimeError) and ("allocate memory" in str(e) or "size calculation overflowed" in str(e)))
+
+
 class Parser(argparse.ArgumentParser):
     """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
 
@@ -2899,6 +2909,12 @@ def main(argv=None):
             return train(cfg, given, argv, *source)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_room(e):
+            raise
+        tqdm.write(f"error: no memory ({brief(e)}); a smaller --batch-size, --block or model takes less, and "
+                   "--micro-batch parts of a batch", file=sys.stderr)
         return 1
     except KeyboardInterrupt:                              # before the loop, or while sampling
         return 128 + signal.SIGINT
