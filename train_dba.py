@@ -2786,8 +2786,8 @@ def problems(c, given):
             (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
             (c.schedule == "constant" and c.min_lr != c.lr,
              f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
-            (c.tokens_per_step >= 2**53, f"--batch-size {c.batch_size} x --grad-accum {c.grad_accum} x --block {c.block} "
-             "tokens a step are too many to count"),
+            (c.tokens_per_step >= 2**53, f"--batch-size {c.batch_size} x --grad-accum {c.grad_accum} x --block "
+             f"{c.block} tokens a step are too many to count"),
             (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
             (c.micro_batch and c.batch_size % c.micro_batch,
              f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
