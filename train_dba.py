@@ -52,6 +52,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 import zipfile
@@ -1092,6 +1093,8 @@ class Ranks:
 
 def mesh_sizes():
     """Nodes, and ranks of each, as torchrun started them."""
+    if "RANK" not in os.environ:                           # of the others, schedulers set some as well
+        return 1, 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
 
@@ -1101,12 +1104,16 @@ def start_ranks(device):
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    nodes, local_ranks = mesh_sizes()
-    torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     on_gpu = device.type == "cuda"
     # torchrun keeps its store over restarts, where ranks would find the addresses of those that died. Nodes may count
     # restarts differently: docs/scale.md has the variable that helps there.
-    store, rank, world = next(dist.rendezvous("env://"))
+    try:
+        nodes, local_ranks = mesh_sizes()
+        torch.set_num_threads(max(1, cores // local_ranks))                     # torchrun would leave one thread
+        store, rank, world = next(dist.rendezvous("env://"))
+    except (ValueError, ArithmeticError, dist.DistError) as e:
+        raise UserError(f"the environment has RANK={os.environ['RANK']}, but not all that torchrun sets beside it "
+                        f"({brief(e)}); unset RANK, or start ranks by torchrun") from None
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if nodes == 1 else "", store)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, store=store, rank=rank,
                             world_size=world, timeout=timedelta(minutes=30))    # rank 0 may be saving for minutes
@@ -1300,16 +1307,24 @@ def why_unwritten(e):
     return getattr(e, "strerror", None) or brief(e)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Raise UserError where the system refuses to write what is written here."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
     temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1453,25 +1468,23 @@ def provenance(device):
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
+                threads=torch.get_num_threads(), ranks=math.prod(mesh_sizes()), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
 
 
 def append_line(path, **line):
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-    except OSError as e:
-        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+    with writing(path), open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
-def summary_writer(folder, step):
-    """TensorBoard's writer of a run folder, going on after `step`. Raises UserError where it isn't installed."""
+def summary_writer():
+    """TensorBoard's class of a folder's writer. Raises UserError where it isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder, purge_step=step + 1)
+    threading.excepthook = lambda _: None                  # what stops its thread comes back by flush(), too
+    return SummaryWriter
 
 
 def read_log(path, shape=LOG_LINE):
@@ -1823,10 +1836,11 @@ class Training:
         if self.ranks.rank == 0:
             append_line(self.folder / "train.jsonl", type=kind, step=self.step, tokens=self.tokens, **fields)
         if self.board:
-            for name, value in fields.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
-            self.board.flush()
+            with writing(self.folder / "events.out.tfevents"):
+                for name, value in fields.items():
+                    if value is not None:
+                        self.board.add_scalar(f"{kind}/{name}", value, self.step)
+                self.board.flush()
 
     def save(self, name, model=None, **state):
         """Write a checkpoint of the model, or of one in its place."""
@@ -1952,10 +1966,13 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     if ranks.world > 1 and not cfg.shard:
         runner = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
-    run.board = summary_writer(folder, run.step) if cfg.tensorboard and main_rank else None
+    writer = summary_writer() if cfg.tensorboard and main_rank else None
     ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
         start_folder(cfg, ckpt, env, meta, argv)
+    if writer:
+        with writing(folder):
+            run.board = writer(folder, purge_step=run.step + 1)
     if ckpt is None:
         run.save_last()                                    # so that a log without a checkpoint means a deleted one
     del ckpt

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import resource
 import sys
 import types
 
@@ -386,6 +387,20 @@ def test_weights_that_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").glob("step0*")) == kept
     assert call(f"{TRAIN} --steps 1 --out-dir a --overwrite", tmp_path).code == 0
     assert [path.name for path in (tmp_path / "a").glob("step*")] == ["step_notes.pt"]
+
+
+def test_tensorboard_without_room_is_said_in_a_line(tmp_path):
+    """Its thread would print a traceback of its own; a folder that can't be made would be one, too."""
+    pytest.importorskip("tensorboard", reason="no tensorboard: pip install tensorboard")
+    make_text(tmp_path)
+    asked = f"{TRAIN} --d-model 8 --d-ff 8 --steps 600 --eval-every 600 --save-every 600 --tensorboard"
+    assert_error(cli(f"{asked} --out-dir text.txt/run", tmp_path), "can't make the run folder text.txt/run")
+
+    def limit():                                           # above the checkpoint of step 0, below 600 steps' events
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    result = cli(f"{asked} --out-dir run", tmp_path, preexec_fn=limit)
+    assert_error(result, "can't write run/events", "disk full")
+    assert_done(call(f"{asked} --no-tensorboard --out-dir run", tmp_path))
 
 
 def test_a_step_without_memory_is_said_in_a_line(tmp_path, monkeypatch):
