@@ -2928,10 +2928,14 @@ def main(argv=None):
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
         return 1
     except (MemoryError, RuntimeError) as e:
-        if not lacks_room(e):
+        if lacks_room(e):
+            advice = "a smaller --batch-size, --block or model takes less, and --micro-batch parts of a batch"
+            tqdm.write(f"error: no memory ({brief(e)}); {advice}", file=sys.stderr)
+        elif dist.is_initialized() and "by peer" in str(e):                     # as gloo says it; NCCL waits
+            tqdm.write(f"error: rank {dist.get_rank()} lost another rank, which says why it ended, or was killed",
+                       file=sys.stderr)
+        else:
             raise
-        tqdm.write(f"error: no memory ({brief(e)}); a smaller --batch-size, --block or model takes less, and "
-                   "--micro-batch parts of a batch", file=sys.stderr)
         return 1
     except KeyboardInterrupt:                              # before the loop, or while sampling
         return 128 + signal.SIGINT

@@ -183,7 +183,9 @@ def test_kill_of_one_worker_ends_all_and_sigterm_saves(tmp_path):
     pids = workers(process)
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
-    assert finish(process).code != 0
+    result = finish(process)
+    assert result.code != 0 and "[rank0]: Traceback" not in result.stderr
+    assert re.search(r"(?m)^error: rank 0 lost another rank", result.stderr)
     assert all(map(gone, pids))
     assert_intact(tmp_path, 3)
     before = train_dba.load_checkpoint(tmp_path / "run/last.pt")["step"]
