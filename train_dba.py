@@ -2776,6 +2776,8 @@ def problems(c, given):
             wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
         if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
             wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
+        if given.get(f.name) == "" and f.name != "prompt":                      # of a shell's variable that isn't set
+            wrong.append(f"{name} is empty; give it a value, or leave it out")
     checks = [
         (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
          f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
