@@ -45,11 +45,13 @@ from train_dba import (
     Ranks,
     UserError,
     autocast,
+    brief,
     bytes_per_token,
     compile_model,
     count_params,
     decode_attention,
     keep_freed_memory,
+    lacks_room,
     make_config,
     make_optimizer,
     peak_memory,
@@ -653,6 +655,11 @@ def main(argv=None):
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_room(e):
+            raise
+        print(f"error: no memory ({brief(e)}); what was measured before is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
