@@ -2730,8 +2730,10 @@ def out_of_range(settings):
         value, name, choices, limits = settings[f.name], flag_name(f.name), f.metadata["choices"], f.metadata["limits"]
         if value is None:
             continue
-        if isinstance(value, int | float) and not abs(value) < 2**63:           # nor is a NaN
-            yield f"{name} {value} must be a finite number below 2**63"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} {value} must be a finite number"
+        if type(value) is int and value >= 2**63:          # more than a tensor's size can be
+            yield f"{name} {value} must be below 2**63"
         for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                     ("below", operator.lt, "below"), ("top", operator.le, "at most")):
             if limits[limit] is not None and not holds(value, limits[limit]):

@@ -82,7 +82,7 @@ WRONG = {
     "--d-model 33": "--n-head",
     "--d-ff 1000000000000000": "no memory",
     "--d-ff 9000000000000000000": "no memory",
-    "--d-ff 99999999999999999999": "--d-ff 99999999999999999999 must be a finite number below 2**63",
+    "--d-ff 99999999999999999999": "--d-ff 99999999999999999999 must be below 2**63",
     "--lr 1e400": "--lr inf must be a finite number",
     "--batch-size 100000000 --grad-accum 10000000": "too many to count",
     "--d-model 0": "--d-model",
