@@ -234,7 +234,7 @@ class Config:
     prompt_tokens: str | None = flag("sampling", None, "token ids to continue, separated by commas or spaces")
     interactive: bool = flag("sampling", False, "continue each line of standard input, on its own")
     num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
-    max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
+    max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1, below=2**62)
     stop: str | None = flag("sampling", None, "end before this text")
     stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (words have none)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
@@ -2732,7 +2732,7 @@ def out_of_range(settings):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{name} {value} must be a finite number"
-        if type(value) is int and value >= 2**63:          # more than a tensor's size can be
+        if f.metadata["group"] == "model" and type(value) is int and value >= 2**63:                # a tensor's limit
             yield f"{name} {value} must be below 2**63"
         for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                     ("below", operator.lt, "below"), ("top", operator.le, "at most")):

@@ -151,6 +151,7 @@ WRONG_SAMPLING = {
     "--ckpt last.pt --temperature -1": "--temperature",
     "--ckpt last.pt --temperature nan": "--temperature",
     "--ckpt last.pt --max-new-tokens 0": "--max-new-tokens",
+    "--ckpt last.pt --max-new-tokens 99999999999999999999": "--max-new-tokens",
     "--ckpt last.pt --data text.txt": "--data",
     "--ckpt last.pt --stop ''": "--stop is empty",
     "--ckpt last.pt --d-model 32": "--d-model",
