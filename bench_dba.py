@@ -7,8 +7,9 @@ One benchmark of this device, in blocks: its ceilings, then what the code makes 
     python3 bench_dba.py gpu --toy --device cpu --out /tmp/bench  # the same at toy size: a rehearsal
 
 A block prints a line a row as it is measured, and writes <out>/<block>.json: rows, and the environment that they come
-from. The last line of `gpu` on standard output is one JSON document with all of it; a block that fails or takes too
-long is named there and makes the exit code 1, and the others still run.
+from; until it is finished that is <block>.json.part, beside an earlier result. The last line of `gpu` on standard
+output is one JSON document with all of it; a block that fails or takes too long is named there and makes the exit code
+1, and the others still run.
 
 Times are medians of synchronised repetitions after warm-up. MFU counts 6 FLOPs per parameter of a matrix product and
 token, and 6 L H (w + v) T / 2 for attention: the causal half, of query-key width w and value width v. `mfu_full` counts
@@ -36,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import prepare_fineweb
 import train_dba
 from estimate import model_flops, peak_of, training_memory
-from eval_dba import positive
+from eval_dba import number, positive
 from evals.subject import check_out
 from train_dba import (
     GPT,
@@ -44,11 +45,13 @@ from train_dba import (
     Ranks,
     UserError,
     autocast,
+    brief,
     bytes_per_token,
     compile_model,
     count_params,
     decode_attention,
     keep_freed_memory,
+    lacks_room,
     make_config,
     make_optimizer,
     peak_memory,
@@ -572,8 +575,9 @@ def line(row):
 
 
 def run_block(name, device, out, toy, **settings):
-    """Measure a block; its rows are printed and written as they come, so that one that is stopped loses none."""
-    rows, started = [], time.perf_counter()
+    """Measure a block; its rows are printed and written as they come, so that one that is stopped loses none: to
+    <name>.json.part, which takes the place of an earlier result once it is whole."""
+    rows, started, part = [], time.perf_counter(), out and out / f"{name}.json.part"
     for row in BLOCKS[name](device, toy, **settings):
         rows.append(row)
         print(f"{name:10} {line(row)}", flush=True)
@@ -581,7 +585,9 @@ def run_block(name, device, out, toy, **settings):
             out.mkdir(parents=True, exist_ok=True)
             document = dict(block=name, toy=toy, seconds=time.perf_counter() - started, clock=CLOCK.__name__,
                             load=os.getloadavg()[0], env=provenance(device), rows=rows)
-            write_text(out / f"{name}.json", json.dumps(document, indent=1) + "\n")
+            write_text(part, json.dumps(document, indent=1) + "\n")
+    if rows and out:
+        part.replace(out / f"{name}.json")
 
 
 def run_plan(args):
@@ -590,7 +596,7 @@ def run_plan(args):
     for name in args.blocks:
         command = [sys.executable, __file__, name, "--device", args.device, "--out", str(args.out)]
         command += ["--toy"] * args.toy + ["--cpu-time"] * args.cpu_time
-        (args.out / f"{name}.json").unlink(missing_ok=True)                     # of another run
+        (args.out / f"{name}.json.part").unlink(missing_ok=True)                # of another run
         try:
             code = subprocess.run(command, timeout=args.limit).returncode
         except subprocess.TimeoutExpired:
@@ -598,7 +604,7 @@ def run_plan(args):
         if code:
             failed.append(name)
             print(f"{name}: {code}", file=sys.stderr, flush=True)
-    paths = [args.out / f"{name}.json" for name in args.blocks]
+    paths = [args.out / (f"{name}.json.part" if name in failed else f"{name}.json") for name in args.blocks]
     documents = [json.loads(path.read_text()) for path in paths if path.is_file()]
     print(json.dumps(dict(failed=failed, blocks=documents)))
     return 1 if failed else 0
@@ -617,7 +623,7 @@ def main(argv=None):
         p.add_argument("--toy", action="store_true", help="sizes that any CPU manages: a rehearsal, no measurement")
         if name == "gpu":
             p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
-            p.add_argument("--limit", type=float, default=300, help="seconds of a block (300)")
+            p.add_argument("--limit", type=number, default=300, help="seconds of a block (300)")
         if name == "decode":
             p.add_argument("--tokens", type=positive(), nargs="+", default=(), help="contexts of one sequence, and no "
                            "others")
@@ -647,6 +653,11 @@ def main(argv=None):
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_room(e):
+            raise
+        print(f"error: no memory ({brief(e)}); what was measured before is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

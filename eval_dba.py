@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evals import policy, ppl, probes, rank, tasks, timing
 from evals.tasks import TASKS
 from evals.timing import COMPARED, WARM_UP
-from train_dba import FORMATS, UserError
+from train_dba import FORMATS, UserError, brief, lacks_room
 
 CACHES = (*FORMATS, "hetero")
 
@@ -32,11 +32,12 @@ CACHES = (*FORMATS, "hetero")
 # Flags
 
 def positive(least=1):
-    """Type of a flag: a whole number of at least `least`."""
+    """Type of a flag: a whole number of at least `least` that tensors can be sized by."""
     def parse(text):
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        if not least <= (value := int(text)) < 2**53:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least} and below 2**53")
         return value
+    parse.__name__ = "whole number"                        # by which argparse calls it: invalid whole number value: 'x'
     return parse
 
 
@@ -198,6 +199,12 @@ def main(argv=None):
         return 0
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_room(e):
+            raise
+        tqdm.write(f"error: no memory ({brief(e)}); lower the numbers that were given, or those of the model",
+                   file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

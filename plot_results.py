@@ -40,6 +40,7 @@ from paper.report import (
     report,
     scale_table,
 )
+from paper.shapes import UNREADABLE
 from paper.stats import frontier
 from paper.style import (
     COLORS,
@@ -56,7 +57,7 @@ from paper.style import (
     write_text,
 )
 from run_paper_manifest import HERE, list_runs, read_manifest
-from train_dba import UserError, progress
+from train_dba import UserError, brief, progress
 
 MOST_LINES = 5                                             # of a panel of curves
 FEW = 12                                                   # evaluations of a curve whose intervals are bars
@@ -497,6 +498,16 @@ def write_results(results: dict, out: Path) -> None:
     write_text(out / "table_scale.tex", scale_table(results["series"], small=False))
 
 
+def read_readme(path: str) -> str:
+    """The text whose block is to be rewritten. Raises UserError where there is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UNREADABLE as e:
+        raise UserError(f"--readme {path} can't be read ({brief(e)}); name another, or none: --readme ''") from None
+    replace_block(text, "")
+    return text
+
+
 def run(args: argparse.Namespace) -> None:
     manifest = read_manifest(HERE / "paper_manifest.json")
     listed = {}
@@ -508,6 +519,7 @@ def run(args: argparse.Namespace) -> None:
     if not results["runs"]:
         raise UserError(f"no finished run under {args.runs}; train one first, for example with `make demo`")
     papers = of_manifest(results)
+    readme = read_readme(args.readme) if papers and args.readme else None
     results["contrasts"] = contrasts(manifest, results) if papers else []
     results["claims"] = ledger(results) if papers else []
     try:
@@ -522,8 +534,7 @@ def run(args: argparse.Namespace) -> None:
             if done < total:
                 print(f"{name}: {total - done} of {total} runs of the manifest are missing", file=sys.stderr)
         if args.readme:
-            readme = Path(args.readme)
-            write_text(readme, replace_block(readme.read_text(), readme_block(results)))
+            write_text(Path(args.readme), replace_block(readme, readme_block(results)))
     block = f", and the block of {args.readme}" if papers and args.readme else ""
     print(f"{len(results['runs'])} runs: results.json, report.md, tables and figures in {args.out}{block}")
 

@@ -861,6 +861,13 @@ def tokenizer_name(text):
                                      f"{BPE_SIZES[0]} to {BPE_SIZES[-1]}")
 
 
+def path_of(text):
+    """Type of a flag: a path; an empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: a variable that isn't set?")
+    return Path(text)
+
+
 def parse_args(argv=None):
     """The command line, with the dataset's defaults filled in; ends the program with 2 where it makes no sense."""
     def defaults(key):
@@ -870,7 +877,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="where the documents come from")
-    parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text: .txt, .jsonl (field text) and "
+    parser.add_argument("--input", nargs="+", type=path_of, metavar="PATH", help="text: .txt, .jsonl (field text) and "
                         ".parquet (column text) files, or folders of them; wikitext2: a folder of "
                         "wiki.{train,valid,test}.tokens [from the hub, into the folder of --output]")
     parser.add_argument("--tokenizer", type=tokenizer_name, metavar="NAME", help="word, gpt2, byte, or bpe:N, byte "
@@ -879,7 +886,8 @@ def parse_args(argv=None):
                         "tokens: 100M, 1B, 250000; validation comes on top [all; fineweb-edu needs it]")
     parser.add_argument("--val-frac", type=float, metavar="F", help="share of the documents held out for "
                         f"validation, evenly spaced [{defaults('val_frac')}]; wikitext2 has its own split")
-    parser.add_argument("--output", "--out", required=True, type=Path, metavar="NAME.npy", help="token file to write")
+    parser.add_argument("--output", "--out", required=True, type=path_of, metavar="NAME.npy",
+                        help="token file to write")
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="tokenizer processes [one per core]")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output, or what a run with other "
                         "settings began; a run with the same settings still goes on where it was stopped")

@@ -177,6 +177,9 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
                         if only and not f"{series}_s{seed}".startswith(tuple(only)):
                             continue
                         rate = {"lr": lr} if lr else {}
+                        if named := dict(overrides).keys() & {"seed", "data", "out_dir", *rate}:
+                            raise UserError(f"{flag_name(min(named))} after -- is part of what runs are named by; see "
+                                            "--seeds, --data-dir, --runs and --only")
                         given = {**part["base"], **settings, **rate, **dict(overrides), "seed": seed,
                                  "data": f"{data}/{source['data']}", "out_dir": f"{runs}/{group}/{series}_s{seed}"}
                         given.pop("lrs", None)
@@ -219,10 +222,10 @@ def product_rate(cfg, device, seconds=0.2):
 
 def short(n):
     """A count in three digits: 655M."""
-    units = iter("kMBT")
     unit = ""
-    while n >= 999.5:
-        n, unit = n / 1000, next(units)
+    for larger in "kMBT":
+        if n >= 999.5:
+            n, unit = n / 1000, larger
     return f"{n:#.3g}".rstrip(".") + unit if unit else f"{n}"
 
 

@@ -52,6 +52,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 import zipfile
@@ -110,6 +111,8 @@ KERNELS = ("auto", "torch", "triton", "metal")
 
 
 def number_or_auto(text):
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number of at least 1")
     return 0 if text == "auto" else int(text)
 
 
@@ -231,7 +234,7 @@ class Config:
     prompt_tokens: str | None = flag("sampling", None, "token ids to continue, separated by commas or spaces")
     interactive: bool = flag("sampling", False, "continue each line of standard input, on its own")
     num_samples: int = flag("sampling", 1, "continuations of a prompt, of seeds that count up", low=1)
-    max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1)
+    max_new_tokens: int = flag("sampling", 128, "tokens to generate", low=1, below=2**62)
     stop: str | None = flag("sampling", None, "end before this text")
     stop_at_eot: bool = flag("sampling", True, "end at the token that ends a document (words have none)")
     temperature: float = flag("sampling", 1.0, "0 takes the likeliest token", low=0)
@@ -1096,6 +1099,8 @@ class Ranks:
 
 def mesh_sizes():
     """Nodes, and ranks of each, as torchrun started them."""
+    if "RANK" not in os.environ:                           # of the others, schedulers set some as well
+        return 1, 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(os.environ.get("WORLD_SIZE", 1)) // ranks, ranks
 
@@ -1105,12 +1110,16 @@ def start_ranks(device):
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    nodes, local_ranks = mesh_sizes()
-    torch.set_num_threads(max(1, cores // local_ranks))    # torchrun would leave one thread
     on_gpu = device.type == "cuda"
     # torchrun keeps its store over restarts, where ranks would find the addresses of those that died. Nodes may count
     # restarts differently: docs/scale.md has the variable that helps there.
-    store, rank, world = next(dist.rendezvous("env://"))
+    try:
+        nodes, local_ranks = mesh_sizes()
+        torch.set_num_threads(max(1, cores // local_ranks))                     # torchrun would leave one thread
+        store, rank, world = next(dist.rendezvous("env://"))
+    except (ValueError, ArithmeticError, dist.DistError) as e:
+        raise UserError(f"the environment has RANK={os.environ['RANK']}, but not all that torchrun sets beside it "
+                        f"({brief(e)}); unset RANK, or start ranks by torchrun") from None
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if nodes == 1 else "", store)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, store=store, rank=rank,
                             world_size=world, timeout=timedelta(minutes=30))    # rank 0 may be saving for minutes
@@ -1298,16 +1307,24 @@ def why_unwritten(e):
     return getattr(e, "strerror", None) or brief(e)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Raise UserError where the system refuses to write what is written here."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+
+
 def write_whole(path, write):
     """Replace a file by what write(temporary path) makes, synced, or leave it as it was."""
     temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1451,25 +1468,23 @@ def provenance(device):
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 platform=platform.system(), cpu=torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", 1)), commit=commit,
+                threads=torch.get_num_threads(), ranks=math.prod(mesh_sizes()), commit=commit,
                 dirty=bool(git("status", "--porcelain", "--", "*.py")) if commit else None)
 
 
 def append_line(path, **line):
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-    except OSError as e:
-        raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
+    with writing(path), open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
-def summary_writer(folder, step):
-    """TensorBoard's writer of a run folder, going on after `step`. Raises UserError where it isn't installed."""
+def summary_writer():
+    """TensorBoard's class of a folder's writer. Raises UserError where it isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder, purge_step=step + 1)
+    threading.excepthook = lambda _: None                  # what stops its thread comes back by flush(), too
+    return SummaryWriter
 
 
 def read_log(path, shape=LOG_LINE):
@@ -1779,10 +1794,11 @@ class Training:
         if self.ranks.rank == 0:
             append_line(self.folder / "train.jsonl", type=kind, step=self.step, tokens=self.tokens, **fields)
         if self.board:
-            for name, value in fields.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
-            self.board.flush()
+            with writing(self.folder / "events.out.tfevents"):
+                for name, value in fields.items():
+                    if value is not None:
+                        self.board.add_scalar(f"{kind}/{name}", value, self.step)
+                self.board.flush()
 
     def save(self, name, model=None, **state):
         """Write a checkpoint of the model, or of one in its place."""
@@ -1916,10 +1932,13 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     if ranks.world > 1 and not cfg.shard:
         runner = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
-    run.board = summary_writer(folder, run.step) if cfg.tensorboard and main_rank else None
+    writer = summary_writer() if cfg.tensorboard and main_rank else None
     ranks.agree(data=meta["data"], dtype=cfg.dtype)        # before rank 0 writes to the folder
     if main_rank:
         start_folder(cfg, ckpt, env, meta, argv)
+    if writer:
+        with writing(folder):
+            run.board = writer(folder, purge_step=run.step + 1)
     if ckpt is None:
         run.save_last()                                    # so that a log without a checkpoint means a deleted one
     del ckpt
@@ -2651,6 +2670,8 @@ def out_of_range(settings):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{name} {value} must be a finite number"
+        if f.metadata["group"] == "model" and type(value) is int and value >= 2**63:                # a tensor's limit
+            yield f"{name} {value} must be below 2**63"
         for limit, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                     ("below", operator.lt, "below"), ("top", operator.le, "at most")):
             if limits[limit] is not None and not holds(value, limits[limit]):
@@ -2695,6 +2716,8 @@ def problems(c, given):
             wrong.append(f"{name} does nothing with --attn-mode {c.attn_mode}; it is for {' and '.join(modes)}")
         if f.name in given and f.metadata["group"] in UNREAD[c.mode]:
             wrong.append(f"{name} does nothing with --mode {c.mode}; leave it out")
+        if given.get(f.name) == "" and f.name != "prompt":                      # of a shell's variable that isn't set
+            wrong.append(f"{name} is empty; give it a value, or leave it out")
     checks = [
         (c.exp and c.attn_mode != EXPS[c.exp](1)["attn_mode"],
          f"--attn-mode {c.attn_mode} contradicts --exp {c.exp}; leave one out"),
@@ -2722,6 +2745,8 @@ def problems(c, given):
             (c.min_lr > c.lr, f"--min-lr {c.min_lr} is above --lr {c.lr}"),
             (c.schedule == "constant" and c.min_lr != c.lr,
              f"--schedule constant stays at --lr {c.lr}: leave out --min-lr"),
+            (c.tokens_per_step >= 2**53, f"--batch-size {c.batch_size} x --grad-accum {c.grad_accum} x --block "
+             f"{c.block} tokens a step are too many to count"),
             (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is more than --steps {c.steps}"),
             (c.micro_batch and c.batch_size % c.micro_batch,
              f"--micro-batch {c.micro_batch} must divide --batch-size {c.batch_size}"),
@@ -2782,6 +2807,12 @@ def shape_from(cfg, given):
     return {**{name: value for name, value in shape.items() if value != DEFAULTS[name]}, **given}
 
 
+def lacks_room(e):
+    """Whether an exception says that there is no memory; PyTorch's of a CPU does by its words alone."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(e, RuntimeError) and ("allocate memory" in str(e) or "size calculation overflowed" in str(e)))
+
+
 class Parser(argparse.ArgumentParser):
     """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
 
@@ -2837,6 +2868,16 @@ def main(argv=None):
             return train(cfg, given, argv, *source)
     except UserError as e:
         tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if lacks_room(e):
+            advice = "a smaller --batch-size, --block or model takes less, and --micro-batch parts of a batch"
+            tqdm.write(f"error: no memory ({brief(e)}); {advice}", file=sys.stderr)
+        elif dist.is_initialized() and "by peer" in str(e):                     # as gloo says it; NCCL waits
+            tqdm.write(f"error: rank {dist.get_rank()} lost another rank, which says why it ended, or was killed",
+                       file=sys.stderr)
+        else:
+            raise
         return 1
     except KeyboardInterrupt:                              # before the loop, or while sampling
         return 128 + signal.SIGINT

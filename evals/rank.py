@@ -170,7 +170,8 @@ def product_record(heads: list[torch.Tensor]) -> dict:
     for r in SHARE_WIDTHS:
         kept = energy[:, :r].sum(1)
         share[r], least_share[r] = six_digits(kept.quantile(0.5)), six_digits(kept.min())
-    beyond = energy.flip(1).cumsum(1).flip(1)[:, 1:].quantile(0.5, 0)           # [w - 1]
+    beyond = energy.flip(1).cumsum(1).flip(1)[:, 1:]                            # [H, w - 1]
+    beyond = beyond.quantile(0.5, 0) if beyond.numel() else energy.new_empty(0)
     return dict(of="QK head", channels=energy.size(1), ranks=rank_numbers(energy), share=share,
                 least_share=least_share, left_out=six_digits(beyond), spectrum=energy.float().numpy(force=True))
 

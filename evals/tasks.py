@@ -23,17 +23,42 @@ from evals.subject import (
     text_table,
     write_result,
 )
-from paper.shapes import count, list_of, map_of, read_json
+from paper.shapes import both, count, list_of, map_of, read_json
 from paper.stats import mcnemar
-from train_dba import BROKEN, KVCache, UserError, autocast, brief, rotate_cache
+from train_dba import BROKEN, KVCache, UserError, autocast, brief, check, rotate_cache
 
-# The task's YAML below lm_eval/tasks, the split that is scored, and the fields of an item of the hub's data set.
+
+def one_of(*values):
+    def this(value):
+        return repr(value) in map(repr, values)            # 1 is neither "1" nor true
+    this.__name__ = " or ".join(map(repr, values))
+    return this
+
+
+def four_texts(value):
+    return list_of(str)(value) and len(value) == 4
+
+
+def sentence_with_a_gap(value):
+    return type(value) is str and "_" in value
+
+
+def question_with_its_answer(item):
+    labels = item["choices"]["label"]
+    return len(labels) == len(item["choices"]["text"]) and item["answerKey"] in labels
+
+
+# The task's YAML below lm_eval/tasks, the split that is scored, and the shape of an item of the hub's data set.
 TASKS = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "winogrande": ("winogrande/default.yaml", "validation", ("sentence", "option1", "option2", "answer")),
-    "arc_easy": ("arc/arc_easy.yaml", "test", ("question", "choices", "answerKey")),
-    "piqa": ("piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
-    "boolq": ("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", dict(
+        activity_label=str, ctx_a=str, ctx_b=str, endings=four_texts, label=one_of(*"0123"))),
+    "winogrande": ("winogrande/default.yaml", "validation", dict(
+        sentence=sentence_with_a_gap, option1=str, option2=str, answer=one_of("1", "2"))),
+    "arc_easy": ("arc/arc_easy.yaml", "test", both(
+        dict(question=str, choices=dict(text=list_of(str), label=list_of(str)), answerKey=str),
+        question_with_its_answer)),
+    "piqa": ("piqa/piqa.yaml", "validation", dict(goal=str, sol1=str, sol2=str, label=one_of(0, 1))),
+    "boolq": ("super_glue/boolq/default.yaml", "validation", dict(passage=str, question=str, label=one_of(0, 1))),
 }
 LOCAL_NAMES = {"validation": "valid", "test": "test"}
 COMPARABLE = dict(tasks=map_of(dict(items=list_of(str), correct=map_of(list_of(count)))))  # of a result
@@ -193,19 +218,15 @@ def lm_eval_model(subject: Subject, batch_size: int, report: Report = quiet, *, 
     return Model()
 
 
-def check_items(path: Path, fields: tuple[str, ...]) -> None:
-    """Raises UserError unless a file has items, one per line, with these fields."""
+def check_items(path: Path, shape) -> None:
+    """Raises UserError unless a file has items, one per line, of a shape."""
     number = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                item = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}:{number} is no JSON object ({type(e).__name__})") from None
-            if type(item) is not dict:
-                raise UserError(f"{path}:{number} is no JSON object")
-            if lacking := [field for field in fields if field not in item]:
-                raise UserError(f"{path}:{number} lacks {', '.join(lacking)}")
+                check(json.loads(line), shape, "the item")
+            except BROKEN as e:
+                raise UserError(f"{path}:{number} isn't as the task has its items ({brief(e)})") from None
     if number == 0:
         raise UserError(f"{path} is empty")
 
@@ -213,13 +234,13 @@ def check_items(path: Path, fields: tuple[str, ...]) -> None:
 def write_task(name: str, data: str | None, folder: Path) -> None:
     """Write a task's YAML into a folder: lm-eval's own, or with data, a folder, its own on a local file."""
     from lm_eval import tasks as installed
-    yaml, split, fields = TASKS[name]
+    yaml, split, shape = TASKS[name]
     task = dict(include=str(Path(installed.__file__).parent / yaml), task=name)
     if data is not None:
         path = Path(data) / f"{name}_{LOCAL_NAMES[split]}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {data}")
-        check_items(path, fields)
+        check_items(path, shape)
         task.update(dict.fromkeys(("training_split", "validation_split", "test_split")), dataset_path="json",
                     dataset_name=None, dataset_kwargs=dict(data_files={split: str(path.resolve())},
                                                            cache_dir=str(folder / "cache")))
@@ -230,6 +251,7 @@ def write_task(name: str, data: str | None, folder: Path) -> None:
 def load_tasks(names: list[str], data: str | None, folder: Path) -> tuple[dict, dict[str, str]]:
     """({name: task of lm-eval}, {name: why it can't be run}) on the files of a folder `data` or, if that is None, on
     the hub's. folder: a temporary one that must outlive the tasks. Raises UserError if none can be run."""
+    from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
     tasks, missing = {}, {}
     for name in dict.fromkeys(names):
@@ -238,6 +260,8 @@ def load_tasks(names: list[str], data: str | None, folder: Path) -> tuple[dict, 
             tasks.update(TaskManager(include_path=folder, include_defaults=False).load([name])["tasks"])
         except OSError as e:                               # of which are the hub's errors
             missing[name] = str(e).splitlines()[0][:200]
+        except DatasetGenerationError as e:                # such as of a key that an item has twice
+            raise UserError(f"{name}: its items can't be read ({brief(e.__cause__ or e)})") from None
         except BROKEN as e:                                # lm-eval tries the first item
             raise UserError(f"{name}: its first item isn't as the task has them ({brief(e)})") from None
     if not tasks:

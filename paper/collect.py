@@ -171,6 +171,7 @@ def read_runs(root: Path) -> tuple[list, list]:
         folder = log.parent
         name = folder.name if folder == root else folder.relative_to(root).as_posix()
         try:
+            name.encode()                                  # which results have to hold
             if run := read_run(folder, name):
                 runs.append(run)
             else:
@@ -478,6 +479,7 @@ def read_evals(root: Path) -> tuple[dict, list]:
     for path in sorted([*root.rglob("eval_*.json"), *root.rglob("kv_policy.json")]):
         folder = path.parent
         try:
+            str(path.relative_to(root)).encode()           # which results have to hold
             result = read_json(path, RESULT)
             env, command = result["env"], result["settings"]["command"]
             check(result, COMMANDS[command], path.stem)

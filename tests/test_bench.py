@@ -66,13 +66,35 @@ def test_the_plan_runs_blocks_in_processes_and_names_what_failed(tmp_path):
     assert json.loads(slow.stdout.splitlines()[-1]) == dict(failed=["host"], blocks=[])
 
 
+def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Also where `gpu` runs the blocks; of one that was stopped the rows are in another file."""
+    (tmp_path / "out").mkdir()
+    result, part = tmp_path / "out/host.json", tmp_path / "out/host.json.part"
+    result.write_text("earlier")
+    slow = call("gpu --toy --device cpu --out out --blocks host --limit 0.1", tmp_path, bench_dba.main)
+    assert slow.code == 1 and result.read_text() == "earlier"
+    assert json.loads(slow.stdout.splitlines()[-1])["blocks"] == []
+
+    def stopped(device, toy):
+        """One row."""
+        yield dict(what="measured")
+        raise bench_dba.UserError("stopped")
+    monkeypatch.setitem(bench_dba.BLOCKS, "host", stopped)
+    assert_error(call("host --toy --device cpu --out out", tmp_path, bench_dba.main), "stopped")
+    assert result.read_text() == "earlier" and json.loads(part.read_text())["rows"] == [dict(what="measured")]
+    monkeypatch.undo()
+    assert call("host --toy --device cpu --out out", tmp_path, bench_dba.main).code == 0
+    assert json.loads(result.read_text())["rows"] and not part.exists()
+
+
 def test_wrong_flags(tmp_path):
     assert_error(call("ceilings --device gpu", tmp_path, bench_dba.main), "device")
     (tmp_path / "file").write_text("")
     for command in ("ceilings --toy", "gpu --toy --blocks ceilings"):
         assert_error(call(f"{command} --out file/x", tmp_path, bench_dba.main), "--out file/x", "can't make")
+    assert_error(call("decode --toy --device cpu --tokens 1000000000000000", tmp_path, bench_dba.main), "no memory")
     for flags in ("train --cases nonsense", "train --steps 0", "train --layers -1", "train --micro 0",
-                  "decode --tokens 0"):
+                  "decode --tokens 0", "gpu --limit nan", "gpu --limit -1"):
         assert call(flags, tmp_path, bench_dba.main).code == 2
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import resource
 import sys
 import types
 
@@ -51,7 +52,8 @@ def test_flag_is_read(names_read, name):
 
 BAD_SYNTAX = ["--no-such-flag 3", "--attn-mod standard", "--attn-mode nope", "--steps 1.5", "--steps", "--lr fast",
               "stray", "--size giant", "--exp paper_nothing", "--tokenizer bpe", "--dtype int8", "--kv-cache q9",
-              "--mode eval"]
+              "--mode eval", "--micro-batch x", "--micro-batch -1", "--micro-batch 0", "--micro-batch 1e3",
+              "--micro-batch ''"]
 WRONG = {
     "--kv-head 2": "--kv-head",
     "--attn-mode gqa --sem-dim 16": "--sem-dim",
@@ -78,6 +80,11 @@ WRONG = {
     "--attn-mode gqa --kv-head 3 --n-head 4": "--kv-head",
     "--attn-mode gqa --kv-head 4": "--kv-head",
     "--d-model 33": "--n-head",
+    "--d-ff 1000000000000000": "no memory",
+    "--d-ff 9000000000000000000": "no memory",
+    "--d-ff 99999999999999999999": "--d-ff 99999999999999999999 must be below 2**63",
+    "--lr 1e400": "--lr inf must be a finite number",
+    "--batch-size 100000000 --grad-accum 10000000": "too many to count",
     "--d-model 0": "--d-model",
     "--n-head 0": "--n-head",
     "--attn-mode mla --n-head 0": "--n-head",
@@ -85,6 +92,9 @@ WRONG = {
     "--layers 0": "--layers",
     "--block 0": "--block",
     "--min-lr 1": "--min-lr",
+    "--init-from ''": "--init-from is empty",
+    "--out-dir ''": "--out-dir is empty",
+    "--val-data ''": "--val-data is empty",
     "--lr 0": "--lr",
     "--lr nan": "--lr",
     "--lr inf": "--lr",
@@ -102,7 +112,6 @@ WRONG = {
     "--val-data text.txt --val-frac 0.2": "--val-frac",
     "--dtype float16": "float16",
     "--batch-size 4 --micro-batch 3": "--micro-batch",
-    "--micro-batch -1": "--micro-batch",
     "--micro-batch auto": "--micro-batch auto asks a CUDA device",
     "--batch-size 0": "--batch-size",
     "--grad-accum 0": "--grad-accum",
@@ -142,7 +151,9 @@ WRONG_SAMPLING = {
     "--ckpt last.pt --temperature -1": "--temperature",
     "--ckpt last.pt --temperature nan": "--temperature",
     "--ckpt last.pt --max-new-tokens 0": "--max-new-tokens",
+    "--ckpt last.pt --max-new-tokens 99999999999999999999": "--max-new-tokens",
     "--ckpt last.pt --data text.txt": "--data",
+    "--ckpt last.pt --stop ''": "--stop is empty",
     "--ckpt last.pt --d-model 32": "--d-model",
     "--ckpt last.pt --steps 5": "--steps",
     "--ckpt last.pt --lr 0.1": "--lr",
@@ -164,7 +175,9 @@ def assert_nothing_made(folder):
 
 @pytest.mark.parametrize("flags", BAD_SYNTAX)
 def test_bad_syntax(folder, flags):
-    assert_error(call(f"--data text.txt {flags}", folder), flags.split()[0], code=2)
+    result = call(f"--data text.txt {flags}", folder)
+    assert_error(result, flags.split()[0], code=2)
+    assert "number_or_auto" not in result.stderr           # which is a function
     assert_nothing_made(folder)
 
 
@@ -379,6 +392,33 @@ def test_weights_that_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").glob("step0*")) == kept
     assert call(f"{TRAIN} --steps 1 --out-dir a --overwrite", tmp_path).code == 0
     assert [path.name for path in (tmp_path / "a").glob("step*")] == ["step_notes.pt"]
+
+
+def test_tensorboard_without_room_is_said_in_a_line(tmp_path):
+    """Its thread would print a traceback of its own; a folder that can't be made would be one, too."""
+    pytest.importorskip("tensorboard", reason="no tensorboard: pip install tensorboard")
+    make_text(tmp_path)
+    asked = f"{TRAIN} --d-model 8 --d-ff 8 --steps 600 --eval-every 600 --save-every 600 --tensorboard"
+    assert_error(cli(f"{asked} --out-dir text.txt/run", tmp_path), "can't make the run folder text.txt/run")
+
+    def limit():                                           # above the checkpoint of step 0, below 600 steps' events
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    result = cli(f"{asked} --out-dir run", tmp_path, preexec_fn=limit)
+    assert_error(result, "can't write run/events", "disk full")
+    assert_done(call(f"{asked} --no-tensorboard --out-dir run", tmp_path))
+
+
+def test_a_step_without_memory_is_said_in_a_line(tmp_path, monkeypatch):
+    make_text(tmp_path)
+    asked = f"{TRAIN} --steps 2 --out-dir run"
+    assert_error(call(f"{asked} --batch-size 500000000000000", tmp_path), "no memory", "--batch-size")
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(train_dba, "sample_batch", full)
+    assert_error(call(f"{asked} --overwrite", tmp_path), "no memory", "Tried to allocate 2 GiB")
+    monkeypatch.undo()
+    assert_done(call(asked, tmp_path))                     # from what was saved at step 0
 
 
 def test_a_folder_of_texts(tmp_path):

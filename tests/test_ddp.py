@@ -10,7 +10,20 @@ import pytest
 import torch
 
 import train_dba
-from helpers import TRAIN, TRAINER, assert_done, call, finish, last_step, losses, make_text, read_log, snapshot, start
+from helpers import (
+    TRAIN,
+    TRAINER,
+    assert_done,
+    assert_error,
+    call,
+    finish,
+    last_step,
+    losses,
+    make_text,
+    read_log,
+    snapshot,
+    start,
+)
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RUN = f"{TRAIN} --lr 1e-2 --grad-accum 2 --eval-every 3 --eval-iters 5 --save-every 3 --grad-clip 0.5"
@@ -170,7 +183,9 @@ def test_kill_of_one_worker_ends_all_and_sigterm_saves(tmp_path):
     pids = workers(process)
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
-    assert finish(process).code != 0
+    result = finish(process)
+    assert result.code != 0 and "[rank0]: Traceback" not in result.stderr
+    assert re.search(r"(?m)^error: rank 0 lost another rank", result.stderr)
     assert all(map(gone, pids))
     assert_intact(tmp_path, 3)
     before = train_dba.load_checkpoint(tmp_path / "run/last.pt")["step"]
@@ -228,3 +243,26 @@ def test_ranks_that_read_other_data_are_refused(apart):
     result = both(f"{RUN} --steps 3 --out-dir run", apart, apart / "apart.py")
     assert result.code != 0 and "the ranks don't see the same run (data" in result.stderr
     assert snapshot(apart) == before
+
+
+@pytest.mark.parametrize("variables", (dict(RANK="0"), dict(RANK="0", WORLD_SIZE="x"), dict(RANK="x", WORLD_SIZE="1"),
+                                       dict(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="0"),
+                                       dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="x")))
+def test_a_stray_rank_in_the_environment_is_said(tmp_path, monkeypatch, variables):
+    make_text(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = call(f"{TRAIN} --steps 1 --out-dir run", tmp_path)
+    assert_error(result, f"RANK={variables['RANK']}", "torchrun", "unset RANK")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_what_schedulers_set_beside_no_rank_means_nothing(tmp_path, monkeypatch):
+    make_text(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert_done(call(f"{TRAIN} --steps 1 --out-dir run", tmp_path))
+    assert (tmp_path / "run/command.txt").read_text().startswith("python3 train_dba.py --data ")
+    assert '"ranks": 1' in (tmp_path / "run/env.json").read_text()

@@ -787,3 +787,12 @@ def test_the_program_itself(tmp_path):
     good = subprocess.run([*command, "--dataset", "text", "--tokenizer", "byte", "--input", str(tmp_path / "t.txt"),
                            "--output", str(tmp_path / "x.npy")], capture_output=True, text=True)
     assert good.returncode == 0 and "10 tokens, 1 documents" in good.stdout and "tok/s" in good.stderr
+
+
+def test_an_empty_path_is_not_the_working_directory(tmp_path, monkeypatch, capsys):
+    """As `--input "$UNSET"` would be, and all the texts that lie there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("calm sea\n" * 100)
+    for args in (("--input", "", "--output", "x.npy"), ("--input", "a.txt", "--output", "")):
+        assert "path is empty" in usage_error(capsys, "--dataset", "text", "--tokenizer", "byte", *args)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

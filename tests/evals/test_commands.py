@@ -20,6 +20,8 @@ REFUSED = {
     "memory --ckpt standard --kv-cache hetero": ("--kv-cache hetero",),
     "sweep --ckpt standard --kv-cache hetero": ("--kv-cache hetero",),
     "sweep --ckpt standard --data empty.txt": ("nothing to predict",),
+    "latency --ckpt standard --contexts 1000000000000000": ("no memory",),
+    "memory --ckpt standard --contexts 1000000000000000": ("no memory",),
     "policy --ckpt standard": ("--max-delta-nll", "--max-kv-bytes-per-token"),
     "policy --ckpt standard --max-delta-nll 1 --max-kv-bytes-per-token 99": ("--max-delta-nll",),
     "policy --ckpt standard --max-delta-nll 1 --long --long-factor 999": ("too few", "--data"),
@@ -43,3 +45,11 @@ def test_refused_in_one_line(folder, args):
 def test_bad_flags_are_a_usage_error(runs, args):
     result = evaluate(args, runs)
     assert result.code == 2 and "error: " in result.stderr
+
+
+@pytest.mark.parametrize("text", ("x", "1e400", "''", "99999999999999999999999"))
+def test_a_number_that_is_none_is_said_in_words(runs, text):
+    """Not in the name of the function that reads it."""
+    result = evaluate(f"latency --ckpt a --contexts {text}", runs)
+    assert result.code == 2 and "argument --contexts" in result.stderr and "parse" not in result.stderr
+    assert "whole number" in result.stderr or "must be at least 1" in result.stderr

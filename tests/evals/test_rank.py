@@ -162,7 +162,7 @@ def test_windows_do_not_overlap_and_span_the_text():
 # --- the command
 
 @pytest.mark.parametrize("mode, flags", [("decoupled", dict(null_attn=True, tie_qk=True)), ("gqa", {}), ("mla", {}),
-                                         ("decoupled_gqa", dict(rope=False))])
+                                         ("decoupled_gqa", dict(rope=False)), ("decoupled", dict(sem_dim=4))])
 def test_rank_command(tmp_path, mode, flags):
     model = write_checkpoint(tmp_path / "run", mode, **flags)
     make_text(tmp_path)

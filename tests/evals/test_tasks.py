@@ -211,12 +211,14 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.json").write_text("{}")
     assert "a.json is damaged" in error_of(capsys, *ckpt, *where, "piqa", "--compare", tmp_path / "a.json")
     lines = piqa.read_text().splitlines()
-    for line, words in (("{", "piqa_valid.jsonl:2 is no JSON"), ("3", "piqa_valid.jsonl:2"),
-                        ('{"goal": "", "sol1": "", "label": 0}', "piqa_valid.jsonl:2 lacks sol2")):
-        piqa.write_text("\n".join([lines[0], line]))
+    whole = json.loads(lines[0])
+    for line, words in (
+            ("{", "piqa_valid.jsonl:2"), ("3", "no dict but int 3"), ('{"goal": "", "sol1": ""}', "lacks sol2"),
+            (json.dumps({**whole, "label": 9}), "label is no 0 or 1 but int 9"), ("[" * 10**5, "piqa_valid.jsonl:2"),
+            (json.dumps({**whole, "goal": "\ud800"}), "piqa: its items can't be read"),
+            (lines[1][:-1] + ', "goal": "again"}', "piqa: its items can't be read")):
+        piqa.write_text("\n".join([lines[0], line, *lines[2:]]))
         assert words in error_of(capsys, *ckpt, *where, "piqa")
-    piqa.write_text(json.dumps({**json.loads(lines[0]), "label": 9}))
-    assert "piqa: its first item isn't as the task has them" in error_of(capsys, *ckpt, *where, "piqa")
     piqa.write_text(lines[0])
     assert "piqa: one item has no standard error" in error_of(capsys, *ckpt, *where, "piqa")
     piqa.write_text("\n".join(lines))
@@ -227,6 +229,25 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert "empty" in error_of(capsys, *ckpt, *where, "piqa")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "requirements-eval.txt" in error_of(capsys, *ckpt, *where, "piqa")
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("hellaswag", dict(endings=["a", "b"]), "four texts"), ("hellaswag", dict(label=""), "'2' or '3'"),
+    ("winogrande", dict(sentence="without"), "gap"), ("winogrande", dict(answer="3"), "'1' or '2'"),
+    ("arc_easy", dict(answerKey="Z"), "its answer"),
+    ("arc_easy", dict(choices=dict(text=["a"], label=[*"ABC"])), "its answer"),
+    ("boolq", dict(label=True), "0 or 1")])
+def test_a_later_item_that_is_damaged_is_named(tmp_path, capsys, name, change, word):
+    """lm-eval would end in a traceback, after the items before it were scored."""
+    needs_lm_eval()
+    byte_checkpoint(tmp_path / "0.pt")
+    write_items(tmp_path, [name])
+    path = next(tmp_path.glob("*.jsonl"))
+    lines = path.read_text().splitlines()
+    lines[5] = json.dumps({**json.loads(lines[5]), **change})
+    path.write_text("\n".join(lines))
+    said = error_of(capsys, "--ckpt", tmp_path / "0.pt", "--tasks-dir", tmp_path, "--tasks", name)
+    assert f"{path.name}:6 " in said and word in said
 
 
 def test_a_context_is_cut_from_the_left(llama):

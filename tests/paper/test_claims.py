@@ -140,6 +140,27 @@ def test_numbers_that_cannot_be_are_refused(small, flags):
     assert result.returncode == 1 and "must be at least 1" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("flag", ("--seed 3", "--out-dir elsewhere", "--data other.txt"))
+def test_flags_that_runs_are_named_by_are_refused(small, flag):
+    """They would be ignored, or all runs be another one than its folder says."""
+    result = manifest_command(small, f"--dry-run -- {flag}")
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {flag.split()[0]} after --"), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_rate_that_a_run_is_named_by_is_refused(small):
+    manifest = json.loads((small / "m.json").read_text())
+    manifest["g"]["sets"]["s"]["lrs"] = [0.1, 0.2]
+    (small / "m.json").write_text(json.dumps(manifest))
+    result = manifest_command(small, "--dry-run --only s/other -- --lr 0.3")
+    assert result.returncode == 1 and result.stderr.startswith("error: --lr after --"), result.stderr
+
+
+def test_a_dry_run_of_any_length(small):
+    result = manifest_command(small, "--dry-run --steps 1000000000000000")
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_follows_a_run(small):
     """Measurements of its checkpoint, in the formats that its mode has; a run without a checkpoint is left alone."""
     result = manifest_command(small, "--only s/good s/other --post-ppl --post-mem128k")
@@ -197,7 +218,8 @@ def test_dry_run_for_a_gpu(small, tmp_path):
 
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0"), (999, "999"), (1000, "1.00k"), (999_600, "1.00M"),
-                                         (655_360_000, "655M"), (20_000_000_000, "20.0B"), (2 * 10**12, "2.00T")])
+                                         (655_360_000, "655M"), (20_000_000_000, "20.0B"), (2 * 10**12, "2.00T"),
+                                         (2 * 10**15, "2.00e+03T")])
 def test_counts_in_three_digits(n, text):
     assert runner.short(n) == text
 

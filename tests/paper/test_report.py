@@ -3,6 +3,7 @@ and a user's own runs."""
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +11,7 @@ from statistics import fmean
 import pytest
 
 import plot_results
+from helpers import call
 from paper import claims, collect, report, rules, style
 from paper.shapes import COMMANDS, RANKS
 from train_dba import Config, UserError, bytes_per_token, make_config
@@ -311,8 +313,34 @@ def test_the_block_of_the_readme():
             report.replace_block(wrong, "new")
 
 
+def test_a_readme_that_cannot_be_rewritten_is_said_before_anything_is_written(tmp_path, capsys):
+    manifest = plot_results.read_manifest(plot_results.HERE / "paper_manifest.json")
+    name = plot_results.list_runs(manifest, [next(iter(manifest))], "data", "runs")[0].name
+    write_run(tmp_path / "runs" / name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    (tmp_path / "unmarked").write_text("text")
+    for readme, words in (("nowhere", "nowhere can't be read"), ("folder", "folder can't be read"),
+                          ("bytes", "bytes can't be read"), ("unmarked", "lacks the marks")):
+        args = ("--runs", tmp_path / "runs", "--out", tmp_path / "out", "--readme", tmp_path / readme)
+        assert plot_results.main([*map(str, args)]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: ") and words in said and not (tmp_path / "out").exists()
+
+
 # -----------------------------------------------------------------------------
 # Damaged files
+
+def test_a_run_folder_whose_name_is_no_text_is_left_out(tmp_path):
+    """No file of results could hold it."""
+    odd = tmp_path / "runs" / os.fsdecode(b"caf\xe9")
+    write_run(odd)
+    write_ppl(odd, "fp16", 2.0)
+    write_run(tmp_path / "runs/whole")
+    result = call("--runs runs --out out", tmp_path, plot_results.main)
+    assert result.code == 0 and result.stderr.count("UnicodeEncodeError") == 2
+    assert [run["run"] for run in json.loads((tmp_path / "out/runs.json").read_text())["runs"]] == ["whole"]
+
 
 def test_damaged_files_are_named_and_left_out(tmp_path):
     write_ppl(tmp_path / "a", "fp16", 2.0)
