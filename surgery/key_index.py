@@ -96,8 +96,9 @@ class Survey:
         """q [B, H, T, d], k [B, G, T, d] of a text without padding; the first block, which is always read, has the
         sink, whose key is like no other."""
         groups, past = k.size(1), slice(grid.block, None)
-        rows = (q[:, :, past] * scale).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3).double()    # [G, n, d]
-        keys = k[:, :, past].transpose(0, 1).flatten(1, 2).double()             # [G, n', d]
+        rows = (q[:, :, past] * scale).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)   # [G, n, d]
+        keys = k[:, :, past].transpose(0, 1).flatten(1, 2)                      # [G, n', d]
+        rows, keys = (x.cpu().double() for x in (rows, keys))                   # not every device has float64
         self.count += keys.size(1)
         self.queries = self.queries + rows.mT @ rows / rows.size(1)
         self.sum = self.sum + keys.sum(1, keepdim=True)
