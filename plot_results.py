@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from paper.claims import contrasts, ledger
+from paper.claims import contrasts, ledger, registered
 from paper.collect import CHANCE, collect, of_command, panels, rate_panels, split_by_group
 from paper.report import (
     PATHS,
@@ -521,6 +521,7 @@ def run(args: argparse.Namespace) -> None:
     papers = of_manifest(results)
     readme = read_readme(args.readme) if papers and args.readme else None
     results["contrasts"] = contrasts(manifest, results) if papers else []
+    results["registered"] = registered(manifest)
     results["claims"] = ledger(results) if papers else []
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ report's own numbers by its own premises. contrasts() tests what paper_manifest.
 
 from pathlib import Path
 
-from paper.rules import ALPHA, RULES, UNDECIDED, Finding, pair_runs
+from paper.rules import ALPHA, INTERIM, RULES, UNDECIDED, Finding, pair_runs
 from paper.shapes import list_of, maybe, number, read_json
 from paper.stats import holm, mean_interval, p_below
 from train_dba import BROKEN, UserError, brief
@@ -21,10 +21,9 @@ ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_dif
               "cache_layer_bytes", "parameters", "quotients", "bytes_per_value", "cache_percent_less")
 OWN_COUNTS = ("best_case", "confounded", "tokens_seen", "work_ratio")           # nothing is run again for them
 ONE, NOT_RUN, HOLDS, FAILS = "undecided (n = 1)", "not yet run", "holds", "does not hold"
-INTERIM = "undecided (seeds missing)"                      # of a contrast: to stop at a good look would be to choose
 REPRODUCED, REFUTED, ERROR, UNSUPPORTED, CONTRADICTS = ("reproduced", "not reproduced", "arithmetic error",
                                                         "not supported by its own counts", "contradicts itself")
-VERDICTS = (REPRODUCED, REFUTED, ERROR, CONTRADICTS, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, ONE, NOT_RUN)
+VERDICTS = (REPRODUCED, REFUTED, ERROR, CONTRADICTS, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, INTERIM, ONE, NOT_RUN)
 
 
 # -----------------------------------------------------------------------------
@@ -35,8 +34,8 @@ def verdict(claim: dict, finding: Finding) -> str:
         return NOT_RUN
     if finding.seeds == 1:
         return ONE
-    if finding.agrees == UNDECIDED:
-        return UNDECIDED
+    if finding.agrees in (UNDECIDED, INTERIM):
+        return finding.agrees
     if claim["source"] == "control":
         return HOLDS if finding.agrees else FAILS
     if finding.agrees:
@@ -54,8 +53,17 @@ def correct(findings: list[Finding]) -> None:
     for finding, adjusted in zip(tested, holm([finding.p for finding in tested])):
         finding.p_holm = adjusted
         finding.where += f"; p {finding.p:.2g}, by Holm over {len(tested)} tests {adjusted:.2g}"
-        if adjusted >= ALPHA:
+        if adjusted >= ALPHA and finding.agrees != INTERIM:
             finding.agrees = UNDECIDED
+
+
+def registered(manifest: dict) -> dict[str, int]:
+    """{group/set: how many seeds were fixed before its runs} of the groups that have contrasts."""
+    sets = {}
+    for group, content in manifest.items():
+        if "contrasts" in content:
+            sets |= {f"{group}/{name}": len(each["seeds"]) for name, each in content["sets"].items()}
+    return sets
 
 
 def ledger(results: dict, path: Path = Path(__file__).parent / "claims.json") -> list[dict]:

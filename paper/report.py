@@ -393,7 +393,7 @@ def first_page(results: dict) -> list[str]:
                             ("Where the papers contradict themselves", (CONTRADICTS,)),
                             ("What the papers' own counts cannot show", (UNSUPPORTED,)),
                             ("What does not hold, as measured or by formula", (REFUTED, FAILS)),
-                            ("What is undecided", (UNDECIDED, ONE)), ("What was not run", (NOT_RUN,))):
+                            ("What is undecided", (UNDECIDED, INTERIM, ONE)), ("What was not run", (NOT_RUN,))):
         chosen = [row for row in results["claims"] if row["verdict"] in verdicts]
         lines += [f"### {title} ({len(chosen)})", "", *(map(summary, chosen) if chosen else ["Nothing."]), ""]
         if UNDECIDED in verdicts:
@@ -406,7 +406,7 @@ def first_page(results: dict) -> list[str]:
 def summary(row: dict) -> str:
     """A claim in a line: what it says, and what we have instead."""
     text = row["statement"]
-    if row["verdict"] in (ERROR, REFUTED, FAILS, UNDECIDED, ONE, UNSUPPORTED):
+    if row["verdict"] in (ERROR, REFUTED, FAILS, UNDECIDED, INTERIM, ONE, UNSUPPORTED):
         name = "p at best" if row["rule"] == "best_case" else "ours"
         unit = "" if row["rule"] == "best_case" else " " + row["unit"].split(",")[0]
         text += f": {name} {ours_of(row)}{unit}" + (" (n = 1)" if row["verdict"] == ONE else "")

@@ -16,15 +16,16 @@ SEVEN_B = dict(data="-", d_model=4096, layers=32, n_head=32, d_ff=11008)        
 LONG = 131_072                                                                  # tokens of "128k"
 ALPHA = 0.05
 UNDECIDED = "undecided"
+INTERIM = "undecided (seeds missing)"                      # to stop at a good look would be to choose
 BY_FORMULA = "formula, tested against allocated caches"
 
 
 @dataclass
 class Finding:
     """What a rule found: our value, its 95 % interval's half-width, whether the claim agrees (None: nothing has been
-    run; UNDECIDED: what has been run can't tell), where it was measured, on how many seeds or pairs of checkpoints
-    (None for arithmetic and for hardware), and the two-sided p of what is paired by seed against its threshold, alone
-    and by Holm."""
+    run; UNDECIDED: what has been run can't tell; INTERIM: not all of it is), where it was measured, on how many seeds
+    or pairs of checkpoints (None for arithmetic and for hardware), and the two-sided p of what is paired by seed
+    against its threshold, alone and by Holm."""
     value: float | None = None
     half: float | None = None
     agrees: bool | str | None = None
@@ -86,6 +87,11 @@ def loss(claim: dict, results: dict) -> Finding:
     return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
+def unless_interim(agrees: bool, results: dict, series: str, seeds: int) -> bool | str:
+    """INTERIM where fewer seeds have been run than paper_manifest.json fixed for the set that a series is of."""
+    return agrees if seeds >= results.get("registered", {}).get(series.rpartition("/")[0], 0) else INTERIM
+
+
 def paired(claim: dict, results: dict, threshold: float) -> Finding:
     """Whether the difference of best losses is below a threshold, paired by seed; ledger() corrects its p."""
     pairs, where = best_pair(claim, results, "best_val_loss")
@@ -96,7 +102,8 @@ def paired(claim: dict, results: dict, threshold: float) -> Finding:
     last, _ = mean_interval([a["last_val_loss"] - b["last_val_loss"] for a, b in pairs])
     if abs(last - mean) > 1e-9:
         where += f"; of the last losses {last:+.4f}"
-    return Finding(mean, half, mean < threshold, where, len(pairs), two_sided(p_below(differences, threshold)))
+    agrees = unless_interim(mean < threshold, results, pairs[0][0]["series"], len(pairs))
+    return Finding(mean, half, agrees, where, len(pairs), two_sided(p_below(differences, threshold)))
 
 
 def two_sided(p: float | None) -> float | None:
@@ -308,9 +315,9 @@ def decode_ratio(claim: dict, results: dict) -> Finding:
 # -----------------------------------------------------------------------------
 # Measurements of checkpoints
 
-def cache_deltas(claim: dict, results: dict, *policies: str) -> tuple[list, str]:
-    """([what formats add to the loss, a tuple of them for each seed], the place), of the first of the claim's series
-    whose checkpoints were measured through them."""
+def cache_deltas(claim: dict, results: dict, *policies: str) -> tuple[list, str, str]:
+    """([what formats add to the loss, a tuple of them for each seed], the series, the place), of the first of the
+    claim's series whose checkpoints were measured through them."""
     for name in claim["series"]:
         deltas, runs = [], []
         for run in runs_of(results, name).values():
@@ -319,18 +326,19 @@ def cache_deltas(claim: dict, results: dict, *policies: str) -> tuple[list, str]
                 plain = run["caches"]["fp16"]["loss"]
                 deltas.append(tuple(run["caches"][policy]["loss"] - plain for policy in policies))
         if deltas:
-            return deltas, place(runs, name, seeds=len(runs))
-    return [], ""
+            return deltas, name, place(runs, name, seeds=len(runs))
+    return [], "", ""
 
 
 def geometric_bits(claim: dict, results: dict) -> Finding:
     """4 bits instead of 8 for geometric keys (q4_0 less hetero) cost more than 4 for all else (hetero less fp16)."""
-    deltas, where = cache_deltas(claim, results, "hetero", "q4_0")
+    deltas, series, where = cache_deltas(claim, results, "hetero", "q4_0")
     if not deltas:
         return Finding()
     differences = [q4 - 2 * hetero for hetero, q4 in deltas]
     mean, half = mean_interval(differences)
-    return Finding(mean, half, mean > 0, where, len(deltas), two_sided(p_below(differences, 0.0)))
+    agrees = unless_interim(mean > 0, results, series, len(deltas))
+    return Finding(mean, half, agrees, where, len(deltas), two_sided(p_below(differences, 0.0)))
 
 
 def stream_sensitivity(claim: dict, results: dict) -> Finding:
@@ -374,12 +382,12 @@ def latency_ratio(claim: dict, results: dict) -> Finding:
 
 def cache_quality(claim: dict, results: dict) -> Finding:
     """What a format adds to the loss is at most the tolerance: of runs with several seeds, else of one checkpoint."""
-    deltas, where = cache_deltas(claim, results, claim["policy"])
+    deltas, series, where = cache_deltas(claim, results, claim["policy"])
     if len(deltas) > 1:
         added = [delta for delta, in deltas]
         mean, half = mean_interval(added)
-        return Finding(mean, half, mean <= claim["tolerance"], where, len(added),
-                       two_sided(p_below(added, claim["tolerance"])))
+        agrees = unless_interim(mean <= claim["tolerance"], results, series, len(added))
+        return Finding(mean, half, agrees, where, len(added), two_sided(p_below(added, claim["tolerance"])))
     benchmark = results["benchmarks"].get("cache_quality", dict(rows=[]))
     for row in benchmark["rows"]:
         if (row["run"], row["policy"], row["rotate"]) == (claim["run"], claim["policy"], False):

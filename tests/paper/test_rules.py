@@ -102,6 +102,17 @@ def test_quality_of_a_cache_goes_by_runs_with_several_seeds():
     assert verdict_of("cache_quality", **claim)[0] == EVERY["none"]
 
 
+@pytest.mark.parametrize("rule,settings", (("cache_quality", dict(policy="q4_0", run="c", tolerance=0.1)),
+                                           ("geometric_bits", {})))
+def test_caches_of_a_part_of_the_registered_seeds_decide_nothing(rule, settings):
+    runs = quantised([dict(hetero=0.001, q4_0=0.05), dict(hetero=0.002, q4_0=0.053), dict(hetero=0.001, q4_0=0.056)])
+    for entry in runs:
+        entry["series"] = "g/set/m"
+    for seeds, said in ((3, EVERY["yes"]), (4, rules.INTERIM)):
+        results = dict(runs=runs, registered={"g/set": seeds})
+        assert verdict_of(rule, results, series=["g/set/m"], **settings)[0] == said
+
+
 def test_bits_of_geometric_keys():
     """q4_0 less hetero against hetero less fp16."""
     cases = dict(yes=((0.001, 0.05), (0.002, 0.053), (0.001, 0.056)), no=((0.02, 0.03), (0.02, 0.029), (0.02, 0.031)),
