@@ -107,6 +107,20 @@ def test_codes_reach_every_key_and_are_few():
             assert kept[text, group, token, channel].item() == pytest.approx(nearest, rel=1e-5)
 
 
+def test_an_estimate_is_what_it_says_for_every_head():
+    """Block 2 of 6 for the last query, from codes, mean and errors of the head's own key head, by loops."""
+    q, k, grid = drawn(H=6, T=96)
+    index = fitted(q, k, grid, 1.5)
+    assert not torch.equal(index.bits[0], index.bits[1])
+    kept, guess = index.rounded(k), index(grid, q, k, 0.1)
+    for head in range(6):
+        group = head // 3
+        query = 0.1 * q[1, head, 95] @ index.to_query[group]
+        scores = kept[1, group, 32:48] @ query + 0.1 * q[1, head, 95] @ index.mean[group, 0]
+        spread = sum(QUANTISERS[bits][1] * value**2 for bits, value in zip(index.bits[group].tolist(), query.tolist()))
+        assert guess[1, head, 95, 2].item() == pytest.approx((scores + spread / 2).exp().sum().log().item(), abs=1e-5)
+
+
 def test_more_bits_and_the_error_of_scores_bring_the_estimate_closer():
     """Of the log mass: its error as bits grow, and its bias with and without the term of the scores' error."""
     q, k, grid = drawn(T=192)
