@@ -116,6 +116,13 @@ def number_or_auto(text):
     return 0 if text == "auto" else int(text)
 
 
+def tokenizer_name(text):
+    if text.startswith("bpe"):
+        raise argparse.ArgumentTypeError("bpe:N is learned by prepare_fineweb.py --dataset text --tokenizer bpe:N "
+                                         "--input TEXT --output TOKENS.npy; then give --data TOKENS.npy alone")
+    return text
+
+
 def flag(group, default, help, choices=None, low=None, above=None, below=None, top=None, modes=None, read=None):
     """One flag. group: its heading in --help, and the --mode that reads it; low, above, below, top: the range of values
     (>=, >, <, <=); modes: the attention modes that read it (None: all); read: makes the value of a text (its type)."""
@@ -169,7 +176,7 @@ class Config:
     val_frac: float | None = flag("data", None, "validation part, cut from the end (0.1)", above=0, below=1)
     tokenizer: str = flag("data", "auto", "for text; auto: .npy as its sidecar says, .tokens word, other text gpt2 "
                           "(bpe:N, learned from the text: prepare_fineweb.py)",
-                          choices=("auto", "word", "gpt2", "byte"))
+                          choices=("auto", "word", "gpt2", "byte"), read=tokenizer_name)
     out_dir: str | None = flag("data", None, "run folder (runs/<exp or mode>_seed<seed>)")
     overwrite: bool = flag("data", False, "start afresh, each time it is given, in a run folder that is used")
 

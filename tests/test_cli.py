@@ -181,6 +181,12 @@ def test_bad_syntax(folder, flags):
     assert_nothing_made(folder)
 
 
+def test_bpe_is_said_to_be_learned_elsewhere(folder):
+    result = call("--data text.txt --tokenizer bpe:300", folder)
+    assert_error(result, "prepare_fineweb.py --dataset text --tokenizer bpe:N", "--data TOKENS.npy", code=2)
+    assert_nothing_made(folder)
+
+
 @pytest.mark.parametrize("flags, word", WRONG.items())
 def test_wrong_flags_of_training(folder, flags, word):
     assert_error(call(f"--data text.txt --tokenizer byte {TINY} --steps 2 {flags}", folder), word)
