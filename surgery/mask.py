@@ -232,7 +232,7 @@ class Gates(nn.Module):
 
     def share(self, layer: int, grid: Grid, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """log of the estimated attention to each far block, in units of an equal share for each block in reach, so that
-        a threshold means the same in a longer text: [B, H, N', M]."""
+        a threshold means more of the same in a longer text: [B, H, N', M]."""
         q, k = q.detach(), k.detach()                      # a gate learns nothing through what it reads
         far = self.layers[layer](grid, q, k, scale)
         share = share_rows(grid, log_share(far, near_log_mass(grid, q, k, scale)), self.rows)
