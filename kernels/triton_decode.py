@@ -1,11 +1,14 @@
-"""Decode attention on a CUDA device, by Triton: the cache is read as codes, each token by one lane.
+"""Decode attention on a CUDA device, by Triton: the cache is read as codes, each once.
 
-The settled tokens, and those of the ring, are split into tiles of BLOCK tokens. attend_tile handles one tile for one
-query, a warp for each, so that sums over tokens are shuffles; combine then merges the tiles of a query, and the null
-token. A lane holds BLOCK / 32 adjacent tokens and walks over the channels of its head: codes are channel-major, so it
-loads 16 bytes of them at once, and a head may be of any width. Loads have no masks, which would break them up into
-single bytes; the cache is allocated in multiples of BLOCK, and what holds no token is left out by tl.where.
-quantize_tile settles new tokens in one launch.
+The settled tokens, and those of the ring, are split into tiles of BLOCK tokens; combine then merges the tiles of a
+query, and the null token. Loads have no masks over tokens, which would break them up into single bytes; the cache is
+allocated in multiples of BLOCK, and what holds no token is left out by tl.where.
+
+attend_tile handles one tile for one query, a warp for each, so that sums over tokens are shuffles. A lane holds
+BLOCK / 32 adjacent tokens and walks over the channels of its head: codes are channel-major, so it loads 16 bytes of
+them at once, and a head may be of any width. attend_shared_tile handles one tile for all heads that share its keys, by
+matrix products of 32 channels at a time, which end where the cache's scales do: codes are exact in float16, queries and
+weights are split in two. quantize_tile settles new tokens in one launch.
 """
 
 import functools
@@ -20,6 +23,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)      # the top score where
 WIDE = tl.constexpr(48)                                    # loops over more channels aren't unrolled: compiling is slow
 FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_sym", "nf4")             # that unpack and quantize_tile know
 BUSY = 2048                                                # programs that keep a GPU busy: 16 warps on each of 128 SMs
+SHARED = 2                                                 # from so many heads of a key on, matrix products
 
 
 @triton.jit
@@ -115,6 +119,121 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
     sum_values(p, visible, v, v_scales, levels, b, g, slot, capacity, partial, G, V, FV)
 
 
+@triton.jit
+def dot(a, raw, half, levels, FMT: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """a @ unpack(raw) of float32 [M, K] and codes [K, N], [N, K] to TRANSPOSE, close to float32's precision. Float16 has
+    all codes but the levels of NF4, which are split in two terms like a, whose largest of a row comes to 1."""
+    if FMT == "fp32" or FMT == "bf16":
+        x = raw.to(tl.float32)
+        return tl.dot(a, tl.trans(x) if TRANSPOSE else x, input_precision="tf32x3")
+    else:
+        most = tl.max(tl.abs(a), 1, keep_dims=True)
+        most = tl.where(most > 0, most, 1.0)
+        a /= most
+        high = a.to(tl.float16)
+        low = (a - high.to(tl.float32)).to(tl.float16)
+        if FMT == "nf4":
+            level = tl.load(levels + (raw >> tl.cast(4 * half, tl.uint8) & 15).to(tl.int32))
+            x = level.to(tl.float16)
+            rest = (level - x.to(tl.float32)).to(tl.float16)
+            product = tl.dot(high, tl.trans(rest) if TRANSPOSE else rest)
+        else:
+            x = unpack(raw, half, levels, FMT).to(tl.float16)
+            product = tl.zeros([a.shape[0], x.shape[0] if TRANSPOSE else x.shape[1]], tl.float32)
+        x = tl.trans(x) if TRANSPOSE else x
+        product = tl.dot(low, x, product)
+        return tl.dot(high, x, product) * most
+
+
+@triton.jit
+def load_codes(codes, i, b, g, slot, capacity, G: tl.constexpr, W: tl.constexpr, PER_ROW: tl.constexpr):
+    """Codes [32 / PER_ROW, BLOCK] of the i-th block of 32 channels that sequence b, head g of G heads of W channels has
+    part in, and which of the head's channels is the first of each row. For what is outside 0..W - 1 others of the head
+    stand in."""
+    row = (g * W // 32 + i) * (32 // PER_ROW) + tl.arange(0, 32 // PER_ROW)
+    inside = tl.minimum(tl.maximum(row, g * W // PER_ROW), ((g + 1) * W - 1) // PER_ROW)
+    raw = tl.load(codes + (b * ((G * W + PER_ROW - 1) // PER_ROW) + inside[:, None]) * capacity + slot)
+    return raw, row * PER_ROW - g * W
+
+
+@triton.jit
+def load_scales(scales, i, b, g, slot, capacity, G: tl.constexpr, W: tl.constexpr):
+    """Scales [BLOCK] of the block of load_codes, or of the head's last one."""
+    block = tl.minimum(g * W // 32 + i, ((g + 1) * W - 1) // 32)
+    return tl.load(scales + (b * ((G * W + 31) // 32) + block) * capacity + slot).to(tl.float32)
+
+
+@triton.jit
+def dot_shared_keys(q, row, R, codes, scales, levels, b, g, slot, capacity, G: tl.constexpr, W: tl.constexpr,
+                    STRIDE: tl.constexpr, FMT: tl.constexpr):
+    """Scores [M, BLOCK] of the queries `row` [M], those below R, at q [R, STRIDE], and the keys as in dot_keys."""
+    PER_ROW: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
+    score = tl.zeros([row.shape[0], slot.shape[0]], tl.float32)
+    for i in tl.range(W // 32 if W % 32 == 0 else (W + 62) // 32):
+        raw, c = load_codes(codes, i, b, g, slot, capacity, G, W, PER_ROW)
+        part = tl.zeros(score.shape, tl.float32)
+        for half in tl.static_range(PER_ROW):
+            own = (row < R)[:, None] & (c + half >= 0) & (c + half < W)
+            query = tl.load(q + row[:, None] * STRIDE + c + half, own, 0.0)
+            part += dot(query, raw, half, levels, FMT, False)
+        if scales is not None:
+            part *= load_scales(scales, i, b, g, slot, capacity, G, W)
+        score += part
+    return score
+
+
+@triton.jit
+def sum_shared_values(p, visible, codes, scales, levels, b, g, slot, capacity, out, row, R, ROW, G: tl.constexpr,
+                      W: tl.constexpr, FMT: tl.constexpr):
+    """Store, at out [R, ROW], the values as in sum_values, weighted by p [M, BLOCK] and summed."""
+    PER_ROW: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
+    for i in tl.range(W // 32 if W % 32 == 0 else (W + 62) // 32):
+        raw, c = load_codes(codes, i, b, g, slot, capacity, G, W, PER_ROW)
+        weight = p
+        if scales is not None:
+            weight *= tl.where(visible, load_scales(scales, i, b, g, slot, capacity, G, W), 0.0)
+        else:
+            raw = tl.where(visible, raw, 0.0)
+        for half in tl.static_range(PER_ROW):
+            own = (row < R)[:, None] & (c + half >= 0) & (c + half < W)
+            tl.store(out + row[:, None] * ROW + c + half, dot(weight, raw, half, levels, FMT, True), own)
+
+
+@triton.jit(do_not_specialize=["first", "tiles", "window"])
+def attend_shared_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scales, partial, first, tiles,
+                       capacity, window, R: tl.constexpr, G: tl.constexpr, V: tl.constexpr, W0: tl.constexpr,
+                       W1: tl.constexpr, FV: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, BLOCK: tl.constexpr,
+                       M: tl.constexpr):
+    """As attend_tile, for one query each, T = 1, of M of the R heads that share the keys of one of G heads."""
+    group, tile = tl.program_id(0), tl.program_id(1)
+    b, g = group // G, group % G
+    now, settled = tl.load(pos + b).to(tl.int32), tl.load(settled + b).to(tl.int32)
+    group, b, g = group.to(tl.int64), b.to(tl.int64), g.to(tl.int64)
+    row, slot = tl.program_id(2) * M + tl.arange(0, M), tile * BLOCK + tl.arange(0, BLOCK)
+    ROW = tiles.to(tl.int64) * (V + 2)
+    partial += group * R * ROW + (first + tile) * (V + 2)
+    at, here = partial + row * ROW + V, row < R
+    if window is None:
+        last = tl.minimum(settled - 1, now)
+        visible = slot <= last
+        if tile * BLOCK > last:
+            tl.store(at, LOWEST, here)
+            tl.store(at + 1, 0.0, here)
+            return
+    else:
+        visible = (slot < window) & (settled + (slot - settled % window + window) % window <= now)
+    q += group * R * (W0 + W1)
+    score = dot_shared_keys(q, row, R, k0, k0_scales, levels, b, g, slot, capacity, G, W0, W0 + W1, F0)
+    if k1 is not None:
+        score += dot_shared_keys(q + W0, row, R, k1, k1_scales, levels, b, g, slot, capacity, G, W1, W0 + W1, F1)
+    score = tl.where(visible, score * LOG2E, -float("inf"))
+    top = tl.maximum(tl.max(score, 1), LOWEST)
+    p = tl.exp2(score - top[:, None])
+    tl.store(at, top, here)
+    tl.store(at + 1, tl.sum(p, 1), here)
+    sum_shared_values(p, visible, v, v_scales, levels, b, g, slot, capacity, partial, row, R, ROW, G, V, FV)
+
+
 @triton.jit(do_not_specialize=["T", "tiles"])
 def combine(partial, null_score, null_value, out, T, tiles, H: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
             TILES: tl.constexpr, CHANNELS: tl.constexpr):
@@ -154,6 +273,11 @@ def tile_size(bits, slots, queries):
     return most if queries * slots >= BUSY * most else most // 2
 
 
+def shared_tile_size(slots, programs):
+    """Slots in a tile of attend_shared_tile, whose programs have four warps."""
+    return 128 if programs * slots >= BUSY // 4 * 128 else 64
+
+
 def attention(q, streams, shape, span, null=None):
     """decode_attention() of train_dba.py for few queries."""
     B, H, T, _ = q.shape
@@ -161,7 +285,12 @@ def attention(q, streams, shape, span, null=None):
     held = [streams[name] for name in (shape.v_stream, *(path.stream for path in shape.paths))]
     V, *widths = [stream.channels // G for stream in held]
     q, levels, absent = q.float().contiguous(), level_table(held[0].levels, q.device), 3 - len(held)
-    block = tile_size([stream.bits for stream in held], span.end, B * H * T)
+    R = H // G
+    M = min(64, max(16, triton.next_power_of_2(R)))        # the fewest rows of a matrix product are 16
+    if shared := T == 1 and R >= SHARED:
+        block = shared_tile_size(span.end, B * G * triton.cdiv(R, M))
+    else:
+        block = tile_size([stream.bits for stream in held], span.end, B * H * T)
     parts = ((span.end, None, block, [stream.fmt for stream in held],
               [x for stream in held for x in (stream.codes, stream.scales)]),
              (span.window, span.window, held[0].ring_block, [stream.ring_fmt for stream in held],
@@ -169,10 +298,16 @@ def attention(q, streams, shape, span, null=None):
     first, tiles = 0, sum(triton.cdiv(slots, block) for slots, _, block, _, _ in parts)
     partial = q.new_empty(B, H, T, tiles, V + 2)
     for slots, window, block, formats, tensors in parts:
-        if count := triton.cdiv(slots, block):
+        count = triton.cdiv(slots, block)
+        operands = q, span.pos, span.settled, levels, *tensors, *[None, None] * absent, partial
+        widths_and_formats = V, *widths, *[0] * absent, *formats, *[None] * absent
+        if count and shared:
+            attend_shared_tile[B * G, count, triton.cdiv(R, M)](
+                *operands, first, tiles, tensors[0].size(2), window, R, G, *widths_and_formats, block, M,
+                num_warps=8, num_stages=3)
+        elif count:
             attend_tile[B * H * T, count](
-                q, span.pos, span.settled, levels, *tensors, *[None, None] * absent, partial, T, first, tiles,
-                tensors[0].size(2), window, H, G, V, *widths, *[0] * absent, *formats, *[None] * absent, block,
+                *operands, T, first, tiles, tensors[0].size(2), window, H, G, *widths_and_formats, block,
                 num_warps=1, num_stages=1)
         first += count
     out, channels = q.new_empty(B, H, T, V), min(64, triton.next_power_of_2(V))

@@ -61,6 +61,12 @@ CASES = {
     "gqa, ring": Case(make(4, attn_mode="gqa", attn_dim=48, kv_head=2), "q4_0", (40,), T=3, residual=32),
     "decoupled in groups": Case(decoupled(4, 4, 8, groups=2), "hetero", (280,), null=True),
     "mla": Case(MLA, ("q4_0", "q8_0"), (70,), null=True),
+    **{f"shared, mix {i}": Case(decoupled(6, 5, 8, groups=2), (F[i], F[(i + 2) % 7], F[(i + 5) % 7]), (65, 140))
+       for i in range(7)},
+    "shared, odd widths": Case(decoupled(6, 5, 4, 7, groups=2), ("nf4", "q4_sym", "q4_0"), (200, 1, 90), null=True,
+                               residual=40),
+    "shared, full tiles": Case(make(4, attn_mode="gqa", attn_dim=256, kv_head=2), "q4_0", (300,), busy=0, residual=32),
+    "shared by 70": Case(make(70, attn_mode="gqa", attn_dim=70 * 12, kv_head=1), ("q8_0", "fp16"), (90,), ahead=4),
     "latent, groups": Case(decoupled(4, 4, 8, groups=2, kv_lora_rank=44), "hetero", (70, 40), T=3, residual=32),
     "mla, ring": Case(MLA, ("q8_0", "fp16"), (70,), T=3, residual=32, ahead=5),
     "ring 32": Case(D4_8_12, "hetero", (300, 33), residual=32, null=True),
