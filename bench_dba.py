@@ -45,13 +45,12 @@ from train_dba import (
     Ranks,
     UserError,
     autocast,
-    brief,
     bytes_per_token,
     compile_model,
     count_params,
     decode_attention,
+    exit_code,
     keep_freed_memory,
-    lacks_room,
     make_config,
     make_optimizer,
     peak_memory,
@@ -610,6 +609,7 @@ def run_plan(args):
     return 1 if failed else 0
 
 
+@exit_code("what was measured before is kept")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -634,33 +634,21 @@ def main(argv=None):
             p.add_argument("--layers", type=positive(), help="so many in place of the preset's")
             p.add_argument("--steps", type=positive(), help="timed steps (6)")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "gpu":
-            args.out = args.out or Path("runs/bench/gpu")
-        check_out(args.out and str(args.out))
-        if args.command == "gpu":
-            return run_plan(args)
-        keep_freed_memory()
-        settings = vars(args)
-        device = pick_device(settings.pop("device"))
-        if settings.pop("cpu_time"):
-            if device.type != "cpu":
-                raise UserError(f"--cpu-time says nothing of {device}")
-            global CLOCK
-            CLOCK = time.process_time
-            torch.set_num_threads(1)
-        run_block(settings.pop("command"), device, **settings)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as e:
-        if not lacks_room(e):
-            raise
-        print(f"error: no memory ({brief(e)}); what was measured before is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if args.command == "gpu":
+        args.out = args.out or Path("runs/bench/gpu")
+    check_out(args.out and str(args.out))
+    if args.command == "gpu":
+        return run_plan(args)
+    keep_freed_memory()
+    settings = vars(args)
+    device = pick_device(settings.pop("device"))
+    if settings.pop("cpu_time"):
+        if device.type != "cpu":
+            raise UserError(f"--cpu-time says nothing of {device}")
+        global CLOCK
+        CLOCK = time.process_time
+        torch.set_num_threads(1)
+    run_block(settings.pop("command"), device, **settings)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from train_dba import (
     bytes_per_token,
     count_params,
     derived,
+    exit_code,
     out_of_range,
     read_bytes,
     width_problems,
@@ -494,6 +495,7 @@ def export_run(ckpt: Path, out: Path) -> None:
               f"AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
 
 
+@exit_code()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -510,23 +512,16 @@ def main(argv=None):
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "dba":
-            return command.make_dba(args, sys.argv[1:] if argv is None else argv)
-        elif args.command == "advise":
-            command.advise(args)
-        elif args.command == "mask":
-            mask_command.make_mask(args)
-        elif args.command == "show":
-            show(args.path)
-        else:
-            export_run(args.ckpt, args.out_dir)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if args.command == "dba":
+        return command.make_dba(args, sys.argv[1:] if argv is None else argv)
+    elif args.command == "advise":
+        command.advise(args)
+    elif args.command == "mask":
+        mask_command.make_mask(args)
+    elif args.command == "show":
+        show(args.path)
+    else:
+        export_run(args.ckpt, args.out_dir)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ import argparse
 import math
 import sys
 
-from tqdm import tqdm
-
 from evals import policy, ppl, probes, rank, tasks, timing
 from evals.tasks import TASKS
 from evals.timing import COMPARED, WARM_UP
-from train_dba import FORMATS, UserError, brief, lacks_room
+from train_dba import FORMATS, exit_code
 
 CACHES = (*FORMATS, "hetero")
 
@@ -192,22 +190,10 @@ def make_parser():
     return parser
 
 
+@exit_code("lower the numbers that were given, or those of the model")
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    try:
-        args.run(args)
-        return 0
-    except UserError as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as e:
-        if not lacks_room(e):
-            raise
-        tqdm.write(f"error: no memory ({brief(e)}); lower the numbers that were given, or those of the model",
-                   file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from train_dba import (
     bytes_per_token,
     cache_formats,
     cache_slots,
+    exit_code,
     make_config,
     pick_device,
     pick_dtype,
@@ -445,21 +446,15 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+@exit_code("lower --tokens or --memory")
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        if args.tokens < 2:
-            raise UserError(f"--tokens {args.tokens} must be at least 2")
-        if args.memory is not None and not 0 < args.memory < float("inf"):
-            raise UserError(f"--memory {args.memory} must be above 0")
-        device = pick_device(args.device)
-        (write_checkpoint if args.ckpt else write_comparison)(args, device)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if args.tokens < 2:
+        raise UserError(f"--tokens {args.tokens} must be at least 2")
+    if args.memory is not None and not 0 < args.memory < float("inf"):
+        raise UserError(f"--memory {args.memory} must be above 0")
+    device = pick_device(args.device)
+    (write_checkpoint if args.ckpt else write_comparison)(args, device)
 
 
 if __name__ == "__main__":

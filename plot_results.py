@@ -57,7 +57,7 @@ from paper.style import (
     write_text,
 )
 from run_paper_manifest import HERE, list_runs, read_manifest
-from train_dba import UserError, brief, progress
+from train_dba import UserError, brief, exit_code, progress
 
 MOST_LINES = 5                                             # of a panel of curves
 FEW = 12                                                   # evaluations of a curve whose intervals are bars
@@ -540,6 +540,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(results['runs'])} runs: results.json, report.md, tables and figures in {args.out}{block}")
 
 
+@exit_code()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -550,12 +551,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.readme is None:                                # other runs than the committed ones are not the README's
         args.readme = "README.md" if args.runs == Path("runs") else ""
-    try:
-        run(args)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    run(args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from bench_dba import DECODED, VOCAB
 from estimate import training_memory
 from paper.report import replace_block
 from paper.style import COLORS, MARKERS, OTHERS, log2_x, markdown, save, subplots, write_text
-from train_dba import BROKEN, EXPS, SIZES, UserError, brief, bytes_per_token, make_config, read_json
+from train_dba import BROKEN, EXPS, SIZES, UserError, brief, bytes_per_token, exit_code, make_config, read_json
 
 DOCUMENT = {"block": str, "toy": bool, "rows": list, "clock?": str, "load?": float,
             "env": {"device": str, "cpu?": str, "threads?": int, "torch": str, "commit": str, "dirty": bool}}
@@ -350,6 +350,7 @@ def draw_growth(devices: dict, path: Path) -> None:
 # -----------------------------------------------------------------------------
 # Main
 
+@exit_code()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,34 +358,33 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where the figure goes (assets)")
     parser.add_argument("--page", default="docs/scale.md", help="page whose block is rewritten; empty: it is printed")
     args = parser.parse_args(argv)
-    try:
-        devices = {}
-        for folder in sorted(args.bench.glob("*/")):
-            blocks, env = read_device(folder)
-            if blocks:
-                devices[folder.name] = blocks, env
-        if not devices:
-            raise UserError(f"no result of bench_dba.py under {args.bench}; bench_dba.py gpu --out "
-                            f"{args.bench}/<device> makes them")
-        block = block_of(devices)
-        if args.page:
-            page = Path(args.page)
-            write_text(page, replace_block(page.read_text(), block))
-        else:
-            print(block)
-        names = [env["name"] for _, env in devices.values()]
-        for name, block, make in (("scale", "decode", draw_decode), ("growth", "growth", draw_growth)):
-            shown = {}
-            for folder, (blocks, env) in devices.items():  # of two devices of one name, each says its folder
-                if block in blocks:
-                    twice = names.count(env["name"]) > 1
-                    shown[f"{env['name']} ({folder})" if twice else env["name"]] = blocks[block]
-            if shown:
-                make(shown, args.out / f"fig_{name}.png")
-        return 0
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    devices = {}
+    for folder in sorted(args.bench.glob("*/")):
+        blocks, env = read_device(folder)
+        if blocks:
+            devices[folder.name] = blocks, env
+    if not devices:
+        raise UserError(f"no result of bench_dba.py under {args.bench}; bench_dba.py gpu --out "
+                        f"{args.bench}/<device> makes them")
+    block = block_of(devices)
+    if args.page:
+        page = Path(args.page)
+        try:
+            text = page.read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise UserError(f"--page {page} can't be read ({brief(e)})") from None
+        write_text(page, replace_block(text, block))
+    else:
+        print(block)
+    names = [env["name"] for _, env in devices.values()]
+    for name, block, make in (("scale", "decode", draw_decode), ("growth", "growth", draw_growth)):
+        shown = {}
+        for folder, (blocks, env) in devices.items():  # of two devices of one name, each says its folder
+            if block in blocks:
+                twice = names.count(env["name"]) > 1
+                shown[f"{env['name']} ({folder})" if twice else env["name"]] = blocks[block]
+        if shown:
+            make(shown, args.out / f"fig_{name}.png")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ from train_dba import (
     UserError,
     WordTokenizer,
     exclusive,
+    exit_code,
     split_words,
 )
 
@@ -913,8 +914,9 @@ def parse_args(argv=None):
     return args
 
 
+@exit_code("a .txt file is read whole; cut it up, or write it as .jsonl")
 def main(argv=None):
-    """Ends the program with 1 for what the user can mend, 2 for a wrong command line, 130 or 143 when stopped."""
+    """Raises UserError, and SystemExit of 2 for a wrong command line, 130 or 143 when stopped."""
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):           # a path may hold what the terminal's encoding can't
             output.reconfigure(errors="backslashreplace")
@@ -929,19 +931,15 @@ def main(argv=None):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with worker_pool(args) as pool, exclusive(beside(args, ".npy.lock"), args.output):
             prepare(args, pool)
-    except UserError as e:
-        sys.exit(f"error: {e}")
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"error: disk full{where}: make room and run the same command again to go on")
-        sys.exit(f"error: {e.strerror or e}{where}: correct that and run the same command again")
-    except MemoryError:
-        sys.exit("error: not enough memory: a .txt file is read whole; cut it up, or write it as .jsonl")
-    except SystemExit as e:
+            raise UserError(f"disk full{where}: make room and run the same command again to go on") from None
+        raise UserError(f"{e.strerror or e}{where}: correct that and run the same command again") from None
+    except SystemExit:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise e
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

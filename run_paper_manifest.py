@@ -44,6 +44,7 @@ from train_dba import (
     bytes_per_token,
     cache_formats,
     count_params,
+    exit_code,
     flag_name,
     make_config,
     parse_args,
@@ -392,6 +393,7 @@ def run_all(runs, jobs, post):
     return 1 if failed else 0
 
 
+@exit_code()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -413,28 +415,24 @@ def main(argv=None):
                         help="then measure each checkpoint's loss through quantised caches")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_dba.py for every run")
     args = parser.parse_args(argv)
-    try:
-        if args.jobs < 1:
-            raise UserError(f"--jobs {args.jobs} must be at least 1")
-        if args.gpu and not args.dry_run:
-            raise UserError(f"--for {args.gpu} estimates, and belongs to --dry-run")
-        overrides = {"device": args.device} if args.steps is None else {"steps": args.steps, "device": args.device}
-        overrides |= parse_args(args.flags)
-        runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
-                         overrides.items())
-        device = pick_device(args.device)
-        if args.dry_run:
-            describe(runs, device, args.gpu)
-            return 0
-        ready = [run for run in runs if Path(run.cfg.data).is_file()]
-        code = run_all(ready, args.jobs, args.post) if ready else 1
-        if missing := sorted({run.cfg.data for run in runs if run not in ready}):
-            raise UserError(f"{len(runs) - len(ready)} runs lack their data, {', '.join(missing)}: `make setup` "
-                            "prepares WikiText-2, prepare_fineweb.py FineWeb-Edu")
-        return code
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be at least 1")
+    if args.gpu and not args.dry_run:
+        raise UserError(f"--for {args.gpu} estimates, and belongs to --dry-run")
+    overrides = {"device": args.device} if args.steps is None else {"steps": args.steps, "device": args.device}
+    overrides |= parse_args(args.flags)
+    runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
+                     overrides.items())
+    device = pick_device(args.device)
+    if args.dry_run:
+        describe(runs, device, args.gpu)
+        return 0
+    ready = [run for run in runs if Path(run.cfg.data).is_file()]
+    code = run_all(ready, args.jobs, args.post) if ready else 1
+    if missing := sorted({run.cfg.data for run in runs if run not in ready}):
+        raise UserError(f"{len(runs) - len(ready)} runs lack their data, {', '.join(missing)}: `make setup` "
+                        "prepares WikiText-2, prepare_fineweb.py FineWeb-Edu")
+    return code
 
 
 if __name__ == "__main__":

@@ -2814,12 +2814,6 @@ def shape_from(cfg, given):
     return {**{name: value for name, value in shape.items() if value != DEFAULTS[name]}, **given}
 
 
-def lacks_room(e):
-    """Whether an exception says that there is no memory; PyTorch's of a CPU does by its words alone."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(e, RuntimeError) and ("allocate memory" in str(e) or "size calculation overflowed" in str(e)))
-
-
 class Parser(argparse.ArgumentParser):
     """One that says a mistake in one line, with the flag that an unknown one was perhaps meant to be."""
 
@@ -2851,8 +2845,41 @@ def parse_args(argv=None):
 # -----------------------------------------------------------------------------
 # Main
 
+def lacks_room(e):
+    """Whether an exception says that there is no memory; PyTorch's of a CPU does by its words alone."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
+        "allocate memory" in str(e) or "size calculation overflowed" in str(e))
+
+
+def exit_code(advice="ask for less at once"):
+    """Decorator of a script's main(): it returns the exit code. That is what main returns, or 0; 1 for a UserError, or
+    where there is no memory, which it says in one line (the latter with advice); 130 for Ctrl-C, and 141 where the
+    reader of what is printed has gone, as in `| head`."""
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            try:
+                return main(argv) or 0
+            except UserError as e:
+                problem = str(e)
+            except (MemoryError, RuntimeError) as e:
+                if not lacks_room(e):
+                    raise
+                problem = f"no memory ({brief(e)}); {advice}"
+            except KeyboardInterrupt:
+                return 128 + signal.SIGINT
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + signal.SIGPIPE
+            tqdm.write(f"error: {problem}", file=sys.stderr)                    # on a line of its own, beside a bar
+            return 1
+        return run
+    return decorate
+
+
+@exit_code("a smaller --batch-size, --block or model takes less, and --micro-batch parts of a batch")
 def main(argv=None):
-    """Run a command line. Returns the exit code: 0, 1 for what the user can mend, 130 or 143 if stopped by a signal."""
+    """Run a command line. Returns 0, or 130 or 143 if training was stopped by a signal. Raises UserError."""
     try:
         argv = sys.argv[1:] if argv is None else argv
         if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
@@ -2873,24 +2900,10 @@ def main(argv=None):
         main_rank = os.environ.get("RANK", "0") == "0"
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
             return train(cfg, given, argv, *source)
-    except UserError as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)         # on a line of its own, beside a progress bar
-        return 1
-    except (MemoryError, RuntimeError) as e:
-        if lacks_room(e):
-            advice = "a smaller --batch-size, --block or model takes less, and --micro-batch parts of a batch"
-            tqdm.write(f"error: no memory ({brief(e)}); {advice}", file=sys.stderr)
-        elif dist.is_initialized() and "by peer" in str(e):                     # as gloo says it; NCCL waits
-            tqdm.write(f"error: rank {dist.get_rank()} lost another rank, which says why it ended, or was killed",
-                       file=sys.stderr)
-        else:
+    except RuntimeError as e:
+        if not dist.is_initialized() or "by peer" not in str(e):                # as gloo says it; NCCL waits
             raise
-        return 1
-    except KeyboardInterrupt:                              # before the loop, or while sampling
-        return 128 + signal.SIGINT
-    except BrokenPipeError:                                # the reader of a sample has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        raise UserError(f"rank {dist.get_rank()} lost another rank, which says why it ended, or was killed") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -28,7 +28,7 @@ import torch
 
 from evals.subject import load_subject
 from paper.style import OTHERS, STYLES, save, write_json
-from train_dba import UserError, relative, split_heads
+from train_dba import UserError, exit_code, relative, split_heads
 
 MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
 MOST_LABELS = 16                                           # of an axis of a small panel
@@ -452,6 +452,7 @@ def draw(args):
           f"{'depth.png, ' if args.anchor is not None else ''}heatmap.json")
 
 
+@exit_code("give a shorter --prompt, or fewer --layers")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -467,14 +468,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="folder of the results (assets/heatmap_<run>)")
     args = parser.parse_args(argv)
-    try:
-        draw(args)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    draw(args)
 
 
 if __name__ == "__main__":

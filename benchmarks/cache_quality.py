@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import parser_of, train_dba, write
 from evals.policy import calibration_windows
 from evals.subject import formats_of, held_out, load_subject
-from train_dba import FORMATS, KVCache, UserError, autocast, bytes_per_token
+from train_dba import FORMATS, KVCache, autocast, bytes_per_token, exit_code
 
 
 @torch.inference_mode()
@@ -71,7 +71,8 @@ def measure(models, batches, policies, dtype):
                    kl=kl / tokens, top1=same / tokens)
 
 
-def main():
+@exit_code()
+def main(argv=None):
     parser = parser_of(__doc__)
     parser.add_argument("ckpts", nargs="+", help="run folders, checkpoints, .gguf files or Hugging Face folders")
     parser.add_argument("--data", help=".npy or text (the validation part that a checkpoint was trained with)")
@@ -81,16 +82,13 @@ def main():
     parser.add_argument("--kv-cache", nargs="+", help="formats, as eval_dba.py takes them (all, and each stream alone)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows, sources = [], {}
     for ckpt in args.ckpts:
-        try:
-            subject = load_subject(ckpt, args.device, args.dtype)
-            held = held_out(subject, args.data)
-            windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
-            policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
-        except UserError as e:
-            return f"error: {e}"
+        subject = load_subject(ckpt, args.device, args.dtype)
+        held = held_out(subject, args.data)
+        windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
+        policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
         rotated = train_dba.rotate_cache(copy.deepcopy(subject.model))
         batches = [(ids[:, :-1], ids[:, 1:]) for ids in windows.to(subject.device).split(args.batch_size)]
         label = subject.path.name if subject.step is None else "/".join(subject.folder.resolve().parts[-2:])

@@ -38,7 +38,7 @@ from kvtc import coded
 from surgery.calibrate import Moments, calibrate
 from surgery.convert import Layer, choose, convert, root, split
 from surgery.targets import TARGETS
-from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, progress, read_text
+from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, exit_code, progress, read_text
 
 WINDOW, SKIP, CALIBRATED, GRADED, NEWEST = 512, 16, 12, 6, 32
 RIDGE = 1e-4
@@ -213,7 +213,8 @@ def figures(losses, teacher_losses, kls):
                 teacher_nll=base.mean().item(), tokens=len(kl) * (WINDOW - SKIP))
 
 
-def main():
+@exit_code()
+def main(argv=None):
     parser = parser_of(__doc__)
     parser.add_argument("model", help="the teacher: .gguf file, Hugging Face folder, run folder")
     parser.add_argument("--data", required=True, help="text to calibrate on")
@@ -222,7 +223,7 @@ def main():
     parser.add_argument("--healed", nargs="*", default=[], metavar="SHARE=RUN", help="healed conversions")
     parser.add_argument("--rows", default=".*", help="regular expression of the rows' names (all)")
     parser.add_argument("--moments", type=Path, help="file that keeps the moments")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     subject = load_subject(args.model, "cpu")
     teacher = subject.model.requires_grad_(False)
     if args.moments and args.moments.exists():
@@ -278,7 +279,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    sys.exit(main())

@@ -1,11 +1,15 @@
 """Flags: each does something, and what is wrong with them is said in one line before any work."""
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
+import os
 import re
 import resource
+import subprocess
 import sys
 import types
 
@@ -13,7 +17,7 @@ import pytest
 import torch
 
 import train_dba
-from helpers import TINY, TRAIN, assert_done, assert_error, call, cli, make_text, read_log
+from helpers import TINY, TRAIN, TRAINER, assert_done, assert_error, call, cli, environment, make_text, read_log
 from train_dba import Config, UserError, count_params, load_checkpoint, make_config
 
 FIELDS = [f.name for f in dataclasses.fields(Config)]
@@ -458,3 +462,33 @@ def test_tensorboard(tmp_path, monkeypatch):
             if name not in ("type", "step", "tokens") and value is not None:
                 expected.append((f"{line['type']}/{name}", value, line["step"]))
     assert written == expected and len(expected) > 10
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in TRAINER.parent.glob("*.py") if path.stem != "estimate"))
+def test_every_script_ends_in_words(script, tmp_path, monkeypatch):
+    main = importlib.import_module(script).main
+
+    def ended_by(error):
+        def fail(*args, **kwargs):
+            raise error
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", fail)
+        return call("", tmp_path, main)
+
+    assert_error(ended_by(UserError("wrong")), "error: wrong")
+    assert_error(ended_by(MemoryError("3 GiB")), "no memory (MemoryError: 3 GiB); ")
+    assert_error(ended_by(RuntimeError("can't allocate memory")), "no memory")
+    assert ended_by(KeyboardInterrupt()) == (130, "", "")
+    with pytest.raises(RuntimeError, match="a bug"):       # which must not look like a user's mistake
+        ended_by(RuntimeError("a bug"))
+
+
+def test_nobody_reads_what_is_printed():
+    """As in `| head`: no traceback, neither at once nor when Python flushes at its end."""
+    program = ("import sys, train_dba\n@train_dba.exit_code()\ndef main(argv):\n    print('text', flush=True)\n"
+               "sys.exit(main())")
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, cwd=TRAINER.parent,
+                            env=environment())
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
