@@ -316,7 +316,8 @@ def set_points(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, windows:
         rarely = (seen[shift][2] < DROPPED).unflatten(1, (-1, group)).all(-1)   # [L, G]
         drops = rarely.repeat_interleave(group, 1)
         kl, kept, _ = measure(Point(shift, drops)) if drops.any() else seen[shift]
-        points.append(dict(target=target, shift=shift, kl=kl, kept=kept, windows=windows, drops=drops.nonzero().tolist()))
+        points.append(dict(target=target, shift=shift, kl=kl, kept=kept, windows=windows,
+                           drops=drops.nonzero().tolist()))
         report((i + 1) * (TRIALS + 1), total)
     return points
 
