@@ -81,6 +81,18 @@ def sum_values(p, visible, codes, scales, levels, b, g, slot, capacity, out, G: 
                 tl.store(out + i + j + k, tl.sum(weight * x, 0))
 
 
+@triton.jit
+def look(pos, settled, tile, window, BLOCK: tl.constexpr):
+    """Of a tile: its slots [BLOCK], which of them hold tokens that the query at the position at pos sees, and whether
+    it is empty, with no need to read it. settled: where the number of settled tokens is."""
+    now, settled, slot = tl.load(pos).to(tl.int32), tl.load(settled).to(tl.int32), tile * BLOCK + tl.arange(0, BLOCK)
+    if window is None:
+        seen = tl.minimum(settled, now + 1)
+        return slot, slot < seen, tile * BLOCK >= seen     # of a short sequence beside a long one
+    else:                                                  # % has the sign of its left side
+        return slot, (slot < window) & (settled + (slot - settled % window + window) % window <= now), False
+
+
 @triton.jit(do_not_specialize=["T", "first", "tiles", "window"])
 def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scales, partial, T, first, tiles, capacity,
                 window, H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
@@ -94,19 +106,13 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
     """
     row, tile = tl.program_id(0), tl.program_id(1)         # rows come first: queries that share keys run side by side
     b, g = row // (H * T), row // T % H // (H // G)
-    now, settled = tl.load(pos + b * T + row % T).to(tl.int32), tl.load(settled + b).to(tl.int32)
+    slot, visible, empty = look(pos + b * T + row % T, settled + b, tile, window, BLOCK)
     row, b, g = row.to(tl.int64), b.to(tl.int64), g.to(tl.int64)                # a cache may have over 2^31 elements
-    slot = tile * BLOCK + tl.arange(0, BLOCK)
     partial += (row * tiles + first + tile) * (V + 2)
-    if window is None:
-        last = tl.minimum(settled - 1, now)
-        visible = slot <= last
-        if tile * BLOCK > last:                            # a short sequence beside a long one: read nothing
-            tl.store(partial + V, LOWEST)
-            tl.store(partial + V + 1, 0.0)
-            return
-    else:                                                  # % has the sign of its left side
-        visible = (slot < window) & (settled + (slot - settled % window + window) % window <= now)
+    if empty:
+        tl.store(partial + V, LOWEST)
+        tl.store(partial + V + 1, 0.0)
+        return
     q, levels = q + row * (W0 + W1), tl.load(levels + tl.arange(0, 16))
     score = dot_keys(q, k0, k0_scales, levels, b, g, slot, capacity, G, W0, F0)
     if k1 is not None:
@@ -149,7 +155,7 @@ def dot(a, raw, half, levels, FMT: tl.constexpr, TRANSPOSE: tl.constexpr):
 def load_codes(codes, i, b, g, slot, capacity, G: tl.constexpr, W: tl.constexpr, PER_ROW: tl.constexpr):
     """Codes [32 / PER_ROW, BLOCK] of the i-th block of 32 channels that sequence b, head g of G heads of W channels has
     part in, and which of the head's channels is the first of each row. For what is outside 0..W - 1 others of the head
-    stand in."""
+    stand in. A head begins at a multiple of gcd(W, 32), and so has part in at most (W + 63 - gcd(W, 32)) // 32."""
     row = (g * W // 32 + i) * (32 // PER_ROW) + tl.arange(0, 32 // PER_ROW)
     inside = tl.minimum(tl.maximum(row, g * W // PER_ROW), ((g + 1) * W - 1) // PER_ROW)
     raw = tl.load(codes + (b * ((G * W + PER_ROW - 1) // PER_ROW) + inside[:, None]) * capacity + slot)
@@ -169,7 +175,7 @@ def dot_shared_keys(q, row, R, codes, scales, levels, b, g, slot, capacity, G: t
     """Scores [M, BLOCK] of the queries `row` [M], those below R, at q [R, STRIDE], and the keys as in dot_keys."""
     PER_ROW: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
     score = tl.zeros([row.shape[0], slot.shape[0]], tl.float32)
-    for i in tl.range(W // 32 if W % 32 == 0 else (W + 62) // 32):
+    for i in tl.range((W + 63 - ((W | 32) & -(W | 32))) // 32):                 # as load_codes counts
         raw, c = load_codes(codes, i, b, g, slot, capacity, G, W, PER_ROW)
         part = tl.zeros(score.shape, tl.float32)
         for half in tl.static_range(PER_ROW):
@@ -187,7 +193,7 @@ def sum_shared_values(p, visible, codes, scales, levels, b, g, slot, capacity, o
                       W: tl.constexpr, FMT: tl.constexpr):
     """Store, at out [R, ROW], the values as in sum_values, weighted by p [M, BLOCK] and summed."""
     PER_ROW: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
-    for i in tl.range(W // 32 if W % 32 == 0 else (W + 62) // 32):
+    for i in tl.range((W + 63 - ((W | 32) & -(W | 32))) // 32):                 # as load_codes counts
         raw, c = load_codes(codes, i, b, g, slot, capacity, G, W, PER_ROW)
         weight = p
         if scales is not None:
@@ -207,21 +213,15 @@ def attend_shared_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, 
     """As attend_tile, for one query each, T = 1, of M of the R heads that share the keys of one of G heads."""
     group, tile = tl.program_id(0), tl.program_id(1)
     b, g = group // G, group % G
-    now, settled = tl.load(pos + b).to(tl.int32), tl.load(settled + b).to(tl.int32)
+    slot, visible, empty = look(pos + b, settled + b, tile, window, BLOCK)
     group, b, g = group.to(tl.int64), b.to(tl.int64), g.to(tl.int64)
-    row, slot = tl.program_id(2) * M + tl.arange(0, M), tile * BLOCK + tl.arange(0, BLOCK)
-    ROW = tiles.to(tl.int64) * (V + 2)
+    row, ROW = tl.program_id(2) * M + tl.arange(0, M), tiles.to(tl.int64) * (V + 2)
     partial += group * R * ROW + (first + tile) * (V + 2)
     at, here = partial + row * ROW + V, row < R
-    if window is None:
-        last = tl.minimum(settled - 1, now)
-        visible = slot <= last
-        if tile * BLOCK > last:
-            tl.store(at, LOWEST, here)
-            tl.store(at + 1, 0.0, here)
-            return
-    else:
-        visible = (slot < window) & (settled + (slot - settled % window + window) % window <= now)
+    if empty:
+        tl.store(at, LOWEST, here)
+        tl.store(at + 1, 0.0, here)
+        return
     q += group * R * (W0 + W1)
     score = dot_shared_keys(q, row, R, k0, k0_scales, levels, b, g, slot, capacity, G, W0, W0 + W1, F0)
     if k1 is not None:

@@ -43,6 +43,7 @@ def decoupled(heads, sem, geo, v=None, groups=None):
 
 D4_8_12, D8_32_40, D16_32_48 = decoupled(12, 4, 8), decoupled(16, 8, 32), decoupled(8, 16, 32)
 STANDARD, MLA = mode("standard", 8, d_model=512), mode("mla", 32, d_model=2048, kv_lora_rank=512, rope_dim=64)
+GQA, DBA_GQA = mode("gqa", 32, attn_dim=2048, kv_head=4), decoupled(32, 16, 32, groups=4)
 MATRIX = [                                                 # chip, config, policy or formats, null token, full tiles
     *((arch, cfg, "hetero", arch == 90, True) for arch in (80, 90) for cfg in (D4_8_12, D8_32_40)),
     *((90, D4_8_12, fmt, False, True) for fmt in triton_decode.FORMATS),
@@ -54,8 +55,12 @@ MATRIX = [                                                 # chip, config, polic
     (90, STANDARD, ("fp16", "fp16"), False, False),
     (90, decoupled(8, 3, 6), "q4_0", True, True),
     (80, decoupled(8, 5, 4, 7), ("nf4", "q8_0", "q4_0"), False, True),
-    (90, mode("gqa", 32, attn_dim=2048, kv_head=4), ("q8_0", "q4_0"), False, True),
+    (90, GQA, ("q8_0", "q4_0"), False, True),
+    (80, GQA, ("q4_0", "fp16"), False, True),
     (90, decoupled(8, 4, 8, groups=2), "hetero", True, True),
+    (80, decoupled(32, 8, 32, groups=4), "hetero", False, False),
+    (90, DBA_GQA, ("nf4", "q8_0", "bf16"), True, True),
+    (80, DBA_GQA, "hetero", False, True),
     (80, MLA, ("q8_0", "q8_0"), False, True),
     (90, MLA, ("q4_0", "q8_0"), True, True),
 ]
