@@ -1710,13 +1710,13 @@ NARROW = 4                                                 # channels a head: fe
 def describe(cfg, data, ranks, dtype, why):
     """Print what was decided, and return the `meta` line of the log."""
     params, kv = count_params(cfg, data.tokenizer.vocab_size), kv_bytes_per_token(cfg)
-    sizes = dict(train_tokens=len(data.train), val_tokens=len(data.val), vocab_size=data.tokenizer.vocab_size)
     if ranks.rank == 0:
         print(f"{cfg.attn_mode} attention in {dtype} ({why}) on {ranks.device}, {ranks.world} rank(s) of "
               f"{torch.get_num_threads()} CPU threads")
         print("parameters:", ", ".join(f"{part} {n:,}" for part, n in params.items()))
         print("KV cache, bytes per token:", ", ".join(f"{fmt} {n:,}" for fmt, n in kv.items() if n is not None))
-        print("data:", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), f"({data.tokenizer.name})")
+        sizes = [f"{name} {n:,}" for name, n in data.identity.items() if isinstance(n, int)]
+        print("data:", ", ".join(sizes), f"({data.tokenizer.name})")
         print(f"tokens per step: {cfg.batch_size} x {cfg.grad_accum} x {cfg.block} = {cfg.tokens_per_step:,}",
               flush=True)
         if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
@@ -1884,10 +1884,28 @@ class Training:
         return stop_with
 
 
+def decide(cfg, given, ranks, env, tokenizer):
+    """What a command leaves to this machine: (cfg with the type of its products and its micro-batch, data, that type,
+    why that one). env is told what was timed for it."""
+    def measure():
+        env["product_tflops"] = ranks.from_first(lambda: product_rates(cfg.block, cfg.d_model, cfg.d_ff))
+        return env["product_tflops"]
+
+    dtype, why = pick_dtype(cfg.dtype, ranks.device, measure)
+    if given.get("dtype", "auto") == "auto" != cfg.dtype:
+        why = "as this run began"
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    data = load_data(cfg, tokenizer)
+    if cfg.micro_batch == 0:                               # auto
+        if not (estimate := estimator()):
+            raise UserError("--micro-batch auto: no module estimate beside train_dba.py")
+        fitting = estimate.fitting_micro_batch(cfg, data.tokenizer.vocab_size, ranks, dtype)
+        cfg = dataclasses.replace(cfg, micro_batch=fitting)
+    return cfg, data, dtype, why
+
+
 def train(cfg, given, argv, source=None, tokenizer=None):
-    """Train until cfg.steps, from the run folder's last.pt if there is one. source, tokenizer: of --init-from. Returns
-    the exit code."""
-    # --- device, run folder, data
+    """Train until cfg.steps, from last.pt if there is one. source, tokenizer: of --init-from. Returns the exit code."""
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
@@ -1905,34 +1923,16 @@ def train(cfg, given, argv, source=None, tokenizer=None):
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
-
-    def measure():
-        env["product_tflops"] = ranks.from_first(lambda: product_rates(cfg.block, cfg.d_model, cfg.d_ff))
-        return env["product_tflops"]
-
-    dtype, why = pick_dtype(cfg.dtype, device, measure)
-    if given.get("dtype", "auto") == "auto" != cfg.dtype:
-        why = "as this run began"
-    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
-    data = load_data(cfg, tokenizer)
-    vocab_size = data.tokenizer.vocab_size
-    estimate = estimator()
-    if cfg.micro_batch == 0:                               # auto
-        if not estimate:
-            raise UserError("--micro-batch auto: no module estimate beside train_dba.py")
-        cfg = dataclasses.replace(cfg, micro_batch=estimate.fitting_micro_batch(cfg, vocab_size, ranks, dtype))
+    cfg, data, dtype, why = decide(cfg, given, ranks, env, tokenizer)
     micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
-
-    # --- model, optimiser, data order
-    source = None if ckpt else source
-    model, optimizer, rng = build(cfg, vocab_size, device, source)
-    if source and main_rank:
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, None if ckpt else source)
+    if source and not ckpt and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
                    cfg.tokens_per_step)
-    if estimate:
-        run.of_peak = estimate.share_of_peak(cfg, vocab_size, ranks, env["device"])
+    if estimate := estimator():
+        run.of_peak = estimate.share_of_peak(cfg, data.tokenizer.vocab_size, ranks, env["device"])
     if ckpt:
         check_same_data(ckpt["data"], data, folder, ELSEWHERE)
         restore(ckpt, model, optimizer, rng)
@@ -1952,7 +1952,6 @@ def train(cfg, given, argv, source=None, tokenizer=None):
         run.save_last()                                    # so that a log without a checkpoint means a deleted one
     del ckpt
 
-    # --- training
     def gradients(step):
         batch = sample_batch(rng, data.train, cfg.batch_size * cfg.grad_accum, cfg.block)
         nll = step_gradients(runner, batch, cfg, step, micro, mine, ranks, dtype)
@@ -2018,7 +2017,7 @@ def quantize(x, fmt):
     q2_0 are q4_0 in fewer bits. A block that holds an infinity or a NaN, or needs a scale above float16's largest, has
     a NaN scale and reads as NaN throughout; one whose scale rounds to zero reads as zeros.
     """
-    C = x.size(1)
+    C, bits = x.size(1), FORMATS[fmt][0]
     x = F.pad(x.float(), (0, -C % 32)).unflatten(1, (-1, 32))                   # [N, blocks, 32]
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))                      # [N, blocks, 1], the first if tied
     extreme = extreme if EXTREMES[fmt] < 0 else extreme.abs()
@@ -2032,11 +2031,10 @@ def quantize(x, fmt):
         levels = torch.tensor(NF4, device=x.device)
         codes = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     else:
-        zero = 2 ** (FORMATS[fmt][0] - 1)                  # the code of 0
+        zero = 2 ** (bits - 1)                             # the code of 0
         codes = (x + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
     codes = codes.flatten(1)[:, :C]
     if fmt != "q8_0":
-        bits = FORMATS[fmt][0]
         codes = regroup(codes[..., None], bits, 8, -(-C * bits // 8))[..., 0].byte()
     return codes, torch.where(fits, d, torch.nan)[..., 0].half()
 
@@ -2405,8 +2403,7 @@ LONGEST_PROMPT = 2**24                                     # bytes of a file, ch
 
 def prompt_texts(cfg):
     """Yield the texts to continue. Raises UserError for what can't be read."""
-    reads_stdin = cfg.interactive or cfg.prompt == "-"
-    if reads_stdin and sys.stdin is None:
+    if (cfg.interactive or cfg.prompt == "-") and sys.stdin is None:
         raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
     if cfg.prompt_file is not None:
         try:
@@ -2470,10 +2467,7 @@ class Printer:
 
     def beginning(self):
         """How many characters at the end of what is held may be the beginning of `stop`."""
-        for n in range(min(len(self.stop), len(self.held)), 0, -1):
-            if self.held.endswith(self.stop[:n]):
-                return n
-        return 0
+        return max((n for n in range(1, len(self.stop)) if self.held.endswith(self.stop[:n])), default=0)
 
     def end(self):
         print(self.held + self.decoder.decode(b"", final=True), flush=True)
@@ -2489,10 +2483,10 @@ def stream_formats(cfg, model_cfg):
     if formats is None:
         raise UserError(f"--kv-cache hetero is for decoupled attention; this checkpoint caches {', '.join(streams)}")
     if strange := overrides.keys() - streams.keys():
-        raise UserError(f"--kv-cache-{min(strange).replace('_', '-')}: this checkpoint's {model_cfg.attn_mode} "
-                        f"attention caches {', '.join(streams)}")
+        raise UserError(f"{flag_name(f'kv_cache_{min(strange)}')}: this checkpoint's {model_cfg.attn_mode} attention "
+                        f"caches {', '.join(streams)}")
     formats = {**formats, **overrides}
-    if cfg.kv_residual and not formats.keys() - {name for name, fmt in formats.items() if fmt in FLOAT_FORMATS}:
+    if cfg.kv_residual and all(fmt in FLOAT_FORMATS for fmt in formats.values()):
         raise UserError("--kv-residual does nothing where no stream is quantised; leave it out, or choose a --kv-cache")
     return formats
 
@@ -2546,18 +2540,15 @@ def rotate_cache(model):
 
 def compare_bytes(cfg, formats):
     """Sentence: bytes per token of a cache beside those of standard attention and GQA of the same depth and width."""
-    k, v = formats[cfg.attention.paths[-1].stream], formats[cfg.attention.v_stream]
-    groups, same = max(1, cfg.n_head // 8), k if k == v else f"k {k} v {v}"
-
-    def times(width, k, v):
-        return f"{mine / (cfg.layers * (stream_bytes(k, width) + stream_bytes(v, width))):.3g} x"
-
-    mine, few = bytes_per_token(cfg, formats), -(-cfg.d_model * groups // cfg.n_head)
-    ratios = [f"{times(cfg.d_model, 'fp16', 'fp16')} standard in fp16"]
-    if (k, v) != ("fp16", "fp16"):
-        ratios.append(f"{times(cfg.d_model, k, v)} standard in {same}")
-    ratios.append(f"{times(few, k, v)} gqa with {groups} key head{'s' * (groups > 1)} in {same}")
-    return f"{mine:,} bytes per token, {', '.join(ratios)}"
+    mine, groups = bytes_per_token(cfg, formats), max(1, cfg.n_head // 8)
+    same = formats[cfg.attention.paths[-1].stream], formats[cfg.attention.v_stream]
+    gqa = f"gqa with {groups} key head{'s' * (groups > 1)}", -(-cfg.d_model * groups // cfg.n_head)
+    sentence = f"{mine:,} bytes per token"
+    others = (("standard", cfg.d_model), ("fp16", "fp16")), (("standard", cfg.d_model), same), (gqa, same)
+    for (name, width), (k, v) in dict.fromkeys(others):    # the first two may be the same
+        ratio = mine / (cfg.layers * (stream_bytes(k, width) + stream_bytes(v, width)))
+        sentence += f", {ratio:.3g} x {name} in {k if k == v else f'k {k} v {v}'}"
+    return sentence
 
 
 # Heads that share keys, and whose channels straddle bytes and blocks.
@@ -2733,8 +2724,7 @@ def problems(c, given):
         (c.mode == "sample" and c.config, "--config does nothing with --mode sample; leave it out"),
         (not c.rope and "rope_base" in given, "--rope-base does nothing with --no-rope; leave one out"),
     ]
-    overrides = [flag_name(name) for name in given if name.startswith("kv_cache_") or name in (
-        "kv_rotate", "kv_residual")]
+    overrides = [flag_name(name) for name in given if name.startswith(("kv_cache_", "kv_rotate", "kv_residual"))]
     if c.mode == "sample":
         asked = [flag_name(name) for name in ("prompt", "prompt_file", "prompt_tokens", "interactive")
                  if getattr(c, name) not in (None, False)]
@@ -2847,16 +2837,10 @@ def parse_args(argv=None):
 # -----------------------------------------------------------------------------
 # Main
 
-def lacks_room(e):
-    """Whether an exception says that there is no memory; PyTorch's of a CPU does by its words alone."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
-        "allocate memory" in str(e) or "size calculation overflowed" in str(e))
-
-
 def exit_code(advice="ask for less at once"):
-    """Decorator of a script's main(): it returns the exit code. That is what main returns, or 0; 1 for a UserError, or
-    where there is no memory, which it says in one line (the latter with advice); 130 for Ctrl-C, and 141 where the
-    reader of what is printed has gone, as in `| head`."""
+    """Decorator of a script's main(), which then returns the exit code: what main does, or 0; 1 after one line that
+    says a UserError, or that there is no memory, with advice; 130 for Ctrl-C, and 141 where the reader of what is
+    printed has gone, as in `| head`."""
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
@@ -2864,8 +2848,9 @@ def exit_code(advice="ask for less at once"):
                 return main(argv) or 0
             except UserError as e:
                 problem = str(e)
-            except (MemoryError, RuntimeError) as e:
-                if not lacks_room(e):
+            except (MemoryError, RuntimeError) as e:       # PyTorch's of a CPU is known by its words alone
+                if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not (
+                        "allocate memory" in str(e) or "size calculation overflowed" in str(e)):
                     raise
                 problem = f"no memory ({brief(e)}); {advice}"
             except KeyboardInterrupt:
@@ -2882,24 +2867,24 @@ def exit_code(advice="ask for less at once"):
 @exit_code("a smaller --batch-size, --block or model takes less, and --micro-batch parts of a batch")
 def main(argv=None):
     """Run a command line. Returns 0, or 130 or 143 if training was stopped by a signal. Raises UserError."""
-    try:
-        argv = sys.argv[1:] if argv is None else argv
-        if hasattr(sys.stdout, "reconfigure"):             # a file, not a test's buffer
-            sys.stdout.reconfigure(errors="replace")       # what its encoding can't hold becomes a question mark
-        given = parse_args(argv)
-        if "config" in given and (both := {"size", "exp"} & given.keys()):
-            raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
-        if given.get("mode") != "sample":
-            given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
-        source = ()
-        if given.get("init_from") and given.get("mode") != "sample":
+    argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):                 # a file, not a test's buffer
+        sys.stdout.reconfigure(errors="replace")           # what its encoding can't hold becomes a question mark
+    given = parse_args(argv)
+    if "config" in given and (both := {"size", "exp"} & given.keys()):
+        raise UserError(f"--config and {flag_name(min(both))} exclude each other; give one")
+    source = ()
+    if given.get("mode") != "sample":
+        given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
+        if given.get("init_from"):
             source = read_model(given["init_from"])[:2]
             given = shape_from(source[0].cfg, given)
-        cfg = make_config(**given)
-        keep_freed_memory()
-        if cfg.mode == "sample":
-            return sample(cfg)
-        main_rank = os.environ.get("RANK", "0") == "0"
+    cfg = make_config(**given)
+    keep_freed_memory()
+    if cfg.mode == "sample":
+        return sample(cfg)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
             return train(cfg, given, argv, *source)
     except RuntimeError as e:
