@@ -341,14 +341,14 @@ def test_masks_are_held_to_a_bound_by_intervals_over_windows(side):
     far = {name: 1.0 + sign * shift for name, shift in dict(good=-0.5, bad=0.5).items()}
     good, bad = (far["good"], 0.2, 3), (far["bad"], 0.2, 3)
     cases = dict(yes=rows(good, good), no=rows(good, bad), mixed=rows(good, (far["good"], 0.7, 3)), none=[])
-    claim = dict(run="r", choice="gates", field="kl", side=side, bound=1.0, beside="floor")
+    claim = dict(run="r", choice="gates", field="kl", side=side, bound=1.0, beside=["floor", "absent"])
     for name, summary in cases.items():
         assert verdict_of("mask_bound", masks(summary), **claim)[0] == EVERY[name]
     alone = rows((far["good"], None, 1))                   # one window has no interval
     assert verdict_of("mask_bound", masks(alone), **claim)[0] == EVERY["none"]
     assert verdict_of("mask_bound", masks(rows(good, choice="other")), **claim)[0] == EVERY["none"]
     finding = verdict_of("mask_bound", masks(cases["no"] + rows(good, choice="floor")), **claim)[1]
-    assert finding.value == far["bad"] and "floor" in finding.where
+    assert finding.value == far["bad"] and f"; floor {far['good']:.3g}" in finding.where
     assert verdict_of("mask_bound", **claim)[0] == EVERY["none"]
 
 
@@ -360,8 +360,9 @@ def test_gradients_through_masks():
         assert verdict_of("mask_gradient", masks(gradients=rows), run="r", choice="gates", bound=0.95)[0] == EVERY[name]
 
 
-@pytest.mark.parametrize("eager, sdpa, verdict", ((100, 100, "yes"), (50, 50, "no"), (100, 50, "mixed")))
+@pytest.mark.parametrize("eager, sdpa, verdict", ((100, 100, "yes"), (50, 50, "mixed"), (100, 50, "mixed")))
 def test_memory_of_masks_against_both_attentions(eager, sdpa, verdict):
+    """As of a kernel's time: what this code takes refutes nothing."""
     held = dict(eager=eager, sdpa=sdpa, gates=60)
     rows = [dict(length=1024, attention=name, forward_bytes=value) for name, value in held.items()]
     rows += [dict(length=512, attention=name, forward_bytes=100) for name in held]
