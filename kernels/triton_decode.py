@@ -121,8 +121,8 @@ def attend_tile(q, pos, settled, levels, v, v_scales, k0, k0_scales, k1, k1_scal
 
 @triton.jit
 def dot(a, raw, half, levels, FMT: tl.constexpr, TRANSPOSE: tl.constexpr):
-    """a @ unpack(raw) of float32 [M, K] and codes [K, N], [N, K] to TRANSPOSE, close to float32's precision. Float16 has
-    all codes but the levels of NF4, which are split in two terms like a, whose largest of a row comes to 1."""
+    """a @ unpack(raw) of float32 [M, K] and codes [K, N], [N, K] to TRANSPOSE, close to float32's precision. Float16
+    has all codes but the levels of NF4, which are split in two terms like a, whose largest of a row comes to 1."""
     if FMT == "fp32" or FMT == "bf16":
         x = raw.to(tl.float32)
         return tl.dot(a, tl.trans(x) if TRANSPOSE else x, input_precision="tf32x3")

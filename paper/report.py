@@ -312,9 +312,11 @@ def scale_table(series: list, small: bool) -> str:
 # The ledger
 
 def ours_of(row: dict) -> str:
-    """Our value; with an interval both in the same number of digits."""
+    """Our value; with an interval both in the same number of digits, where those show it."""
     if row["interval"] is None:
         return number(row["ours"])
+    if row["ours"] and abs(row["ours"]) < 1e-4:
+        return f"{row['ours']:.1e} ± {row['interval']:.1e}"
     return pm(dict(mean=row["ours"], half=row["interval"]), 4, "+" if row["rule"] in ("below", "not_worse") else "")
 
 
@@ -355,7 +357,8 @@ def contrast_lines(results: dict) -> list[str]:
         return []
     return [*beside_ranking(results),
             "Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
-            "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
+            "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list. What does not "
+            "hold has a p of the other side, by Holm too, below half of alpha.", "",
             *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), "",
             *trend_lines(results)]
 
@@ -697,7 +700,8 @@ def probe_lines(evals: dict) -> list[str]:
         lines += ["Probes (hits with 95 % Wilson intervals; `preferred`: the target is likelier than the distractor; "
                   "margin in nats):", "", *markdown(("run", "cases", "n", *CHECKS, "mean margin"), rows), ""]
     if differences:
-        lines += [f"Exact McNemar tests over cases, one pair of checkpoints: {'; '.join(differences)}.", ""]
+        lines += ["Exact McNemar tests over cases, one pair of checkpoints, as if cases of one template were "
+                  f"independent: {'; '.join(differences)}.", ""]
     return lines
 
 
