@@ -1122,6 +1122,8 @@ def start_ranks(device):
     # restarts differently: docs/scale.md has the variable that helps there.
     try:
         nodes, local_ranks = mesh_sizes()
+        if not 0 <= int(os.environ["RANK"]) < nodes * local_ranks:              # it would wait for itself
+            raise ValueError(f"WORLD_SIZE {nodes * local_ranks}")
         torch.set_num_threads(max(1, cores // local_ranks))                     # torchrun would leave one thread
         store, rank, world = next(dist.rendezvous("env://"))
     except (ValueError, ArithmeticError, dist.DistError) as e:

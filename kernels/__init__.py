@@ -44,24 +44,30 @@ TOLERANCE = 1e-3                                           # of difference(); a 
 @torch.inference_mode()
 def difference(cache, plain, H: int) -> float:
     """Largest absolute difference between what two empty caches of two sequences, of different kernels and otherwise
-    equal, make of the same tokens for H query heads; infinite if there is a NaN. The sequences get different lengths,
-    and of the tokens some settle at once, some leave the ring and some stay in it."""
-    shape, T, generator = cache.shape, 2, torch.Generator().manual_seed(0)
+    equal, make of the same tokens for two queries of each of H heads and then for one; infinite if there is a NaN. The
+    sequences get different lengths, and of the tokens some settle at once, some leave the ring and some stay in it."""
+    shape, generator = cache.shape, torch.Generator().manual_seed(0)
     G = 1 if shape.latent else shape.v_groups
+    width = sum(shape.streams[path.stream] for path in shape.paths) // G
 
     def random(*size):
         return torch.randn(size, generator=generator).to(cache.device)
 
-    width = sum(shape.streams[path.stream] for path in shape.paths) // G
-    q, null = random(2, H, T, width) / width ** 0.5, (random(2, H, T), random(G, shape.streams[shape.v_stream] // G))
-    for tokens, kept in ((600, torch.tensor([600, 301])), (T, None)):
+    def append(tokens):
         entries = {name: random(2, tokens, channels) for name, channels in shape.streams.items()}
-        spans = {}
-        for each in (cache, plain):
-            spans[each] = span = each.begin(tokens)
+        spans = [each.begin(tokens) for each in (cache, plain)]
+        for each, span in zip((cache, plain), spans, strict=True):
             each.append(0, span, entries)
             each.advance(span)
-            if kept is not None:
-                each.truncate(kept)
-    out, expected = (each.attend(0, span, q, null) for each, span in spans.items())
-    return (out - expected).abs().nan_to_num(nan=math.inf).max().item()
+        return spans
+
+    append(600)
+    for each in (cache, plain):
+        each.truncate(torch.tensor([600, 301]))
+    largest = 0.0
+    for T in (2, 1):
+        spans, q = append(T), random(2, H, T, width) / width**0.5
+        null = random(2, H, T), random(G, shape.streams[shape.v_stream] // G)
+        out, expected = (each.attend(0, span, q, null) for each, span in zip((cache, plain), spans, strict=True))
+        largest = max(largest, (out - expected).abs().nan_to_num(nan=math.inf).max().item())
+    return largest

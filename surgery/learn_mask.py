@@ -49,8 +49,7 @@ from train_dba import BROKEN, UserError, brief, file_hash, whole_number
 
 WARM, COLD = 1.0, 0.1                                      # of the sigmoid, in nats of a block's share
 DROPPED = 0.01                                             # heads that read less of their far blocks drop their keys
-SHIFTS = 1.5                                               # nats around the thresholds within which a KL is sought
-HALVINGS = 3
+STRIDE, TRIALS = 1.5, 4                                    # nats between shifts until a KL is between two; tries a KL
 GRADIENTS = ("oracle mass 0.9", "window 10", "gates KL")   # choices whose gradients are looked at, by their beginnings
 SAVE_EVERY = 4                                             # steps
 SURVEYED = 4                                               # windows that indices and first thresholds are fitted to
@@ -275,16 +274,27 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 # -----------------------------------------------------------------------------
 # Operating points
 
+def best_shift(target: float, kls: dict[float, float]) -> tuple[float | None, float]:
+    """Of {shift: KL}, the largest shift up to which every KL stays within the target (None: not even the smallest
+    does), and the shift to try next: between that and the next larger one, or a stride further."""
+    best = None
+    for shift in sorted(kls):
+        if kls[shift] > target:
+            return best, shift - STRIDE if best is None else (best + shift) / 2
+        best = shift
+    return best, 0.0 if best is None else best + STRIDE
+
+
 def set_points(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, windows: int, report: Report = quiet
                ) -> list[dict]:
-    """For each KL of the plan the largest of the shifts tried that stays below it, on windows of the training text that
-    no step has drawn: dict(target, shift, kl, kept, drops [[layer, head], ...]). drops: heads that read less than
-    DROPPED of their far blocks, with all that share their keys; kl and kept are with them."""
+    """For each KL of the plan the largest of the shifts tried that stays below it, else the smallest of all, on windows
+    of the training text that no step has drawn: dict(target, shift, kl, kept, drops [[layer, head], ...]). drops: heads
+    that read less than DROPPED of their far blocks, with all that share their keys; kl and kept are with them."""
     references = []
     for i in range(windows):
         references.append(Reference(host, window(ids, plan.lengths[0], plan.seed, plan.steps + i)[0].to(host.device)))
-    seen, points, group = {}, [], host.heads // host.groups
-    total = len(plan.kl) * (HALVINGS + 1)
+    seen, kls, points, group = {}, {}, [], host.heads // host.groups
+    total = len(plan.kl) * (TRIALS + 1)
 
     def measure(point: Point) -> tuple[float, float, torch.Tensor]:
         kl, kept, far = [], [], []
@@ -296,20 +306,19 @@ def set_points(host: Host, gates: Gates, ids: torch.Tensor, plan: Plan, windows:
         return statistics.mean(kl), statistics.mean(kept), torch.stack(far).mean(0)
 
     for i, target in enumerate(plan.kl):
-        low, high = -SHIFTS, SHIFTS
-        for j in range(HALVINGS):
-            middle = (low + high) / 2
-            if middle not in seen:
-                seen[middle] = measure(Point(middle))
-            low, high = (middle, high) if seen[middle][0] <= target else (low, middle)
-            report(i * (HALVINGS + 1) + j + 1, total)
-        if low not in seen:
-            seen[low] = measure(Point(low))
-        rarely = (seen[low][2] < DROPPED).unflatten(1, (-1, group)).all(-1)     # [L, G]
+        for j in range(TRIALS):
+            _, shift = best_shift(target, kls)
+            seen[shift] = measure(Point(shift))
+            kls[shift] = seen[shift][0]
+            report(i * (TRIALS + 1) + j + 1, total)
+        shift, _ = best_shift(target, kls)
+        shift = min(kls) if shift is None else shift
+        rarely = (seen[shift][2] < DROPPED).unflatten(1, (-1, group)).all(-1)   # [L, G]
         drops = rarely.repeat_interleave(group, 1)
-        kl, kept, _ = measure(Point(low, drops)) if drops.any() else seen[low]
-        points.append(dict(target=target, shift=low, kl=kl, kept=kept, windows=windows, drops=drops.nonzero().tolist()))
-        report((i + 1) * (HALVINGS + 1), total)
+        kl, kept, _ = measure(Point(shift, drops)) if drops.any() else seen[shift]
+        points.append(dict(target=target, shift=shift, kl=kl, kept=kept, windows=windows,
+                           drops=drops.nonzero().tolist()))
+        report((i + 1) * (TRIALS + 1), total)
     return points
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-ROWS = 512                                                 # queries whose scores exist at once
-ELEMENTS = 1 << 22                                         # of gathered keys that exist at once
+ROWS = 128                                                 # queries whose scores exist at once
+ELEMENTS = 1 << 19                                         # of gathered keys that exist at once
 
 
 class Grid:

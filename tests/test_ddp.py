@@ -247,6 +247,7 @@ def test_ranks_that_read_other_data_are_refused(apart):
 
 @pytest.mark.parametrize("variables", (dict(RANK="0"), dict(RANK="0", WORLD_SIZE="x"), dict(RANK="x", WORLD_SIZE="1"),
                                        dict(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="0"),
+                                       dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29999"),
                                        dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="x")))
 def test_a_stray_rank_in_the_environment_is_said(tmp_path, monkeypatch, variables):
     make_text(tmp_path)

@@ -184,10 +184,12 @@ def test_the_small_cache_has_every_part():
 
     caches = [dba.KVCache(dba.KERNEL_TEST, 2, 640, "hetero", 32, "cpu", dba.Kernel("spy", spy)) for _ in range(2)]
     assert kernels.difference(*caches, dba.KERNEL_TEST.n_head) == 0
-    q, streams, span, null = seen[-1]
+    assert [q.size(2) for q, *_ in seen] == [2, 2, 1, 1]
+    q, streams, span, null = seen[0]
     assert {stream.fmt for stream in streams.values()} == {"q4_0", "q8_0"} and null is not None
     assert span.window == 32 and span.pos.tolist() == [[600, 601], [301, 302]] and span.settled.tolist() == [570, 301]
     assert q.size(2) * q.size(1) // dba.KERNEL_TEST.kv_head <= 8, "too many queries for a kernel"
+    assert seen[-1][2].pos.tolist() == [[602], [303]]
 
 
 def test_kernels_import_nothing_of_the_trainer():

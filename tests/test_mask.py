@@ -14,7 +14,7 @@ import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text, snapshot
 from small_models import OTHERS, D, saved
 from surgery.key_index import Survey
-from surgery.learn_mask import dropped_bytes, point_of
+from surgery.learn_mask import best_shift, dropped_bytes, point_of
 from surgery.mask import (
     Gates,
     Host,
@@ -610,3 +610,16 @@ def test_gates_that_are_not_finite_are_not_saved(tmp_path):
     save("ours", tmp_path / "model")
     assert_error(convert(f"mask --model model {QUICK} --out-dir out --kl 1e-300", tmp_path), "step 2", "aren't finite")
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("edge", (-7.3, -0.2, 0.9, 5.1))
+def test_shifts_close_in_on_a_kl_wherever_it_is(edge):
+    """KL rises with the shift and passes the target at `edge`; each try halves what is unknown, once it is bounded."""
+    kls = {}
+    for _ in range(12):
+        best, shift = best_shift(0.01, kls)
+        assert shift not in kls
+        kls[shift] = 0.01 * 2 ** (shift - edge)
+    best, _ = best_shift(0.01, kls)
+    assert edge - 0.02 < best <= edge
+    assert best_shift(1e-9, kls)[0] is None

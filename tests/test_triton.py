@@ -126,7 +126,7 @@ def test_compiled(arch, cfg, formats, null, full, monkeypatch, tmp_path):
         loads = re.findall(r"ld\.global\S*?((?:\.v\d)?\.[busf]\d+)", kernel.asm["ptx"])
         scalars = loads.count(".b64"), loads.count(".b32")                      # position, length; q and NF4's levels
         print(kernel.name, {load: loads.count(load) for load in set(loads)})
-        if kernel.name == "attend_shared_tile":            # codes are copied ahead of use, 4 to 16 bytes at a time
+        if kernel.name == "attend_shared_tile":            # copies codes ahead of their use, 4 to 16 bytes at a time
             assert "cp.async" in kernel.asm["ptx"] and not set(loads) & {".b8", ".b16"}, f"loaded in pieces: {loads}"
             continue
         assert scalars[0] == 2 and scalars[1] <= w + 1, f"codes loaded 4 bytes at a time: {loads}"
