@@ -60,11 +60,10 @@ def correct(findings: list[Finding]) -> None:
 
 
 def registered(manifest: dict) -> dict[str, int]:
-    """{group/set: how many seeds were fixed before its runs} of the groups that have contrasts."""
+    """{group/set: how many seeds were fixed before its runs}."""
     sets = {}
     for group, content in manifest.items():
-        if "contrasts" in content:
-            sets |= {f"{group}/{name}": len(each["seeds"]) for name, each in content["sets"].items()}
+        sets |= {f"{group}/{name}": len(each["seeds"]) for name, each in content["sets"].items()}
     return sets
 
 

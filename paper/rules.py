@@ -83,7 +83,7 @@ def loss(claim: dict, results: dict) -> Finding:
     if not runs:
         return Finding()
     mean, half = mean_interval([run[claim.get("field", "best_val_loss")] for run in runs])
-    agrees = abs(mean - claim["reported"]) <= claim["tolerance"]
+    agrees = unless_interim(abs(mean - claim["reported"]) <= claim["tolerance"], results, claim["series"], len(runs))
     return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
@@ -133,7 +133,8 @@ def early_below(claim: dict, results: dict) -> Finding:
     if not differences:
         return Finding()
     mean, half = mean_interval(differences)
-    return Finding(mean, half, mean < 0, f"{where}; after {max(tokens) / 1e6:.2f}M tokens", len(differences),
+    agrees = unless_interim(mean < 0, results, pairs[0][0]["series"], len(differences))
+    return Finding(mean, half, agrees, f"{where}; after {max(tokens) / 1e6:.2f}M tokens", len(differences),
                    two_sided(p_below(differences, 0.0)))
 
 
@@ -149,7 +150,8 @@ def ahead_throughout(claim: dict, results: dict) -> Finding:
                 ahead += loss < losses[tokens]
     if not total:
         return Finding()
-    return Finding(100 * ahead / total, None, ahead == total, f"{where}; {total} evaluations", len(pairs))
+    agrees = unless_interim(ahead == total, results, pairs[0][0]["series"], len(pairs))
+    return Finding(100 * ahead / total, None, agrees, f"{where}; {total} evaluations", len(pairs))
 
 
 def tokens_to(curve: list, loss: float) -> float | None:
@@ -170,22 +172,23 @@ def data_efficiency(claim: dict, results: dict) -> Finding:
         tokens = tokens_to(a["curve"], common), tokens_to(b["curve"], common)
         if None not in tokens:
             ratios.append(tokens[0] / tokens[1])
-    return below_one(ratios, where)
+    return below_one(ratios, pairs, where, results)
 
 
-def below_one(ratios: list, where: str) -> Finding:
-    """Whether ratios, a seed each, are below 1."""
+def below_one(ratios: list, pairs: list, where: str, results: dict) -> Finding:
+    """Whether ratios, a pair of runs each, are below 1."""
     if not ratios:
         return Finding()
     mean, half = mean_interval(ratios)
     p = p_below([math.log(value) for value in ratios], 0.0)
-    return Finding(mean, half, mean < 1, where, len(ratios), two_sided(p))
+    agrees = unless_interim(mean < 1, results, pairs[0][0]["series"], len(ratios))
+    return Finding(mean, half, agrees, where, len(ratios), two_sided(p))
 
 
 def steadier(claim: dict, results: dict) -> Finding:
     """Whether the largest gradient norm after the warm-up is a smaller multiple of the median."""
     pairs, where = best_pair(claim, results, "gradient_spike")
-    return below_one([a["gradient_spike"] / b["gradient_spike"] for a, b in pairs], where)
+    return below_one([a["gradient_spike"] / b["gradient_spike"] for a, b in pairs], pairs, where, results)
 
 
 def ratio(claim: dict, results: dict, field: str) -> Finding:
@@ -193,7 +196,8 @@ def ratio(claim: dict, results: dict, field: str) -> Finding:
     if not pairs:
         return Finding()
     mean, half = mean_interval([a[field] / b[field] for a, b in pairs])
-    return Finding(mean, half, within(mean, claim["reported"], claim["tolerance"]), where, len(pairs))
+    agrees = within(mean, claim["reported"], claim["tolerance"])
+    return Finding(mean, half, unless_interim(agrees, results, pairs[0][0]["series"], len(pairs)), where, len(pairs))
 
 
 def speed_ratio(claim: dict, results: dict) -> Finding:
@@ -210,7 +214,8 @@ def overfits(claim: dict, results: dict) -> Finding:
     if not runs:
         return Finding()
     mean, half = mean_interval([run["last_val_loss"] - run["best_val_loss"] for run in runs])
-    return Finding(mean, half, mean > 0.05, place(runs, claim["series"], seeds=len(runs)), len(runs))
+    agrees = unless_interim(mean > 0.05, results, claim["series"], len(runs))
+    return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
 # -----------------------------------------------------------------------------

@@ -288,10 +288,10 @@ def test_holm_makes_a_lone_small_p_undecided():
 
 @pytest.mark.parametrize("seeds,verdict", ((3, "reproduced"), (4, "undecided (seeds missing)")))
 def test_nothing_is_decided_before_the_seeds_that_were_registered(seeds, verdict):
-    """Whatever its p; a set that nothing was registered for needs none."""
+    """Whatever its p, and whether or not the group has contrasts."""
     claim = dict(id="c", source="a paper", rule="below", pairs=[["g/set/a", "g/set/b"]])
     runs = fake("g/set/a", {1: 1.0, 2: 2.01, 3: 3.02}) + fake("g/set/b", {1: 2.0, 2: 3.0, 3: 4.0})
-    manifest = {"g": dict(contrasts=[], sets={"set": dict(seeds=range(seeds))}), "h": dict(sets={"set": {}})}
+    manifest = {"g": dict(sets={"set": dict(seeds=range(seeds))})}
     results = dict(runs=runs, registered=claims.registered(manifest))
     assert results["registered"] == {"g/set": seeds}
     finding = rules.RULES["below"](claim, results)

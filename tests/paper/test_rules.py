@@ -66,6 +66,22 @@ def test_steadier():
     assert verdicts("steadier", dict(none=unlogged), pairs=[["a", "b"]]) == dict(none="not yet run")
 
 
+@pytest.mark.parametrize("rule, claim", (
+    ("early_below", {}), ("ahead_throughout", {}), ("data_efficiency", {}), ("steadier", {}), ("below", {}),
+    ("speed_ratio", dict(reported=0.5, tolerance=0.2, device="a CPU")), ("loss", dict(reported=2.0, tolerance=0.6)),
+    ("overfits", {})))
+def test_a_part_of_the_registered_seeds_decides_nothing(rule, claim):
+    runs = []
+    for seed, value in enumerate((0.5, 0.51, 0.52)):
+        for name, factor in (("g/s/a", value), ("g/s/b", 1.0)):
+            curve = [(0, 9.0 + factor), (100 * factor, 3.0 * factor), (200, 2.5 * factor)]
+            runs.append(dict(run(name, seed, curve, spike=3 * factor), tokens_per_second=factor, hardware="a CPU"))
+            runs[-1]["last_val_loss"] = runs[-1]["best_val_loss"] + 0.06 + 0.001 * seed
+    claim = dict(claim, series="g/s/a", pairs=[["g/s/a", "g/s/b"]])
+    said = [verdict_of(rule, dict(runs=runs, registered={"g/s": seeds}), **claim)[0] for seeds in (3, 4)]
+    assert said[0] in ("reproduced", "not reproduced") and said[1] == rules.INTERIM
+
+
 def test_gradient_spikes_are_after_the_warm_up():
     log = [dict(step=step, grad_norm=norm) for step, norm in ((1, 90.0), (2, 1.0), (3, 1.0), (4, 3.0))]
     assert collect.gradient_spike(log, 1) == 3.0 and collect.gradient_spike(log, 0) == 45.0
