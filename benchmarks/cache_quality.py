@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common import parser_of, train_dba, write
-from evals.policy import calibration_windows
+from evals.policy import separate_windows
 from evals.subject import formats_of, held_out, load_subject
 from train_dba import FORMATS, KVCache, UserError, autocast, bytes_per_token
 
@@ -87,7 +87,7 @@ def main():
         try:
             subject = load_subject(ckpt, args.device, args.dtype)
             held = held_out(subject, args.data)
-            windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
+            windows = separate_windows(held.ids, args.windows, args.block or subject.cfg.block)
             policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
         except UserError as e:
             return f"error: {e}"
