@@ -1,6 +1,7 @@
 """From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
 
 import collections
+from collections.abc import Iterable
 
 from paper.claims import (
     CONTRADICTS,
@@ -16,7 +17,7 @@ from paper.claims import (
     UNSUPPORTED,
     VERDICTS,
 )
-from paper.collect import CHANCE, caches, column, of_command, panels
+from paper.collect import CHANCE, caches, column, hardware_name, of_command, panels
 from paper.rules import of_block, pair_runs
 from paper.shapes import CHECKS, RANKS
 from paper.stats import mean_interval
@@ -43,6 +44,7 @@ SECTIONS = {                                               # of the ledger: {tit
 }
 FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
             ("mla", False): "MLA", ("decoupled", False): "DBA", ("decoupled", True): "DBA with grouped keys"}
+REPLACED = "compiled multiply-and-sum"                     # the CPU's kernel until November 25, 2026
 LEVEL = 0.01                                               # nats, the margin of the pre-registered positive control
 KINDS = {"better": "below 0", "no_worse": "below {margin}", "equivalent": "within ± {margin}"}
 
@@ -419,6 +421,19 @@ def summary(row: dict) -> str:
 # -----------------------------------------------------------------------------
 # Speed, memory and quality of the cache
 
+def origin(env: dict) -> str:
+    """The machine of a measurement and the code that was measured."""
+    return f"{hardware_name(env)}, commit {commit(env)}"
+
+
+def replaced(kernels: Iterable[str]) -> str:
+    """What has to be said of times of a kernel that isn't there any more."""
+    if REPLACED not in kernels:
+        return ""
+    return (f" The {REPLACED} has since been replaced by kernels/decode.cpp, of which "
+            "[docs/scale.md](../docs/scale.md#measured) has times.")
+
+
 def speed_lines(benchmarks: dict) -> list[str]:
     """Ratios to baselines of the same process; a rate of a shared machine is none of a model."""
     lines = []
@@ -430,7 +445,7 @@ def speed_lines(benchmarks: dict) -> list[str]:
                          f"{row['share_of_matmul_rate']:.2f}"))
         lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as "
                   f"times the speed of baselines in the same process, medians of {speed['rounds']}; "
-                  f"{speed['env']['cpu']}, {speed['env']['threads']} threads.", "",
+                  f"{origin(speed['env'])}.", "",
                   *markdown(("", "parameters", "x naive", "x Llama", "share of matrix-product rate"), rows), ""]
     if memory := benchmarks.get("loss_memory"):
         chunked, full = memory["chunked"] / 2**20, memory["full logits"] / 2**20
@@ -454,7 +469,8 @@ def device_lines(benchmarks: dict) -> list[str]:
     for document in of_block(benchmarks, "train"):
         for row in document["rows"]:
             if row["tok_s"] is not None:
-                rows.append((document["env"]["device"], row["case"], f"{row['micro']} x {row['block']:,}",
+                rows.append((f"{document['env']['device']}, {commit(document['env'])}", row["case"],
+                             f"{row['micro']} x {row['block']:,}",
                              "compiled" if row["compiled"] else "eager", f"{row['params'] / 1e6:,.0f}M",
                              f"{row['tok_s'] / 1000:.1f}k", f"{row['slowest'] / 1000:.1f}k to "
                              f"{row['fastest'] / 1000:.1f}k", f"{row['gib']:.1f}"))
@@ -462,7 +478,7 @@ def device_lines(benchmarks: dict) -> list[str]:
         return []
     return ["Training steps at the shapes of the papers' 1B models, one process a file: "
             "median tokens/s, the slowest and the fastest step, peak GiB.", "",
-            *markdown(("machine", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
+            *markdown(("machine, commit", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
 
 
 def quality_lines(quality: dict) -> list[str]:
@@ -473,9 +489,12 @@ def quality_lines(quality: dict) -> list[str]:
                          f"{row['bytes_per_token']:,}", f"{row['delta_nll']:+.4f} ± {row['standard_error']:.4f}",
                          f"{row['kl']:.5f}", f"{100 * row['top1']:.2f} %"))
     tokens = ", ".join(sorted(set(map("{:,}".format, column(quality["rows"], "tokens")))))
+    before = ""
+    if "sources" not in quality:                           # as files have them since keys with RoPE are rotated
+        before = " Rotated are values and semantic keys; that --kv-rotate turns keys with RoPE, too, is younger."
     return [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values (no "
             "residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the next token's "
-            "distribution, share of tokens with the same likeliest next token:", "",
+            f"distribution, share of tokens with the same likeliest next token; {origin(quality['env'])}.{before}", "",
             *markdown(("run", "cache", "B/token", "ΔNLL", "KL", "same top-1"), rows), ""]
 
 
@@ -491,10 +510,11 @@ def kernel_lines(speed: dict) -> list[str]:
         rows.append((row["shape"], f"{row['tokens']:,}", *cells, f"{ms['dequantised'] / ms['kernel']:.1f}",
                      f"{ms['kernel'] / ms[plain]:.2f}"))
     return ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), hetero "
-            f"cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
-            f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
+            f"cache, batch 1, medians of {speed['rounds']}, interleaved; {origin(speed['env'])}. "
+            f"`kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
             f"`dequantised`: the whole cache in float32 first; `{plain}`: PyTorch's fused attention over an "
-            "unquantised cache of the same widths; `standard`: the same at 64 channels a head.", "",
+            "unquantised cache of the same widths; `standard`: the same at 64 channels a head."
+            + replaced(column(speed["rows"], "kernel")), "",
             *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {plain}"), rows), ""]
 
 
@@ -642,9 +662,10 @@ def latency_lines(evals: dict) -> list[str]:
             copied = "-" if fp16["share_of_copy"] is None else f"{100 * fp16['share_of_copy']:.0f} %"
             rows.append((f"{prompt:,}", fp16["kernel"], f"{fp16['prefill_seconds']:.2f}", *times, copied))
         source = evals[run][name]["from"]
-        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}: ms per token "
-                  "(times fp16), and the bytes that a step with fp16 must read, per second, as a share of the rate of "
-                  "a plain copy:", "",
+        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}, commit "
+                  f"{commit(source)}: ms per token (times fp16), and the bytes that a step with fp16 must read, per "
+                  "second, as a share of the rate of a plain copy."
+                  + replaced(column(result, "kernel")), "",
                   *markdown(("prompt", "kernel", "prefill s", *names, "of copy rate"), rows), ""]
     return lines
 

@@ -384,7 +384,8 @@ def latency_ratio(claim: dict, results: dict) -> Finding:
         sizes.append(by_name[run]["caches"][cache]["bytes_per_token"])
     gain, fewer = rows[1][claim["field"]] / rows[0][claim["field"]], sizes[1] / sizes[0]
     where = (f"`{claim['fast'][0]}` {claim['fast'][1]} against `{claim['slow'][0]}` {claim['slow'][1]}, "
-             f"{claim['prompt']:,} tokens, {fewer:.2f} times fewer bytes; {by_name[claim['fast'][0]]['hardware']}")
+             f"{claim['prompt']:,} tokens, {fewer:.2f} times fewer bytes; "
+             f"{results['evals'][claim['fast'][0]]['latency']['from']['hardware']}, {rows[0]['kernel']}")
     return Finding(gain, None, within(gain, fewer, 0.1), where, seeds=1)
 
 

@@ -447,6 +447,15 @@ def test_a_small_value_is_not_rounded_to_nothing():
     assert report.ours_of(dict(row, ours=0.0, interval=0.01)) == "0.0000 ± 0.0100"
 
 
+def test_the_code_that_was_measured_is_said_and_what_is_no_more():
+    row = dict(run="r", policy="q4_0", rotate=True, tokens=8, bytes_per_token=4, delta_nll=0.1, standard_error=0.1,
+               kl=0.1, top1=0.5)
+    old, new = (" ".join(report.quality_lines(dict(rows=[row], env=dict(ENV, dirty=True), **more)))
+                for more in ({}, dict(sources={})))
+    assert "A CPU, 2 threads, commit `0123456+`." in old and "is younger" in old and "is younger" not in new
+    assert "kernels/decode.cpp" in report.replaced(["torch", report.REPLACED]) and report.replaced(["torch"]) == ""
+
+
 def test_without_rope_is_off_the_axis_of_a_panel():
     def member(label, loss):
         return dict(label=label, mode="decoupled", matched=True, kv_bytes_fp16=4, last_val_loss=dict(mean=loss, half=0),

@@ -155,10 +155,12 @@ def test_latency_against_bytes(ms, agrees):
     runs, evals = [], {}
     for name, size, time in (("a", 50, ms), ("b", 100, 4.0)):
         runs.append(dict(run(name, 1, caches=dict(fp16=dict(bytes_per_token=size))), run=name))
-        evals[name] = dict(latency=dict(result=[dict(prompt=9, cache="fp16", ms_per_token=time)]))
+        row = dict(prompt=9, cache="fp16", ms_per_token=time, kernel="its kernel")
+        evals[name] = {"latency": {"result": [row], "from": dict(hardware="where it was timed")}}
     claim = dict(field="ms_per_token", prompt=9, fast=["a", "fp16"], slow=["b", "fp16"])
     verdict, finding = verdict_of("latency_ratio", dict(runs=runs, evals=evals), **claim)
     assert verdict == EVERY["one"] and finding.agrees == agrees and finding.value == 4.0 / ms
+    assert "where it was timed, its kernel" in finding.where
     assert verdict_of("latency_ratio", dict(runs=runs, evals=evals), **dict(claim, prompt=8))[0] == EVERY["none"]
 
 
