@@ -259,7 +259,7 @@ def test_blocks_of_a_machine_are_read_and_rehearsals_left_out(tmp_path):
     assert len(problems) == 1 and "bad.json" in problems[0] and "\n" not in problems[0]
     assert {"case", "gib?"} <= STEPS_ROW.keys()
     text = "\n".join(report.device_lines(benchmarks))
-    assert "| NVIDIA H200 | b | 8 x 2,048 | compiled |" in text
+    assert "| NVIDIA H200, `unknown` | b | 8 x 2,048 | compiled |" in text
 
 
 def test_what_a_gpu_found_is_said_with_its_name():
