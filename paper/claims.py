@@ -6,8 +6,8 @@ What rests on one seed, or on one pair of checkpoints, is undecided, whatever it
 corrected by Holm over all of it. Times and bytes of the same shapes on one machine need no seeds, but decide nothing
 about another machine, nor where the report leaves out what they depend on. A target that a report sets itself can be
 met, not reproduced: it holds where it does on every text that was measured, for the one model that it was measured of.
-Arithmetic needs no run: it checks a report's own numbers by its own premises. contrasts() tests what
-paper_manifest.json fixed before its runs.
+Arithmetic needs no run: it checks a report's own numbers by its own premises, and what is right by it isn't reproduced.
+contrasts() tests what paper_manifest.json fixed before its runs.
 """
 
 from pathlib import Path
@@ -22,10 +22,12 @@ CLAIM = {"id": str, "rule": str, "source": str, "statement": str, "unit": str, "
 ARITHMETIC = ("perplexity", "perplexity_gap", "share", "percent_more", "mean_difference", "cache_ratio", "cache_gib",
               "cache_layer_bytes", "parameters", "quotients", "bytes_per_value", "cache_percent_less")
 OWN_COUNTS = ("best_case", "confounded", "tokens_seen", "work_ratio")           # nothing is run again for them
+UNMEASURED = (*ARITHMETIC, *OWN_COUNTS, "contradiction", "other_mixed_caches", "absorbed_work", "disjoint_mse")
 ONE, NOT_RUN, HOLDS, FAILS = "undecided (n = 1)", "not yet run", "holds", "does not hold"
-REPRODUCED, REFUTED, ERROR, UNSUPPORTED, CONTRADICTS = ("reproduced", "not reproduced", "arithmetic error",
-                                                        "not supported by its own counts", "contradicts itself")
-VERDICTS = (REPRODUCED, REFUTED, ERROR, CONTRADICTS, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, INTERIM, ONE, NOT_RUN)
+REPRODUCED, REFUTED, UNSUPPORTED, CONTRADICTS = ("reproduced", "not reproduced", "not supported by its own counts",
+                                                 "contradicts itself")
+RIGHT, ERROR = "right by arithmetic", "arithmetic error"
+VERDICTS = (REPRODUCED, REFUTED, RIGHT, ERROR, CONTRADICTS, UNSUPPORTED, HOLDS, FAILS, UNDECIDED, INTERIM, ONE, NOT_RUN)
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def verdict(claim: dict, finding: Finding) -> str:
     if claim["source"] == "control" or claim.get("target"):
         return HOLDS if finding.agrees else FAILS
     if finding.agrees:
-        return REPRODUCED
+        return RIGHT if claim["rule"] in UNMEASURED else REPRODUCED
     if claim["rule"] in ARITHMETIC:
         return ERROR
     if claim["rule"] == "contradiction":

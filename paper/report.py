@@ -13,6 +13,7 @@ from paper.claims import (
     ONE,
     REFUTED,
     REPRODUCED,
+    RIGHT,
     UNDECIDED,
     UNSUPPORTED,
     VERDICTS,
@@ -394,7 +395,7 @@ def scale_lines(results: dict) -> list[str]:
 def first_page(results: dict) -> list[str]:
     """What holds, what doesn't, and what nobody knows yet."""
     lines, machines = [*bullets(findings(results)), ""], device_names(results["benchmarks"])
-    for title, verdicts in (("What holds", (REPRODUCED, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
+    for title, verdicts in (("What holds", (REPRODUCED, RIGHT, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
                             ("Where the papers contradict themselves", (CONTRADICTS,)),
                             ("What the papers' own counts cannot show", (UNSUPPORTED,)),
                             ("What does not hold, as measured or by formula", (REFUTED, FAILS)),

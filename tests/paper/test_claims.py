@@ -414,13 +414,13 @@ def test_a_contrast_is_shown_in_other_sets_but_tested_in_its_own():
 @pytest.mark.parametrize("id, value, verdict", (
     ("compression-168", 64 / 3.375, "arithmetic error"), ("compression-96-q4", 151.70, "arithmetic error"),
     ("compression-96-hetero", 117.03, "does not hold"), ("fineweb-gap", 48.1, "arithmetic error"),
-    ("memory-gqa-q4", 2.0, "reproduced"), ("memory-mla", 4.5, "undecided"),      # at its stated ideal; unstated width
-    ("memory-gqa-2025", 8.0, "undecided"),                                       # "8x": of 8 key heads it is right
-    ("memory-standard", 64, "reproduced"), ("probes", 0.0625, "not supported by its own counts"),
+    ("memory-gqa-q4", 2.0, "right by arithmetic"),                               # at its stated ideal
+    ("memory-mla", 4.5, "undecided"), ("memory-gqa-2025", 8.0, "undecided"),     # width, key heads not said
+    ("memory-standard", 64, "right by arithmetic"), ("probes", 0.0625, "not supported by its own counts"),
     ("winogrande", 0.5, "not supported by its own counts"), ("a100-throughput-percent", 29.63, "arithmetic error"),
     ("arc-easy", 2**-15, "undecided"), ("wikitext-gap", 24.6, "arithmetic error"),
-    ("fineweb-ppl-standard", 60.28, "reproduced"), ("average-16", -2.99, "arithmetic error"),
-    ("average-8", -1.325, "reproduced"), ("attention-share", 62.5, "arithmetic error"),
+    ("fineweb-ppl-standard", 60.28, "right by arithmetic"), ("average-16", -2.99, "arithmetic error"),
+    ("average-8", -1.325, "right by arithmetic"), ("attention-share", 62.5, "arithmetic error"),
     ("kv-elements-gqa", 1024, "arithmetic error"), ("dba-under-gqa", 1952 / 288, "does not hold"),
     ("dba-under-standard-q4", 1952 / 2304, "holds")))
 def test_arithmetic(id, value, verdict):
