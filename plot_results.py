@@ -219,7 +219,7 @@ def pareto_panel(ax, title: str, members: list) -> set:
                     va="center", color=color, fontsize=SMALL, annotation_clip=False,
                     arrowprops=dict(LEADER, color=color))
     measured = any(member["caches"] for member in members)
-    ax.set(xlabel="KV cache (bytes per token, all layers)", xlim=(None, largest * 1.15),
+    ax.set(xlabel="KV cache (bytes per token, all layers; equal ones side by side)", xlim=(None, largest * 1.15),
            ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
     seeds = seeds_of(members)
     alike = f"{members[0]['params'] / 1e6:.2f}M parameters each, " if members[-1]["matched"] else ""

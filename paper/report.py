@@ -121,7 +121,8 @@ def headline_table(results: dict) -> list[str]:
     first = chosen[0]
     note = (f"Best of each mode at equal parameters: {first['data']}, {first['steps']:,} steps of {first['batch']} x "
             f"{first['context']} tokens; nats per token, ± 95 % t-intervals over seeds, differences paired by seed, "
-            "not corrected for choosing the best.")
+            "not corrected for choosing the best. Names say widths over all heads: decoupled semantic/geometric, mla "
+            "latent + rotated key and v of values; gqa its heads.")
     return [*markdown(head, rows[:8]), "", note]
 
 
@@ -170,8 +171,8 @@ def find_losses(results: dict) -> str | None:
         decided += ", which the seeds do not decide"
     return (f"At {dba['params'] / 1e6:.2f}M parameters and {dba['kv_bytes_fp16']:,} bytes of cache per token, DBA with "
             f"grouped keys ends at {pm(dba['best_val_loss'])} nats and {gqa['label'].removesuffix(' matched')} at "
-            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, not corrected for other comparisons, nor "
-            f"against the GQA of the same head width); standard attention, whose cache is "
+            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, best of their modes, not "
+            f"corrected for that nor for other comparisons); standard attention, whose cache is "
             f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
             f"{pm(standard['best_val_loss'])}.")
 
