@@ -41,7 +41,7 @@ from paper.report import (
     scale_table,
 )
 from paper.shapes import UNREADABLE
-from paper.stats import frontier
+from paper.stats import frontier, p_text
 from paper.style import (
     COLORS,
     MARKERS,
@@ -126,7 +126,7 @@ def forest_panel(ax, rows: list) -> None:
         ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
         if row["reported"] is not None:
             ax.plot(row["reported"], y, **REPORTED)
-        p = "" if row["p"] is None else f"\np {row['p']:.2g}"
+        p = "" if row["p"] is None else f"\np {p_text(row['p'])}"
         ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
     ax.axvline(0, **SHARED_AXIS)
     ax.set_xscale("symlog", linthresh=LINEAR)

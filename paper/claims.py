@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paper.rules import ALPHA, INTERIM, RULES, UNDECIDED, Finding, pair_runs
 from paper.shapes import list_of, maybe, number, read_json
-from paper.stats import holm, mean_interval, p_below
+from paper.stats import holm, mean_interval, p_below, p_text
 from train_dba import BROKEN, UserError, brief
 
 CLAIM = {"id": str, "rule": str, "source": str, "statement": str, "unit": str, "reported": maybe(number),
@@ -56,7 +56,7 @@ def correct(findings: list[Finding]) -> None:
     tested = [finding for finding in findings if finding.p is not None]
     for finding, adjusted in zip(tested, holm([finding.p for finding in tested])):
         finding.p_holm = adjusted
-        finding.where += f"; p {finding.p:.2g}, by Holm over {len(tested)} tests {adjusted:.2g}"
+        finding.where += f"; p {p_text(finding.p)}, by Holm over {len(tested)} tests {p_text(adjusted)}"
         if adjusted >= ALPHA and finding.agrees != INTERIM:
             finding.agrees = UNDECIDED
 

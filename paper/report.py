@@ -21,7 +21,7 @@ from paper.claims import (
 from paper.collect import CHANCE, caches, column, hardware_name, of_command, panels
 from paper.rules import of_block, pair_runs
 from paper.shapes import CHECKS, RANKS
-from paper.stats import mean_interval
+from paper.stats import mean_interval, p_text
 from paper.style import MARKERS, latex_table, markdown, number, pm
 from train_dba import UserError
 
@@ -354,7 +354,7 @@ def contrast_lines(results: dict) -> list[str]:
     rows = []
     for row in results["contrasts"]:
         measured = "-" if row["mean"] is None else signed(row)
-        p = "-" if row["p"] is None else f"{row['p']:.2g} / {row['p_holm']:.2g}"
+        p = "-" if row["p"] is None else f"{p_text(row['p'])} / {p_text(row['p_holm'])}"
         rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p,
                      f"{row['pairs']} of {row['registered']}", f"**{row['verdict']}**"))
     if not rows:

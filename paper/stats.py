@@ -56,6 +56,11 @@ def p_below(differences: Sequence[float], margin: float) -> float | None:
     return t_tail((margin - mean) / error, len(differences) - 1)
 
 
+def p_text(p: float) -> str:
+    """p in two digits; the tails above are differences from 1, so that the smallest have none."""
+    return f"{p:.2g}" if p >= 1e-9 else "below 1e-9"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values, in the given order: reject where one is at most alpha, and the chance of any false
     rejection stays below alpha."""
