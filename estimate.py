@@ -88,7 +88,7 @@ def training_memory(cfg: Config, vocab_size: int, on_gpu: bool = True) -> dict[s
     state = {"parameters": FULL * params["total"], "AdamW": 2 * FULL * params["total"]}
     norm = FULL * D * (1 if on_gpu else 2)                 # what the last one keeps, gone when blocks run backward
     in_loss = tokens * (norm + 3 * HALF * E) + HALF * rows * E                  # and h, its gradient, the weights
-    in_loss += logits * (6 if cfg.compile else 14)         # a chunk of them, exponentials and gradients
+    in_loss += logits * (FULL + HALF) + (0 if cfg.compile else HALF * rows * E)                   # a chunk's gradients
     in_block = tokens * (3 * HALF * cfg.d_ff + 2 * FULL * D)                    # gradients while they flow through one
     kept, weights = L * kept_by_block(cfg, on_gpu), HALF * (params["attention"] + params["mlp"])
     if cfg.activation_checkpointing:

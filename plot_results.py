@@ -41,7 +41,7 @@ from paper.report import (
     scale_table,
 )
 from paper.shapes import UNREADABLE
-from paper.stats import frontier
+from paper.stats import frontier, p_text
 from paper.style import (
     COLORS,
     MARKERS,
@@ -62,7 +62,9 @@ from train_dba import UserError, brief, exit_code, progress
 MOST_LINES = 5                                             # of a panel of curves
 FEW = 12                                                   # evaluations of a curve whose intervals are bars
 MOST_LABELS = 8                                            # of a panel of points
+LINEAR = 0.03                                              # nats: beyond it differences are drawn logarithmically
 SHARED_AXIS = dict(color="#999999", linewidth=0.8)
+LEADER = dict(arrowstyle="-", color="#999999", linewidth=0.5, alpha=0.7, relpos=(0, 0.5))  # from a point to its label
 
 
 # -----------------------------------------------------------------------------
@@ -110,13 +112,13 @@ def draw_contrasts(results: dict, path: Path) -> None:
 
 
 def forest_panel(ax, rows: list) -> None:
-    """Draw the rows of one group, the first at the top."""
+    """Draw the rows of one group, the first at the top. The axis is linear about 0, where the margins are, and
+    logarithmic beyond."""
     ends = []
     for row in rows:
         half = row["half"] or 0
         ends += [row["reported"] or 0.0, row["threshold"], row["mean"] - half, row["mean"] + half]
-    pad = 0.06 * (max(ends) - min(ends))
-    left, right = min(ends) - pad, max(ends) + pad
+    left, right = min(*ends, -LINEAR) * 1.4, max(*ends, LINEAR) * 1.4
     for y, row in enumerate(rows):
         color = verdict_color(row["verdict"])
         ax.fill_between([left, row["threshold"]], y - 0.36, y + 0.36, color="#000000", alpha=0.07, linewidth=0)
@@ -124,10 +126,15 @@ def forest_panel(ax, rows: list) -> None:
         ax.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=color, markersize=5, capsize=3, linewidth=1.6)
         if row["reported"] is not None:
             ax.plot(row["reported"], y, **REPORTED)
-        p = "" if row["p"] is None else f"\np {row['p']:.2g}"
+        p = "" if row["p"] is None else f"\np {p_text(row['p'])}"
         ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
     ax.axvline(0, **SHARED_AXIS)
-    ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="difference of validation loss (nats per token)")
+    ax.set_xscale("symlog", linthresh=LINEAR)
+    ticks = [sign * size for size in (0.01, 0.03, 0.1, 0.3, 1, 3) for sign in (-1, 1) if left < sign * size < right]
+    ax.set_xticks([0, *ticks], [f"{tick:g}" for tick in [0, *ticks]])
+    ax.minorticks_off()
+    ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5),
+           xlabel=f"difference of validation loss (nats per token; logarithmic beyond {LINEAR:g})")
     ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
     ax.tick_params(axis="y", length=0)
 
@@ -174,8 +181,9 @@ def cache_points(series: dict) -> list[CachePoint]:
 
 def most_telling(members: list) -> list:
     """At most MOST_LABELS series of a panel: those that can be compared at equal parameters where there are some, best
-    first."""
+    first. Without RoPE a loss is so far off that it would press all others into a line."""
     measured = [member for member in members if member["caches"]] or members
+    measured = [member for member in measured if "no RoPE" not in member["label"]] or measured
     matched = [member for member in measured if member["matched"] or member["mode"] == "standard"]
     chosen = matched if len(matched) > 1 else measured
     return sorted(chosen, key=lambda member: cache_points(member)[0].mean)[:MOST_LABELS]
@@ -209,9 +217,9 @@ def pareto_panel(ax, title: str, members: list) -> set:
         color = COLORS[member["mode"]]
         ax.annotate(member["label"].removesuffix(" matched"), (point.bytes * 1.05, point.mean), (largest * 1.22, y),
                     va="center", color=color, fontsize=SMALL, annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, alpha=0.5))
+                    arrowprops=dict(LEADER, color=color))
     measured = any(member["caches"] for member in members)
-    ax.set(xlabel="KV cache (bytes per token, all layers)", xlim=(None, largest * 1.15),
+    ax.set(xlabel="KV cache (bytes per token, all layers; equal ones side by side)", xlim=(None, largest * 1.15),
            ylabel="loss through the cache (nats/token)" if measured else "last validation loss (nats/token)")
     seeds = seeds_of(members)
     alike = f"{members[0]['params'] / 1e6:.2f}M parameters each, " if members[-1]["matched"] else ""
@@ -289,7 +297,7 @@ def draw_convergence(series: list, path: Path) -> None:
         for member, end, y in zip(members, ends, spread(ends, (high - low) / 14)):
             ax.annotate(f"{member['label'].removesuffix(' matched')}  {end:.3f}", (1, end), (1.03, y), va="center",
                         xycoords=ax.get_yaxis_transform(), textcoords=ax.get_yaxis_transform(), annotation_clip=False,
-                        color=COLORS[member["mode"]], arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5))
+                        color=COLORS[member["mode"]], arrowprops=LEADER)
         ax.set(xlabel="training tokens (millions)", ylabel="loss (nats/token)")
         ax.set_title(f"{title}, {plural(seeds_of(members), 'seed')}", loc="left")
         ax.grid(alpha=0.3)
@@ -380,7 +388,7 @@ def draw_decode(results: dict, path: Path) -> None:
     """Time of a decode step as times that with an fp16 cache, over the tokens in the cache, a panel per run."""
     runs = list(of_command(results["evals"], "latency"))
     fig, axes = subplots(len(runs), width=4.0, height=3.0, sharey=True)
-    for ax, (run, _, rows) in zip(axes, runs):
+    for ax, (run, file, rows) in zip(axes, runs):
         color, points = color_of_run(results, run, OTHERS[2]), {}
         for row in rows:
             points.setdefault(row["cache"], []).append((row["prompt"], row["ratio_to_fp16"]))
@@ -389,7 +397,8 @@ def draw_decode(results: dict, path: Path) -> None:
                     linestyle=STYLES[i % len(STYLES)], linewidth=1.2)
         log2_x(ax)
         ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, times fp16" if ax is axes[0] else None)
-        ax.set_title(run, loc="left")
+        machine = results["evals"][run][file]["from"]["hardware"]
+        ax.set_title(f"{run}\n{machine}, batch 1", loc="left")
         ax.grid(alpha=0.3)
         ax.legend()
     save(fig, path)

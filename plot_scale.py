@@ -35,9 +35,9 @@ MODES = {"standard": "standard", "gqa": "gqa", "8+32": "decoupled", "mla": "mla"
 # Results
 
 def read_device(folder: Path) -> tuple[dict, dict]:
-    """({block: rows}, environment of the first file, with the device's `name`, the `clock` and the largest `load`) of
-    one device's results. Raises UserError for a damaged file."""
-    blocks, env, loads = {}, None, []
+    """({block: rows}, environment of the first file, with the device's `name`, the `clock`, the largest `load` and the
+    `commits` of all files, + for uncommitted changes) of one device's results. Raises UserError for a damaged file."""
+    blocks, env, loads, commits = {}, None, [], set()
     for path in sorted(folder.glob("*.json")):
         try:
             document = read_json(path, DOCUMENT, limit=2**24)
@@ -47,8 +47,10 @@ def read_device(folder: Path) -> tuple[dict, dict]:
             blocks.setdefault(document["block"], []).extend(document["rows"])
             env = env or {**document["env"], "clock": document.get("clock")}
             loads.append(document.get("load", 0.0))
+            commits.add(document["env"]["commit"][:7] + ("+" if document["env"]["dirty"] else ""))
     if env:
-        env |= {"name": env.get("cpu", "cpu") if env["device"] == "cpu" else env["device"], "load": max(loads)}
+        env |= {"name": env.get("cpu", "cpu") if env["device"] == "cpu" else env["device"], "load": max(loads),
+                "commits": sorted(commits)}
     return blocks, env
 
 
@@ -267,9 +269,9 @@ def block_of(devices: dict) -> str:
     """The page's block of {folder's name: (blocks, env)}. Raises UserError for a damaged row."""
     lines = formula_lines()
     for name, (blocks, env) in devices.items():
-        dirty = ", with changes" if env["dirty"] else ""
-        lines += [f"### {env['name']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, commit "
-                  f"{env['commit'][:7]}{dirty}.", ""]
+        commits = f"commit{'s' * (len(env['commits']) > 1)} {', '.join(env['commits'])}"
+        changes = " (+: with uncommitted changes)" if "+" in commits else ""
+        lines += [f"### {env['name']}", "", f"From `runs/bench/{name}/`: torch {env['torch']}, {commits}{changes}.", ""]
         if env["clock"] == "process_time":
             lines += [f"One thread, by the CPU time that it takes, since others used the machine (load up to "
                       f"{env['load']:.0f}): ratios and exponents are what they tell, not speed on an idle one.", ""]
@@ -381,8 +383,8 @@ def main(argv=None) -> int:
         shown = {}
         for folder, (blocks, env) in devices.items():  # of two devices of one name, each says its folder
             if block in blocks:
-                twice = names.count(env["name"]) > 1
-                shown[f"{env['name']} ({folder})" if twice else env["name"]] = blocks[block]
+                title = f"{env['name']} ({folder})" if names.count(env["name"]) > 1 else env["name"]
+                shown[f"{title}, CPU time" if env["clock"] == "process_time" else title] = blocks[block]
         if shown:
             make(shown, args.out / f"fig_{name}.png")
 

@@ -471,19 +471,21 @@ class Block(nn.Module):
 LOGIT_CHUNK = {"cpu": 20_000_000, "mps": 20_000_000, "cuda": 100_000_000}
 
 
-def nll_and_grad(h, w, targets, mask, dw=None):
-    """Sum over h [n, E] of -log softmax(w·hᵀ + mask)[target] and, if dw is given, its gradient by h; that by w
-    [rows, E] is added to dw. mask [rows] is -inf where a row takes no part, else 0; targets [n] below 0 don't count."""
+def nll_and_grad(h, w, targets, vocab_size, dw=None):
+    """Sum over h [n, E] of -log softmax(w·hᵀ)[target] and, if dw is given, its gradient by h; that by w [rows, E] is
+    added to dw. Rows from vocab_size on take no part; targets [n] below 0 don't count."""
     known, target = targets >= 0, targets.clamp(min=0)[None]                    # [n], [1, n]
-    x = (w @ h.T).float() + mask[:, None]                  # [rows, n]: this way round, both products below are faster
-    top = x.amax(0)
-    log_sum = top + (x - top).exp().sum(0).log()                                # [n]
-    log_p = x.gather(0, target) - log_sum                                       # [1, n]
+    x = (w @ h.T).float()                                  # [rows, n]: this way round, both products below are faster
+    x[vocab_size:] = -torch.inf
+    top, at_target = x.amax(0), x.gather(0, target)
+    p = x.sub_(top).exp_()                                 # in place: each pass over the logits takes time
+    total = p.sum(0)                                       # [n]
+    log_p = at_target - top - total.log()                  # [1, n]
     nll = -(known * log_p).sum()
     if dw is None:
         return nll, None
-    grad = (x - torch.where(known, log_sum, torch.inf)).exp().to(h.dtype)
-    grad = grad.scatter(0, target, (known * (log_p.exp() - 1)).to(h.dtype))     # p - 1 at the target, before rounding
+    grad = p.mul_(known / total).to(h.dtype)
+    grad.scatter_(0, target, (known * (log_p.exp() - 1)).to(h.dtype))           # p - 1 at the target, before rounding
     dw += grad @ h
     return nll, grad.T @ w
 
@@ -495,12 +497,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, vocab_size, chunk_loss, with_grad):
         w = weight.to(h.dtype)
-        mask = torch.zeros(len(w), device=h.device)        # rows that pad the vocabulary take no part
-        mask[vocab_size:] = -torch.inf
         dw = torch.zeros_like(weight) if with_grad else None
         chunks = -(-len(h) * len(w) // LOGIT_CHUNK[h.device.type])
         rows = -(-len(h) // chunks)                        # of h, in chunks of even size
-        nll, dh = zip(*(chunk_loss(x, w, y, mask, dw) for x, y in zip(h.split(rows), targets.split(rows))))
+        nll, dh = zip(*(chunk_loss(x, w, y, vocab_size, dw) for x, y in zip(h.split(rows), targets.split(rows))))
         ctx.save_for_backward(torch.cat(dh) if with_grad else None, dw)
         return sum(nll)
 

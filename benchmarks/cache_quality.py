@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common import parser_of, train_dba, write
-from evals.policy import calibration_windows
+from evals.policy import separate_windows
 from evals.subject import formats_of, held_out, load_subject
 from train_dba import FORMATS, KVCache, autocast, bytes_per_token, exit_code
 
@@ -87,7 +87,7 @@ def main(argv=None):
     for ckpt in args.ckpts:
         subject = load_subject(ckpt, args.device, args.dtype)
         held = held_out(subject, args.data)
-        windows = calibration_windows(held.ids, args.windows, args.block or subject.cfg.block)
+        windows = separate_windows(held.ids, args.windows, args.block or subject.cfg.block)
         policies = {name: formats_of(subject, name) for name in args.kv_cache or ()} or policies_of(subject.cfg)
         rotated = train_dba.rotate_cache(copy.deepcopy(subject.model))
         batches = [(ids[:, :-1], ids[:, 1:]) for ids in windows.to(subject.device).split(args.batch_size)]

@@ -195,6 +195,12 @@ def calibration_windows(ids: torch.Tensor, count: int, length: int) -> torch.Ten
     return torch.stack([ids[start:start + length + 1] for start in starts])
 
 
+def separate_windows(ids: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """calibration_windows(), at most as many as lie side by side in the text: in windows that overlapped, a token would
+    count more than once, and the standard error would be too small."""
+    return calibration_windows(ids, min(count, max(1, (len(ids) - 1) // length)), length)
+
+
 def kernel_times(subject: Subject, policy: Policy, tokens: int) -> dict[str, float]:
     """{--kernel: median ms of a decode step at the end of so many tokens} for a policy's formats, or {} where `auto`
     is the torch path at that length."""
@@ -284,7 +290,10 @@ def main(args) -> None:
                     args.max_kv_bytes_per_token or math.inf)
 
     def check(what: str, length: int, last: int) -> Callable[[list[Policy]], dict]:
-        windows = calibration_windows(held.ids, max(1, args.tokens // length), length)
+        count = max(1, args.tokens // length)
+        windows = separate_windows(held.ids, count, length)
+        if len(windows) < count:
+            print(f"{what}: {len(windows)} of {length:,} tokens fit into the text side by side, not {count}")
 
         def measure(policies: list[Policy]) -> dict:
             with Progress("window", what) as report:

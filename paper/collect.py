@@ -150,11 +150,12 @@ def gradient_spike(train: list, warmup: int) -> float | None:
 
 
 def thin(train: list, most: int = 25) -> list:
-    """[[tokens, mean training loss]] of a log, in at most so many steps of equal length."""
+    """[[tokens, mean training loss]] of a log, in at most so many steps of equal length, the first maybe shorter: a
+    last one of a line or two would end the curve in noise."""
     size = -(-len(train) // most) or 1
     points = []
-    for start in range(0, len(train), size):
-        part = train[start:start + size]
+    for end in range(len(train) % size or size, len(train) + 1, size):
+        part = train[max(0, end - size):end]
         points.append([part[-1]["tokens"], rounded_mean(column(part, "loss"))])
     return points
 

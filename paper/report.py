@@ -1,6 +1,7 @@
 """From results to text: report.md, the LaTeX tables, and the README's one block. Values in, text out."""
 
 import collections
+from collections.abc import Iterable
 
 from paper.claims import (
     CONTRADICTS,
@@ -12,14 +13,15 @@ from paper.claims import (
     ONE,
     REFUTED,
     REPRODUCED,
+    RIGHT,
     UNDECIDED,
     UNSUPPORTED,
     VERDICTS,
 )
-from paper.collect import CHANCE, caches, column, of_command, panels
+from paper.collect import CHANCE, caches, column, hardware_name, of_command, panels
 from paper.rules import of_block, pair_runs
 from paper.shapes import CHECKS, RANKS
-from paper.stats import mean_interval
+from paper.stats import mean_interval, p_text
 from paper.style import MARKERS, latex_table, markdown, number, pm
 from train_dba import UserError
 
@@ -43,6 +45,7 @@ SECTIONS = {                                               # of the ledger: {tit
 }
 FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck", ("gqa", False): "GQA",
             ("mla", False): "MLA", ("decoupled", False): "DBA", ("decoupled", True): "DBA with grouped keys"}
+REPLACED = "compiled multiply-and-sum"                     # the CPU's kernel until November 25, 2026
 LEVEL = 0.01                                               # nats, the margin of the pre-registered positive control
 KINDS = {"better": "below 0", "no_worse": "below {margin}", "equivalent": "within ± {margin}"}
 
@@ -118,7 +121,8 @@ def headline_table(results: dict) -> list[str]:
     first = chosen[0]
     note = (f"Best of each mode at equal parameters: {first['data']}, {first['steps']:,} steps of {first['batch']} x "
             f"{first['context']} tokens; nats per token, ± 95 % t-intervals over seeds, differences paired by seed, "
-            "not corrected for choosing the best.")
+            "not corrected for choosing the best. Names say widths over all heads: decoupled semantic/geometric, mla "
+            "latent + rotated key and v of values; gqa its heads.")
     return [*markdown(head, rows[:8]), "", note]
 
 
@@ -167,8 +171,8 @@ def find_losses(results: dict) -> str | None:
         decided += ", which the seeds do not decide"
     return (f"At {dba['params'] / 1e6:.2f}M parameters and {dba['kv_bytes_fp16']:,} bytes of cache per token, DBA with "
             f"grouped keys ends at {pm(dba['best_val_loss'])} nats and {gqa['label'].removesuffix(' matched')} at "
-            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, not corrected for other comparisons, nor "
-            f"against the GQA of the same head width); standard attention, whose cache is "
+            f"{pm(gqa['best_val_loss'])} ({decided}; {plural(seeds, 'seed')}, best of their modes, not "
+            f"corrected for that nor for other comparisons); standard attention, whose cache is "
             f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
             f"{pm(standard['best_val_loss'])}.")
 
@@ -312,9 +316,11 @@ def scale_table(series: list, small: bool) -> str:
 # The ledger
 
 def ours_of(row: dict) -> str:
-    """Our value; with an interval both in the same number of digits."""
+    """Our value; with an interval both in the same number of digits, where those show it."""
     if row["interval"] is None:
         return number(row["ours"])
+    if row["ours"] and abs(row["ours"]) < 1e-4:
+        return f"{row['ours']:.1e} ± {row['interval']:.1e}"
     return pm(dict(mean=row["ours"], half=row["interval"]), 4, "+" if row["rule"] in ("below", "not_worse") else "")
 
 
@@ -348,14 +354,15 @@ def contrast_lines(results: dict) -> list[str]:
     rows = []
     for row in results["contrasts"]:
         measured = "-" if row["mean"] is None else signed(row)
-        p = "-" if row["p"] is None else f"{row['p']:.2g} / {row['p_holm']:.2g}"
+        p = "-" if row["p"] is None else f"{p_text(row['p'])} / {p_text(row['p_holm'])}"
         rows.append((row["name"], KINDS[row["kind"]].format(margin=row["margin"]), measured, p,
                      f"{row['pairs']} of {row['registered']}", f"**{row['verdict']}**"))
     if not rows:
         return []
     return [*beside_ranking(results),
             "Fixed in paper_manifest.json before any of their runs: a - b of best validation losses in nats, paired by "
-            "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list.", "",
+            "seed, ± 95 % t-interval; p one-sided in the stated direction, then by Holm over the list. What does not "
+            "hold has a p of the other side, by Holm too, below half of alpha.", "",
             *markdown(("contrast", "to show", "a - b", "p / Holm's", "seeds", "verdict"), rows), "",
             *trend_lines(results)]
 
@@ -389,7 +396,7 @@ def scale_lines(results: dict) -> list[str]:
 def first_page(results: dict) -> list[str]:
     """What holds, what doesn't, and what nobody knows yet."""
     lines, machines = [*bullets(findings(results)), ""], device_names(results["benchmarks"])
-    for title, verdicts in (("What holds", (REPRODUCED, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
+    for title, verdicts in (("What holds", (REPRODUCED, RIGHT, HOLDS)), ("What is wrong by arithmetic", (ERROR,)),
                             ("Where the papers contradict themselves", (CONTRADICTS,)),
                             ("What the papers' own counts cannot show", (UNSUPPORTED,)),
                             ("What does not hold, as measured or by formula", (REFUTED, FAILS)),
@@ -416,6 +423,19 @@ def summary(row: dict) -> str:
 # -----------------------------------------------------------------------------
 # Speed, memory and quality of the cache
 
+def origin(env: dict) -> str:
+    """The machine of a measurement and the code that was measured."""
+    return f"{hardware_name(env)}, commit {commit(env)}"
+
+
+def replaced(kernels: Iterable[str]) -> str:
+    """What has to be said of times of a kernel that isn't there any more."""
+    if REPLACED not in kernels:
+        return ""
+    return (f" The {REPLACED} has since been replaced by kernels/decode.cpp, of which "
+            "[docs/scale.md](../docs/scale.md#measured) has times.")
+
+
 def speed_lines(benchmarks: dict) -> list[str]:
     """Ratios to baselines of the same process; a rate of a shared machine is none of a model."""
     lines = []
@@ -427,7 +447,7 @@ def speed_lines(benchmarks: dict) -> list[str]:
                          f"{row['share_of_matmul_rate']:.2f}"))
         lines += ["Training steps of decoupled 32/64 (d_model 512, 6 layers, vocabulary 33,278, batch 8 x 256) as "
                   f"times the speed of baselines in the same process, medians of {speed['rounds']}; "
-                  f"{speed['env']['cpu']}, {speed['env']['threads']} threads.", "",
+                  f"{origin(speed['env'])}.", "",
                   *markdown(("", "parameters", "x naive", "x Llama", "share of matrix-product rate"), rows), ""]
     if memory := benchmarks.get("loss_memory"):
         chunked, full = memory["chunked"] / 2**20, memory["full logits"] / 2**20
@@ -451,7 +471,8 @@ def device_lines(benchmarks: dict) -> list[str]:
     for document in of_block(benchmarks, "train"):
         for row in document["rows"]:
             if row["tok_s"] is not None:
-                rows.append((document["env"]["device"], row["case"], f"{row['micro']} x {row['block']:,}",
+                rows.append((f"{document['env']['device']}, {commit(document['env'])}", row["case"],
+                             f"{row['micro']} x {row['block']:,}",
                              "compiled" if row["compiled"] else "eager", f"{row['params'] / 1e6:,.0f}M",
                              f"{row['tok_s'] / 1000:.1f}k", f"{row['slowest'] / 1000:.1f}k to "
                              f"{row['fastest'] / 1000:.1f}k", f"{row['gib']:.1f}"))
@@ -459,7 +480,7 @@ def device_lines(benchmarks: dict) -> list[str]:
         return []
     return ["Training steps at the shapes of the papers' 1B models, one process a file: "
             "median tokens/s, the slowest and the fastest step, peak GiB.", "",
-            *markdown(("machine", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
+            *markdown(("machine, commit", "preset", "batch", "", "parameters", "tokens/s", "steps", "GiB"), rows), ""]
 
 
 def quality_lines(quality: dict) -> list[str]:
@@ -470,9 +491,12 @@ def quality_lines(quality: dict) -> list[str]:
                          f"{row['bytes_per_token']:,}", f"{row['delta_nll']:+.4f} ± {row['standard_error']:.4f}",
                          f"{row['kl']:.5f}", f"{100 * row['top1']:.2f} %"))
     tokens = ", ".join(sorted(set(map("{:,}".format, column(quality["rows"], "tokens")))))
+    before = ""
+    if "sources" not in quality:                           # as files have them since keys with RoPE are rotated
+        before = " Rotated are values and semantic keys; that --kv-rotate turns keys with RoPE, too, is younger."
     return [f"Against a float32 cache, {tokens} validation tokens, all read through quantised keys and values (no "
             "residual window); ΔNLL in nats per token ± standard error over windows, KL divergence of the next token's "
-            "distribution, share of tokens with the same likeliest next token:", "",
+            f"distribution, share of tokens with the same likeliest next token; {origin(quality['env'])}.{before}", "",
             *markdown(("run", "cache", "B/token", "ΔNLL", "KL", "same top-1"), rows), ""]
 
 
@@ -488,10 +512,11 @@ def kernel_lines(speed: dict) -> list[str]:
         rows.append((row["shape"], f"{row['tokens']:,}", *cells, f"{ms['dequantised'] / ms['kernel']:.1f}",
                      f"{ms['kernel'] / ms[plain]:.2f}"))
     return ["Milliseconds of one decode step's attention in one layer (heads x semantic/geometric/value width), hetero "
-            f"cache, batch 1, medians of {speed['rounds']}, interleaved; {speed['env']['cpu']}, "
-            f"{speed['env']['threads']} threads. `kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
+            f"cache, batch 1, medians of {speed['rounds']}, interleaved; {origin(speed['env'])}. "
+            f"`kernel`: {speed['rows'][0]['kernel']}; `torch`: chunks; "
             f"`dequantised`: the whole cache in float32 first; `{plain}`: PyTorch's fused attention over an "
-            "unquantised cache of the same widths; `standard`: the same at 64 channels a head.", "",
+            "unquantised cache of the same widths; `standard`: the same at 64 channels a head."
+            + replaced(column(speed["rows"], "kernel")), "",
             *markdown(("heads x widths", "tokens", *names, "dequantised / kernel", f"kernel / {plain}"), rows), ""]
 
 
@@ -639,9 +664,10 @@ def latency_lines(evals: dict) -> list[str]:
             copied = "-" if fp16["share_of_copy"] is None else f"{100 * fp16['share_of_copy']:.0f} %"
             rows.append((f"{prompt:,}", fp16["kernel"], f"{fp16['prefill_seconds']:.2f}", *times, copied))
         source = evals[run][name]["from"]
-        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}: ms per token "
-                  "(times fp16), and the bytes that a step with fp16 must read, per second, as a share of the rate of "
-                  "a plain copy:", "",
+        lines += [f"Cached decoding of `{run}`, batch 1, {source['dtype']}, {source['hardware']}, commit "
+                  f"{commit(source)}: ms per token (times fp16), and the bytes that a step with fp16 must read, per "
+                  "second, as a share of the rate of a plain copy."
+                  + replaced(column(result, "kernel")), "",
                   *markdown(("prompt", "kernel", "prefill s", *names, "of copy rate"), rows), ""]
     return lines
 
@@ -697,7 +723,8 @@ def probe_lines(evals: dict) -> list[str]:
         lines += ["Probes (hits with 95 % Wilson intervals; `preferred`: the target is likelier than the distractor; "
                   "margin in nats):", "", *markdown(("run", "cases", "n", *CHECKS, "mean margin"), rows), ""]
     if differences:
-        lines += [f"Exact McNemar tests over cases, one pair of checkpoints: {'; '.join(differences)}.", ""]
+        lines += ["Exact McNemar tests over cases, one pair of checkpoints, as if cases of one template were "
+                  f"independent: {'; '.join(differences)}.", ""]
     return lines
 
 

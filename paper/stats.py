@@ -1,11 +1,9 @@
 """Intervals, exact tests, corrections, frontiers: the one place for statistics. Values in, values out."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal's.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 LARGEST_LOSS = 709.0                                       # exp() of more is no float
 
 
@@ -14,7 +12,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return mean, None
-    return mean, (T95[n - 2] if n - 2 < len(T95) else 1.96) * standard_error(values)
+    return mean, t95(n - 1) * standard_error(values)
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -38,6 +36,16 @@ def t_tail(t: float, degrees: int) -> float:
     return (1 - inside) / 2
 
 
+@functools.cache
+def t95(degrees: int) -> float:
+    """The two-sided 95 % quantile of Student's t, where the tail is 0.025: by halves, from the normal's on up."""
+    low, high = 1.95, 12.75
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > 0.025 else (low, middle)
+    return high
+
+
 def p_below(differences: Sequence[float], margin: float) -> float | None:
     """One-sided p of the paired t-test that the mean of the differences is below the margin; None for one value."""
     if len(differences) < 2:
@@ -46,6 +54,11 @@ def p_below(differences: Sequence[float], margin: float) -> float | None:
     if error == 0:
         return float(mean >= margin)
     return t_tail((margin - mean) / error, len(differences) - 1)
+
+
+def p_text(p: float) -> str:
+    """p in two digits; the tails above are differences from 1, so that the smallest have none."""
+    return f"{p:.2g}" if p >= 1e-9 else "below 1e-9"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -88,6 +88,18 @@ def test_devices_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert {name: rows[0]["seconds"] for name, rows in drawn[0].items()} == {"A CPU (a)": 1, "A CPU (b)": 2, "C": 3}
 
 
+def test_every_commit_of_a_devices_files_is_said(tmp_path):
+    (tmp_path / "h9").mkdir()
+    for name, env in (("a", ENV), ("b", dict(ENV, commit="9876543210", dirty=True)), ("c", ENV)):
+        content = dict(block="ceilings", toy=False, env=env, rows=[dict(what="copy", gb_per_s=7.0)])
+        (tmp_path / f"h9/{name}.json").write_text(json.dumps(content))
+    said = call("--bench . --page '' --out .", tmp_path, plot_scale.main).stdout
+    assert "commits 0123456, 9876543+ (+: with uncommitted changes)." in said
+    for name in "bc":
+        (tmp_path / f"h9/{name}.json").unlink()
+    assert "commit 0123456." in call("--bench . --page '' --out .", tmp_path, plot_scale.main).stdout
+
+
 def test_what_is_left_out_and_what_is_refused(tmp_path):
     assert_error(call("--bench . --page '' --out .", tmp_path, plot_scale.main), "no result of bench_dba.py")
     (tmp_path / "h9").mkdir()

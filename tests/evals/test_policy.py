@@ -104,6 +104,24 @@ def test_a_window_of_another_length(folder):
     assert all(row["residual"] <= 24 // 4 for row in found["tried"])
 
 
+@pytest.mark.parametrize("tokens, count", ((41, 4), (40, 3), (31, 3), (12, 1), (11, 1), (1000, 4)))
+def test_windows_do_not_overlap_on_a_short_text(tokens, count):
+    windows = policies.separate_windows(torch.arange(tokens), 4, 10)
+    starts = windows[:, 0].tolist()
+    assert windows.shape == (count, 11) and starts[0] == 0 and starts[-1] == (tokens - 11 if count > 1 else 0)
+    assert all(second - first >= 10 for first, second in zip(starts, starts[1:]))
+
+
+def test_a_short_text_has_fewer_windows_and_says_so(folder):
+    (folder / "short.txt").write_text("What fits into it fits in side by side.")
+    result = evaluate(f"policy {EVALUATE} standard {POLICY} --max-delta-nll 9 --max-kl 9 --block 12 --data short.txt",
+                      folder)
+    assert_done(result)
+    assert "policies: 3 of 12 tokens fit into the text side by side, not 42" in result.stdout
+    found = json.loads((folder / "standard/kv_policy.json").read_text())
+    assert found["short"]["tokens"] == 3 * 12 // 2
+
+
 def test_frontier_by_hand():
     tried = {name: dict(delta_nll=nll) for name, nll in dict(a=0.3, b=0.1, c=0.2, d=0.1, e=math.inf, f=-0.1).items()}
     assert policies.best_first(dict(a=10, b=20, c=20, d=30, e=5, f=40), tried) == ["a", "b", "f"]

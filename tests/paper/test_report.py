@@ -432,6 +432,38 @@ def test_config_of_a_result_is_a_config():
 # -----------------------------------------------------------------------------
 # Style
 
+def test_a_training_curve_ends_in_a_mean_of_as_many_lines_as_before():
+    """Of 61 logged steps in at most 25 parts the odd one is the first, which no panel shows, not a noisy last."""
+    train = [dict(tokens=step, loss=float(step)) for step in range(61)]
+    points = collect.thin(train)
+    assert len(points) == 21 and points[0] == [0, 0.0] and points[-1] == [60, 59.0]
+    assert {second[0] - first[0] for first, second in zip(points, points[1:])} == {3}
+    assert collect.thin(train[:2]) == [[0, 0.0], [1, 1.0]] and collect.thin([]) == []
+
+
+def test_a_small_value_is_not_rounded_to_nothing():
+    row = dict(ours=1.08e-07, interval=6.5e-09, rule="mask_bound")
+    assert report.ours_of(row) == "1.1e-07 ± 6.5e-09"
+    assert report.ours_of(dict(row, ours=0.0, interval=0.01)) == "0.0000 ± 0.0100"
+
+
+def test_the_code_that_was_measured_is_said_and_what_is_no_more():
+    row = dict(run="r", policy="q4_0", rotate=True, tokens=8, bytes_per_token=4, delta_nll=0.1, standard_error=0.1,
+               kl=0.1, top1=0.5)
+    old, new = (" ".join(report.quality_lines(dict(rows=[row], env=dict(ENV, dirty=True), **more)))
+                for more in ({}, dict(sources={})))
+    assert "A CPU, 2 threads, commit `0123456+`." in old and "is younger" in old and "is younger" not in new
+    assert "kernels/decode.cpp" in report.replaced(["torch", report.REPLACED]) and report.replaced(["torch"]) == ""
+
+
+def test_without_rope_is_off_the_axis_of_a_panel():
+    def member(label, loss):
+        return dict(label=label, mode="decoupled", matched=True, kv_bytes_fp16=4, last_val_loss=dict(mean=loss, half=0),
+                    caches={})
+    rope, none = member("decoupled 1/2", 1.7), member("decoupled 1/2 no RoPE", 2.3)
+    assert plot_results.most_telling([none, rope]) == [rope] and plot_results.most_telling([none]) == [none]
+
+
 def test_labels_are_spread_as_little_as_needed():
     assert style.spread([1.0, 5.0, 2.5], 1.0) == [1.0, 5.0, 2.5]
     assert style.spread([1.0, 1.0], 1.0) == [0.5, 1.5]

@@ -21,7 +21,7 @@ TAILS = [(12.706, 1, 0.025), (4.303, 2, 0.025), (3.182, 3, 0.025), (2.776, 4, 0.
 
 def test_t_interval():
     mean, half = stats.mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert stats.mean_interval([5.0]) == (5.0, None)
 
 
@@ -36,9 +36,10 @@ def test_t_tail_in_closed_form(t):
     assert stats.t_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
 
 
-@pytest.mark.parametrize("degrees", range(1, 31))
-def test_the_quantiles_are_those_of_the_tail(degrees):
-    assert stats.t_tail(stats.T95[degrees - 1], degrees) == pytest.approx(0.025, rel=1e-3)
+@pytest.mark.parametrize("degrees, quantile", ((1, 12.7062047), (2, 4.3026527), (6, 2.4469119), (9, 2.2621572),
+                                               (30, 2.0422725), (63, 1.9983405), (10_000, 1.9602013)))
+def test_quantiles_in_all_digits_that_are_printed(degrees, quantile):
+    assert stats.t95(degrees) == pytest.approx(quantile, rel=1e-7)
 
 
 def test_p_below():
@@ -86,7 +87,9 @@ def test_against_scipy():
     values = [0.3, 0.1, -0.4, 0.25, 0.05]
     mean, half = stats.mean_interval(values)
     low, high = scipy_stats.t.interval(0.95, 4, mean, scipy_stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
+    for degrees in (1, 2, 9, 40, 500):
+        assert stats.t95(degrees) == pytest.approx(scipy_stats.t.ppf(0.975, degrees), rel=1e-9)
     for t, degrees, _ in TAILS:
         assert stats.t_tail(t, degrees) == pytest.approx(scipy_stats.t.sf(t, degrees), rel=1e-9)
     assert stats.p_below(values, 0.1) == pytest.approx(scipy_stats.ttest_1samp(values, 0.1, alternative="less").pvalue)
