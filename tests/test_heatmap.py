@@ -1,29 +1,22 @@
 """Attention maps: they are what the attention modules compute, and the command draws them."""
 
-import contextlib
-import io
 import json
 import math
+import shlex
 
 import pytest
 import torch
 
 import train_dba
 import vis_heatmap
-from helpers import Result, assert_done, assert_error
+from helpers import assert_done, assert_error, call
 from reference import MODES, close, config, null_and_tie, randomize, settings
 from train_dba import GPT, ByteTokenizer, UserError, WordTokenizer
 from vis_heatmap import find_anchor, merge_labels, read_maps, readable
 
 
 def heatmap(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = vis_heatmap.main([str(arg) for arg in argv])
-        except SystemExit as e:
-            code = e.code
-    return Result(code, out.getvalue(), err.getvalue())
+    return call(shlex.join(map(str, argv)), ".", vis_heatmap.main)
 
 
 def merged_outputs(model, ids):

@@ -1,8 +1,7 @@
 """KV memory: the papers' arithmetic by formula, measured caches beside it, what the command writes."""
 
-import contextlib
-import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import plot_memory
 import train_dba
 from evals.timing import cache_bytes
-from helpers import Result, assert_done, assert_error, environment
+from helpers import assert_done, assert_error, call, environment
 from plot_memory import GIB, MODELS, POLICIES, estimate, factors, measure_fill, model_configs, policies, what_fits
 from reference import MODES, config, settings
 from train_dba import CACHE_BLOCK, GPT, KVCache, bytes_per_token
@@ -24,13 +23,7 @@ CPU = torch.device("cpu")
 
 
 def plot(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = plot_memory.main([str(arg) for arg in argv])
-        except SystemExit as e:
-            code = e.code
-    return Result(code, out.getvalue(), err.getvalue())
+    return call(shlex.join(map(str, argv)), ".", plot_memory.main)
 
 
 @pytest.mark.parametrize("scale, name, policy, gib", [

@@ -50,7 +50,9 @@ def test_cases_are_well_formed(cases):
 
 def test_templates_are_right(cases):
     """Answers that can be worked out again from the prompt."""
-    for case in (case for case in cases if case["set"] == "template"):
+    templates = [case for case in cases if case["set"] == "template"]
+    assert {case["kind"] for case in templates} == probes.TEMPLATES.keys()
+    for case in templates:
         line, target, kind = case["prompt"].split("\n")[-1], case["target"].strip(), case["kind"]
         if kind == "arithmetic":
             assert eval(line.rstrip("=")) == int(target)

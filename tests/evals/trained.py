@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import eval_dba
-from helpers import assert_done, call
+from helpers import assert_done
+from subjects import evaluate
 
 BLOCK = 128
 TRAIN = (f"--data text.txt --tokenizer byte --d-model 32 --layers 1 --n-head 2 --d-ff 64 --block {BLOCK} "
@@ -15,10 +15,6 @@ TRAIN = (f"--data text.txt --tokenizer byte --d-model 32 --layers 1 --n-head 2 -
 MODES = {"standard": "", "decoupled": "--attn-mode decoupled --sem-dim 16 --geo-dim 32 --null-attn --tie-qk",
          "mla": "--attn-mode mla --kv-lora-rank 24 --rope-dim 8"}
 EVALUATE = "--device cpu --ckpt"
-
-
-def evaluate(args, folder):
-    return call(args, folder, eval_dba.main)
 
 
 def result_of(args, folder, path):
