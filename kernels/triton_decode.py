@@ -1,4 +1,4 @@
-"""Decode attention on a CUDA device, by Triton: the cache is read as codes, each once.
+"""Decode attention on a CUDA device, by Triton: the cache is read as codes.
 
 The settled tokens, and those of the ring, are split into tiles of BLOCK tokens; combine then merges the tiles of a
 query, and the null token. Loads have no masks over tokens, which would break them up into single bytes; the cache is
@@ -23,7 +23,8 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)      # the top score where
 WIDE = tl.constexpr(48)                                    # loops over more channels aren't unrolled: compiling is slow
 FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_sym", "nf4")             # that unpack and quantize_tile know
 BUSY = 2048                                                # programs that keep a GPU busy: 16 warps on each of 128 SMs
-SHARED = 2                                                 # from so many heads of a key on, matrix products
+SHARED = 2                                                 # heads of a key that are worth it (estimated, not measured)
+SHARED_WARPS = 8                                           # of a program, so that none spills registers
 
 
 @triton.jit
@@ -274,8 +275,8 @@ def tile_size(bits, slots, queries):
 
 
 def shared_tile_size(slots, programs):
-    """Slots in a tile of attend_shared_tile, whose programs have four warps."""
-    return 128 if programs * slots >= BUSY // 4 * 128 else 64
+    """Slots in a tile of attend_shared_tile, whose programs have SHARED_WARPS."""
+    return 128 if programs * slots >= BUSY // SHARED_WARPS * 128 else 64
 
 
 def attention(q, streams, shape, span, null=None):
@@ -304,7 +305,7 @@ def attention(q, streams, shape, span, null=None):
         if count and shared:
             attend_shared_tile[B * G, count, triton.cdiv(R, M)](
                 *operands, first, tiles, tensors[0].size(2), window, R, G, *widths_and_formats, block, M,
-                num_warps=8, num_stages=3)
+                num_warps=SHARED_WARPS, num_stages=3)
         elif count:
             attend_tile[B * H * T, count](
                 *operands, T, first, tiles, tensors[0].size(2), window, H, G, *widths_and_formats, block,
@@ -376,6 +377,6 @@ def append(stream, rows, pos, x):
 
 FAILURES = (RuntimeError, TritonError)                     # that the first launch may raise
 
-# A program reads the codes of its keys for one query; of the queries that share a key all but the first find them in
-# the L2 cache. For more than these (estimated, not measured), dequantising once for a matrix product moves fewer bytes.
+# Of several tokens' queries a program reads the codes of its keys for one; of those that share a key all but the first
+# find them in the L2 cache. For more than these (estimated, not measured), dequantising once moves fewer bytes.
 KERNEL = dict(name="triton", formats=FORMATS, attention=attention, append=append, most_queries=32)
