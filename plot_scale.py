@@ -49,8 +49,10 @@ def read_device(folder: Path) -> tuple[dict, dict]:
             loads.append(document.get("load", 0.0))
             commits.add(document["env"]["commit"][:7] + ("+" if document["env"]["dirty"] else ""))
     if env:
-        env |= {"name": env.get("cpu", "cpu") if env["device"] == "cpu" else env["device"], "load": max(loads),
-                "commits": sorted(commits)}
+        name, threads = env["device"], env.get("threads")
+        if name == "cpu":
+            name = env.get("cpu", "cpu") + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+        env |= {"name": name, "load": max(loads), "commits": sorted(commits)}
     return blocks, env
 
 

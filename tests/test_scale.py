@@ -88,6 +88,15 @@ def test_devices_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert {name: rows[0]["seconds"] for name, rows in drawn[0].items()} == {"A CPU (a)": 1, "A CPU (b)": 2, "C": 3}
 
 
+def test_a_cpu_is_named_with_its_threads(tmp_path):
+    for threads in (1, 2):
+        env = dict(ENV, device="cpu", cpu="A CPU", threads=threads)
+        (tmp_path / f"{threads}").mkdir()
+        (tmp_path / f"{threads}/host.json").write_text(json.dumps(dict(block="host", toy=False, env=env, rows=[])))
+        assert plot_scale.read_device(tmp_path / f"{threads}")[1]["name"] == f"A CPU, {threads} thread" + "s" * (
+            threads - 1)
+
+
 def test_every_commit_of_a_devices_files_is_said(tmp_path):
     (tmp_path / "h9").mkdir()
     for name, env in (("a", ENV), ("b", dict(ENV, commit="9876543210", dirty=True)), ("c", ENV)):
