@@ -47,8 +47,9 @@ def test_block(name, tmp_path):
             if isinstance(value, int | float) and key not in ("residual", "difference", "ok", "compiled"):
                 assert value > 0, (key, row)
     measured = [row for row in rows if "why" not in row]
-    for key in KEYS[name]:
-        assert all(row[key] is not None for row in measured), key
+    for row in measured:
+        absent = {key for key in KEYS[name] if row[key] is None}
+        assert absent == ({"formula_gib"} if name == "small" and row["dtype"] == "float32" else set())
     if name == "check":
         assert all(row["ok"] for row in rows)
     if name == "train":
