@@ -9,54 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from teachers import FLAGS, T, dba_command, folded, ids_of, kl, layers_of, save_teacher, teacher_of
 
 import convert_dba
 import reference
 import train_dba as dba
 from helpers import assert_done, assert_error, call, losses, make_text, read_log, snapshot
 from kernels.rotate import rotate_cache
-from reference import cached_logits, close, config, randomize
+from reference import cached_logits, close
 from surgery import command
 from surgery import heal as healing
 from surgery.calibrate import calibrate
-from surgery.convert import Layer, choose, convert, split, widths
+from surgery.convert import choose, convert, split, widths
 
-TEACHERS = {
-    "gqa": dict(attn_mode="gqa", n_head=6, d_model=60, attn_dim=48, kv_head=2),     # heads of 8, three a group
-    "standard": dict(attn_mode="standard", n_head=4, d_model=48),                   # 12
-    "bottleneck": dict(attn_mode="bottleneck", n_head=3, d_model=56, attn_dim=30),  # 10
-}
-VOCAB, T = 70, 96
 ROOT = Path(dba.__file__).parent
-
-
-def teacher_of(name, seed=0):
-    model = dba.GPT(config({**TEACHERS[name], **dict(layers=2, d_ff=64, block=128, rope_base=500.0)}), VOCAB)
-    model = randomize(model, seed)
-    with torch.no_grad():
-        model.embed.weight *= 0.5
-    return model.eval().requires_grad_(False)
-
-
-def ids_of(n, length=T, seed=0):
-    return torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
-
-
-def layers_of(model, windows=6):
-    moments = calibrate(model, ids_of(windows), windows)
-    return [Layer.of(block.attn, each) for block, each in zip(model.blocks, moments)]
-
-
-@pytest.fixture(scope="module", params=TEACHERS)
-def taught(request):
-    """(teacher, its layers with moments)."""
-    model = teacher_of(request.param)
-    return model, layers_of(model)
-
-
-def kl(teacher, student, ids):
-    t, s = (model(ids).log_softmax(-1) for model in (teacher, student))
-    return (t.exp() * (t - s)).sum(-1).mean().item()
 
 
 def full(model, pairs):
@@ -130,28 +96,6 @@ def test_full_widths_give_the_teachers_logits(taught):
     close(student(ids), model(ids), 1e-4)
 
 
-def folded(layer, kept, x):
-    """Float64 attention output [T, D] of a layer whose pairs `kept` [G, pairs] turn and whose others are multiplied by
-    what stands in for their rotation, one head at a time."""
-    H, G, w, n = len(layer.wq), len(layer.wk), layer.wq.size(1), len(x)
-    half = layer.wq.size(1) // 2
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    out = 0.0
-    for h in range(H):
-        g = h // (H // G)
-        q, k = (torch.complex(y[:, :half], y[:, half:]) for y in (x @ layer.wq[h].T, x @ layer.wk[g].T))
-        scores = 0.0
-        for f in range(half):
-            turns = torch.exp(1j * layer.inv_freq[f] * torch.arange(len(layer.moments.mass[0])))
-            turn = (layer.moments.mass[h] * turns).sum() / layer.moments.mass[h].sum()
-            if f in kept[g].tolist():
-                turn = torch.exp(1j * layer.inv_freq[f] * distance)
-            scores = scores + (q[:, f, None] * k[:, f].conj() * turn).real
-        scores = (scores / w ** 0.5).masked_fill(distance < 0, -torch.inf)
-        out = out + reference.softmax_rows(scores) @ (x @ layer.wv[g].T) @ layer.wo[h].T
-    return out
-
-
 @pytest.mark.parametrize("pairs", (1, 3))
 def test_the_folded_teacher_is_met_at_full_rank(taught, pairs):
     model, layers = taught
@@ -208,31 +152,6 @@ def test_teachers_that_are_refused(tmp_path, given, word):
 
 
 # --- The commands
-
-def save_teacher(folder, **given):
-    cfg, tokenizer = dba.make_config(data="none", **given), dba.make_tokenizer("byte", None)
-    model = randomize(dba.GPT(cfg, tokenizer.vocab_size))
-    with torch.no_grad():
-        model.embed.weight *= 0.1
-    folder.mkdir()
-    dba.save_checkpoint(folder / "best.pt", cfg, tokenizer, model, step=1)
-
-
-FLAGS = "--model run --data text.txt --window 32 --calibration 3 --val-windows 2"
-DBA = f"dba {FLAGS} --out-dir y --cache-share 0.6 --device cpu --dtype float32 --eval-every 2 --save-every 1"
-
-
-def dba_command(folder, more=""):
-    return call(f"{DBA} {more}", folder, convert_dba.main)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with a text and a teacher of bytes."""
-    make_text(tmp_path)
-    save_teacher(tmp_path / "run", attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=64)
-    return tmp_path
-
 
 def test_a_conversion_is_an_ordinary_run(folder):
     assert_done(dba_command(folder))
