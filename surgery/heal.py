@@ -130,7 +130,7 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
     if differ:
         raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
     restore(ckpt, student, optimizer, rng)
-    return ckpt["step"], ckpt["best_val_loss"], [factor for factor in ckpt[LATENT_SCALE]]
+    return ckpt["step"], ckpt["best_val_loss"], [*ckpt[LATENT_SCALE].to(student.embed.weight.device)]
 
 
 def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window: int, folder: Path, dtype,

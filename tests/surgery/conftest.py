@@ -1,7 +1,7 @@
 """What the tests of conversions share."""
 
 import pytest
-from teachers import TEACHERS, layers_of, save_teacher, teacher_of
+from teachers import RUN, TEACHERS, layers_of, save_teacher, teacher_of
 
 from helpers import make_text
 
@@ -17,5 +17,5 @@ def taught(request):
 def folder(tmp_path):
     """A folder with a text and a teacher of bytes."""
     make_text(tmp_path)
-    save_teacher(tmp_path / "run", attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=64)
+    save_teacher(tmp_path / "run", **RUN)
     return tmp_path

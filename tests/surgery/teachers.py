@@ -16,6 +16,7 @@ TEACHERS = {
     "bottleneck": dict(attn_mode="bottleneck", n_head=3, d_model=56, attn_dim=30),  # 10
 }
 VOCAB, T = 70, 96
+RUN = dict(attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=64)
 
 
 def teacher_of(name, seed=0):
@@ -67,7 +68,7 @@ def save_teacher(folder, **given):
     model = randomize(dba.GPT(cfg, tokenizer.vocab_size))
     with torch.no_grad():
         model.embed.weight *= 0.1
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     dba.save_checkpoint(folder / "best.pt", cfg, tokenizer, model, step=1)
 
 

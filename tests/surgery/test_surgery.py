@@ -7,9 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from teachers import FLAGS, T, dba_command, folded, ids_of, kl, layers_of, save_teacher, teacher_of
+from teachers import FLAGS, RUN, T, dba_command, folded, ids_of, kl, layers_of, save_teacher, teacher_of
 
 import convert_dba
 import reference
@@ -197,6 +198,30 @@ def test_healing_resumes_from_every_step(folder, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("exp", "paper_gqa"), ("micro_batch", 8), ("shard", True), ("activation_checkpointing", True), ("dropout", 0.5),
+    ("keep_every", 1), ("grad_accum", 2)])
+def test_how_a_teacher_was_trained_is_nothing_to_its_conversion(folder, name, value):
+    save_teacher(folder / "run", **{**RUN, name: value})
+    for tokens in (64, 128):                               # and what was begun goes on
+        assert_done(dba_command(folder, f"--heal-tokens {tokens} --lr 1e-3"))
+    dba.load_checkpoint(folder / "y")
+    cfg = dba.load_checkpoint(folder / "y/last.pt")["config"]
+    assert getattr(cfg, name) == dba.DEFAULTS[name] and cfg.steps == 4
+    assert not [*(folder / "y").glob(dba.KEPT_WEIGHTS)]
+
+
+def test_healing_goes_on_where_the_model_is(folder):
+    """On any device, if that is another than what was saved is read to."""
+    assert_done(dba_command(folder, "--heal-tokens 64"))
+    ckpt = dba.load_checkpoint(folder / "y/last.pt")
+    student = dba.load_model(ckpt).to("meta")
+    healing.freeze_all_but_attention(student)
+    cfg, rng = ckpt["config"], np.random.Generator(np.random.PCG64(0))
+    _, _, sizes = healing.resume(folder / "y", cfg, student, dba.make_optimizer(student, cfg), rng, ckpt["data"])
+    assert len(sizes) == 1 and sizes[0].is_meta
+
+
 def test_scaling_latents_changes_no_logit():
     model, ids = teacher_of("gqa"), ids_of(2, 20)
     student = convert(model, layers_of(model), 2, 9)
@@ -236,6 +261,7 @@ def test_an_out_dir_that_is_a_file(folder):
     assert_error(dba_command(folder, "--out-dir text.txt"), "can't make the folder text.txt")
     assert_error(call(f"advise {FLAGS} --cache-share 0.3 --out text.txt/advice.json", folder, convert_dba.main),
                  "can't make the folder text.txt")
+    assert_error(call(f"advise {FLAGS} --cache-share 0.3 --out run", folder, convert_dba.main), "run is a folder")
 
 
 def test_a_healed_folder_goes_on_for_longer_and_in_its_type(folder):
@@ -294,7 +320,8 @@ def test_two_texts(folder):
     ("--data none.txt", ["none.txt"], 1), ("--model none", ["none"], 1), ("--calibration 0", ["--calibration"], 2),
     ("--val-data short.txt", ["too few"], 1), ("--heal-tokens 99 --lr nan", ["--lr"], 2),
     ("--heal-tokens -1", ["--heal-tokens"], 2), ("--device tpu", ["tpu"], 1), ("--window 4", ["--window 4"], 1),
-    (f"--seed {2**63}", ["--seed"], 2)])
+    (f"--seed {2**63}", ["--seed"], 2), (f"--calibration {2**63}", ["--calibration"], 2),
+    (f"--heal-tokens 9 --batch-size {2**63}", ["--batch-size"], 2)])
 def test_bad_input(folder, change, words, code):
     (folder / "short.txt").write_text("short")
     assert_error(dba_command(folder, change), *words, code=code)
@@ -313,7 +340,7 @@ def test_advice_keeps_to_its_share(folder):
 
 
 def test_advice_tries_newest_tokens_in_fp16_where_windows_are_long_enough(folder):
-    save_teacher(folder / "long", attn_mode="gqa", kv_head=2, n_head=4, d_model=32, layers=1, d_ff=48, block=128)
+    save_teacher(folder / "long", **{**RUN, "block": 128})
     flags = "--model long --data text.txt --calibration 3 --val-windows 2 --cache-share 0.5 --out advice.json"
     bytes_of = dict(q8_0=18, q4_0=10, q3_0=8, q2_0=6)      # of the 16 channels of keys, or of values, with a scale
     for window, tried in ((64, {0}), (128, {0, command.NEWEST})):
