@@ -131,6 +131,16 @@ def test_the_loss_falls_with_the_rank(taught):
     assert losses == sorted(losses, reverse=True) and losses[0] > 5 * losses[-1]
 
 
+def test_a_divergence_is_not_below_zero():
+    """As rounding would have it of about half of the students that are next to exact."""
+    logits = torch.randn(1, 9, 50, generator=torch.Generator().manual_seed(0))
+    windows = torch.zeros(1, 10, dtype=torch.long)
+    kls = [healing.distance(lambda ids: logits, lambda ids, i=i: logits * (1 + i * 1e-7), windows)["kl"]
+           for i in range(-9, 9)]
+    assert min(kls) == 0 and max(kls) < 1e-6
+    assert math.isnan(healing.distance(lambda ids: logits, lambda ids: logits * torch.nan, windows)["kl"])
+
+
 @torch.no_grad()
 def test_a_conversion_commutes_with_the_cache(taught):
     model, layers = taught
