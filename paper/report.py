@@ -39,7 +39,7 @@ SECTIONS = {                                               # of the ledger: {tit
                                               "mean_difference", "disjoint_mse"),
     "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
-    "Quantised caches and ranks": ("cache_quality", "geometric_bits", "stream_sensitivity", "effective_rank"),
+    "Quantised caches and ranks": ("cache_quality", "cache_contrast", "effective_rank"),
     "Learned masks": ("mask_bound", "mask_gradient", "mask_memory"),
     "Announced without results": ("not_run",),
 }
