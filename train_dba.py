@@ -550,7 +550,8 @@ class GPT(nn.Module):
             if cache is not None:
                 x = block(x, cache, i, span)
             else:
-                x = checkpoint(block, x, use_reentrant=False) if self.cfg.activation_checkpointing else block(x)
+                again = self.cfg.activation_checkpointing and self.training
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         if cache is not None:
             cache.advance(span)
         return self.embed_down(self.norm(x))

@@ -48,6 +48,7 @@ RULES = {
     "interval": "Wilson, 95 %",
     "compare": "exact McNemar test, two-sided, over the cases in which the two results differ",
 }
+MOST_INSTANCES = 10_000                                    # counting_template has 21,504 cases
 CHECKS = ("exact", "content", "preferred", "loop")
 LITERAL = dict(kind=str, prompt=str, target=str, distractor=str)
 CASE = dict(set=str, name=str, prompt=str, target=str, distractor=str)
@@ -150,7 +151,10 @@ TEMPLATES = {
 
 def make_cases(instances: int, seed: int) -> list[dict]:
     """The literal cases, then `instances` different ones of each template: dicts of set, name, kind, prompt, target and
-    distractor, the latter two with the space that the prompt leaves to them."""
+    distractor, the latter two with the space that the prompt leaves to them. Raises UserError for more than there are.
+    """
+    if instances > MOST_INSTANCES:
+        raise UserError(f"--instances {instances}: at most {MOST_INSTANCES:,}: templates don't have many more cases")
     cases = []
     for case in read_json(PROBES, list_of(LITERAL)):
         if not (case["prompt"] + case["target"] + case["distractor"]).isascii():

@@ -227,12 +227,12 @@ def decode_times(subject: Subject, prompt: torch.Tensor, formats: dict[str, dict
     return runs
 
 
-def latency_row(subject: Subject, prompt: int, name: str, run: Run, fp16_ms: float, rate: float) -> dict:
+def latency_row(subject: Subject, prompt: int, name: str, formats: dict, run: Run, fp16_ms: float, rate: float) -> dict:
     """Figures of one cache after a prompt of so many tokens. share_of_copy compares the bytes that a step must read per
     second with `rate`, those of a copy; above 1, some of them stay in the processor's caches."""
     times = run.step_ms
     ms, seen = statistics.median(times), prompt + WARM_UP + (len(times) + 1) / 2  # tokens that the middle step sees
-    read = weight_bytes(subject) + seen * bytes_per_token(subject.cfg, name)
+    read = weight_bytes(subject) + seen * bytes_per_token(subject.cfg, formats)
     return dict(prompt=prompt, cache=name, kernel=run.cache.kernel.name, kernel_why=run.why, ms_per_token=ms,
                 ms_min=min(times), ms_max=max(times), tokens_per_second=1000 / ms, ratio_to_fp16=ms / fp16_ms,
                 prefill_seconds=statistics.median(run.prefill), bytes_read_per_token=read,
@@ -254,7 +254,7 @@ def latency(subject: Subject, prompts: list[int], formats: dict[str, dict], *, k
         rate = copy_rate(subject.device)                   # each time, as the machine may be shared
         fp16_ms = statistics.median(runs["fp16"].step_ms)
         for name, run in runs.items():
-            rows.append(latency_row(subject, prompt, name, run, fp16_ms, rate))
+            rows.append(latency_row(subject, prompt, name, formats[name], run, fp16_ms, rate))
     return dict(weight_bytes=weight_bytes(subject), warm_up_steps=WARM_UP, rows=rows)
 
 

@@ -149,6 +149,9 @@ def dot(a, raw, half, levels, FMT: tl.constexpr, TRANSPOSE: tl.constexpr):
             product = tl.zeros([a.shape[0], x.shape[0] if TRANSPOSE else x.shape[1]], tl.float32)
         x = tl.trans(x) if TRANSPOSE else x
         product = tl.dot(low, x, product)
+        if FMT == "fp16":                                  # an infinity is whole: times low it may have the other sign
+            whole = tl.dot(high, x)
+            return tl.where(tl.abs(whole) < float("inf"), whole + product, whole) * most
         return tl.dot(high, x, product) * most
 
 
@@ -182,6 +185,8 @@ def dot_shared_keys(q, row, R, codes, scales, levels, b, g, slot, capacity, G: t
         for half in tl.static_range(PER_ROW):
             own = (row < R)[:, None] & (c + half >= 0) & (c + half < W)
             query = tl.load(q + row[:, None] * STRIDE + c + half, own, 0.0)
+            if scales is None:                             # another channel's infinity times 0 would be a NaN
+                raw = tl.where(((c >= 0) & (c < W))[:, None], raw, 0.0)
             part += dot(query, raw, half, levels, FMT, False)
         if scales is not None:
             part *= load_scales(scales, i, b, g, slot, capacity, G, W)

@@ -17,13 +17,15 @@ from train_dba import GPT, UserError, split_heads
 @dataclass
 class Moments:
     """Of one layer. D: width of the stream, H: query heads, v: width of a value, T: tokens of a calibration window."""
-    inputs: Tensor                                         # [D, D]: E x xᵀ of attention's input, after its norm
+    inputs: Tensor                                         # [D, D]: E x xᵀ of attention's input, after its norm, with
+    #                                                        UNSEEN of its mean diagonal in all directions
     mean: Tensor                                           # [D]: E x
     values: Tensor                                         # [H·v, H·v]: E z zᵀ of the heads' averaged values
     mass: Tensor                                           # [H, T]: attention at each distance, from 0; sums to 1
     fisher: Tensor                                         # [D, D]
 
 
+UNSEEN = 1e-9                                              # of inputs that no window shows, as a text has few tokens
 SINK = 4                                                   # first tokens, whose gradients are unlike any: left out
 
 
@@ -64,7 +66,8 @@ class Recorder:
         v = split_heads(attn.v(x[None]), G)
         k, v = k.repeat_interleave(H // G, 1)[0], v.repeat_interleave(H // G, 1)[0]
         p = (q[0] @ k.mT).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)        # [H, T, T]
-        z = (p @ v).transpose(0, 1).flatten(1)             # [T, H·v]
+        z = (p @ v).transpose(0, 1).flatten(1).double()    # [T, H·v]
+        x = x.double()
         sums.inputs += x.T @ x
         sums.mean += x.sum(0)
         sums.values += z.T @ z
@@ -73,14 +76,16 @@ class Recorder:
         self.tokens += T
 
     def add_gradient(self):
-        g = self.output.grad[:, SINK:].flatten(0, 1)       # [B·T, D]
+        g = self.output.grad[:, SINK:].flatten(0, 1).double()                   # [B·T, D]
         self.sums.fisher += g.T @ g
         self.graded += len(g)
         self.output = None
 
     def result(self) -> Moments:
         per = {field.name: self.tokens for field in fields(Moments)} | {"fisher": max(1, self.graded)}
-        return Moments(*(getattr(self.sums, name) / count for name, count in per.items()))
+        moments = Moments(*(getattr(self.sums, name) / count for name, count in per.items()))
+        moments.inputs.diagonal().add_(UNSEEN * moments.inputs.diagonal().mean())
+        return moments
 
 
 def calibrate(model: GPT, windows: Tensor, graded: int, seed: int = 0, report=lambda done, total: None):

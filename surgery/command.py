@@ -29,6 +29,7 @@ from surgery.heal import Texts, distance, heal
 from surgery.targets import TARGETS
 from train_dba import (
     BROKEN,
+    DEFAULTS,
     ELSEWHERE,
     GPT,
     RUN_FILES,
@@ -38,6 +39,7 @@ from train_dba import (
     brief,
     bytes_per_token,
     count_params,
+    derived,
     file_hash,
     kv_bytes_per_token,
     load_checkpoint,
@@ -68,8 +70,8 @@ def fraction(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not 1 <= (value := int(text)) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to below 2**31")
     return value
 
 
@@ -122,9 +124,14 @@ def advise_flags(p: argparse.ArgumentParser) -> None:
 # What both begin with
 
 def open_teacher(path: str) -> Subject:
+    """The teacher, frozen; of its settings those of its shape alone, as how a run was trained doesn't fit its
+    conversion."""
     subject = load_subject(path, "cpu")
     check_teacher(subject.model)
     subject.model.requires_grad_(False)
+    shape = {f.name: getattr(subject.cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
+    settings = {**DEFAULTS, **shape, "size": None, "exp": None, "tokenizer": subject.cfg.tokenizer}
+    subject.model.cfg = Config(**derived(settings))
     return subject
 
 
@@ -299,6 +306,8 @@ def converted(teacher: GPT, layers: list[Layer], most: float, window: int) -> li
 def advise(args: argparse.Namespace) -> None:
     """Print, and write, the KL of what fits into a share of the bytes of an fp16 cache, and the best of it."""
     check_out(args.out and str(args.out.parent))
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder; name a file in it")
     subject = open_teacher(args.model)
     texts, windows = read_texts(subject, args)
     teacher, full = subject.model, bytes_per_token(subject.cfg, "fp16")

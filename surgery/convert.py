@@ -173,9 +173,16 @@ def read_from_latent(layer: Layer, parts: Split, latent: int) -> tuple[Tensor, T
     least squares."""
     B, C = losses_seen(layer, parts), layer.moments.inputs
     P = torch.linalg.svd(B @ layer.spread, full_matrices=False)[0][:, :latent].T @ B
+    return P, told_by(P, C)
+
+
+def told_by(P: Tensor, C: Tensor) -> Tensor:
+    """R [n, m]: the x that P x tells of by least squares is R P x. P [m, n], C [n, n]: second moments of x."""
     gram = P @ C @ P.T
-    gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram))
-    return P, torch.linalg.solve(gram, P @ C).T
+    sizes = gram.diagonal().clamp(min=0).sqrt()[:, None]
+    sizes = sizes.clamp(min=1e-9 * sizes.max() + 1e-30)    # all channels of like size, however little some say
+    gram = gram / sizes / sizes.T + 1e-12 * torch.eye(len(gram))
+    return (torch.linalg.solve(gram, P @ C / sizes) / sizes).T
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ def no_llama(cfg: Config) -> list[str]:
         "--null-attn": cfg.null_attn, "--tie-qk": cfg.tie_qk, "--learned-temp": cfg.learned_temp,
         "--no-rope": not cfg.rope, f"--mlp {cfg.mlp}": cfg.mlp != "swiglu",
         "--embed-dim": cfg.embed_dim != cfg.d_model,
+        f"--d-model {cfg.d_model} and --n-head {cfg.n_head}": cfg.d_model % cfg.n_head != 0,        # transformers' rule
     }
     return [flag for flag, holds in reasons.items() if holds]
 

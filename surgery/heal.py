@@ -60,7 +60,9 @@ def distance(teacher, student, windows: Tensor, skip: int = 0, report=lambda don
         sums["teacher_nll"] -= t.gather(1, targets).sum().item()
         report(n + 1, len(windows))
     tokens = windows[:, skip + 1:].numel()
-    return {**{name: total / tokens for name, total in sums.items()}, "tokens": tokens}
+    means = {name: total / tokens for name, total in sums.items()}
+    means["kl"] = max(means["kl"], 0.0)                    # which rounding may take below; a NaN stays
+    return {**means, "tokens": tokens}
 
 
 @torch.no_grad()
@@ -130,7 +132,7 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
     if differ:
         raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
     restore(ckpt, student, optimizer, rng)
-    return ckpt["step"], ckpt["best_val_loss"], [factor for factor in ckpt[LATENT_SCALE]]
+    return ckpt["step"], ckpt["best_val_loss"], [*ckpt[LATENT_SCALE].to(student.embed.weight.device)]
 
 
 def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window: int, folder: Path, dtype,

@@ -21,6 +21,7 @@ OTHERS = {
                          learned_temp=True, one_temperature=True),
     "mla": dict(attn_mode="mla", kv_lora_rank=20, rope_dim=6, attn_dim=32),
     "mla, null": dict(attn_mode="mla", kv_lora_rank=20, rope_dim=6, null_attn=True, learned_temp=True),
+    "heads don't divide the stream": dict(attn_mode="bottleneck", n_head=5, attn_dim=40),
     "standard, tied": dict(attn_mode="standard", tie_qk=True),
     "gqa, null": dict(attn_mode="gqa", kv_head=2, null_attn=True, mlp="gelu"),
     "no RoPE": dict(attn_mode="standard", rope=False, embed_dim=16),

@@ -22,6 +22,7 @@ REFUSED = {
     "sweep --ckpt standard --data empty.txt": ("nothing to predict",),
     "latency --ckpt standard --contexts 1000000000000000": ("no memory",),
     "memory --ckpt standard --contexts 1000000000000000": ("no memory",),
+    "probes --ckpt standard --instances 10001": ("--instances 10001", "10,000"),
     "policy --ckpt standard": ("--max-delta-nll", "--max-kv-bytes-per-token"),
     "policy --ckpt standard --max-delta-nll 1 --max-kv-bytes-per-token 99": ("--max-delta-nll",),
     "policy --ckpt standard --max-delta-nll 1 --long --long-factor 999": ("too few", "--data"),
@@ -44,7 +45,8 @@ def test_refused_in_one_line(folder, args):
                                   "ppl --ckpt a --kv-cache k=q4_0,v=q4_0,k=fp16"))
 def test_bad_flags_are_a_usage_error(runs, args):
     result = evaluate(args, runs)
-    assert result.code == 2 and "error: " in result.stderr
+    assert_error(result, code=2)
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ("x", "1e400", "''", "99999999999999999999999"))

@@ -21,13 +21,15 @@ def quick(monkeypatch):
 
 
 def test_latency(runs, tmp_path):
-    result = result_of(f"latency {EVALUATE} decoupled --contexts 5 140 --steps 3 --prefills 1 --kv-cache hetero q8_0 "
-                      f"--kernel torch --out {tmp_path}/latency.json", runs, tmp_path / "latency.json")
+    mixed = "k_sem=q4_0,k_geo=bf16,v=q8_0"              # a format for each stream
+    result = result_of(f"latency {EVALUATE} decoupled --contexts 5 140 --steps 3 --prefills 1 --kernel torch "
+                      f"--kv-cache hetero {mixed} --out {tmp_path}/latency.json", runs, tmp_path / "latency.json")
     rows = result["rows"]
-    assert [(r["prompt"], r["cache"]) for r in rows] == [(n, c) for n in (5, 140) for c in ("fp16", "hetero", "q8_0")]
+    assert [(r["prompt"], r["cache"]) for r in rows] == [(n, c) for n in (5, 140) for c in ("fp16", "hetero", mixed)]
     model = load_model(load_checkpoint(runs / "decoupled/best.pt"))
     weights = sum(p.numel() for p in model.parameters()) * 4
-    per_token = dict(fp16=2 * (16 + 32 + 48), q8_0=(16 + 2) + (32 + 2) + (48 + 4), hetero=(8 + 2) + (32 + 2) + (24 + 4))
+    per_token = {"fp16": 2 * (16 + 32 + 48), "hetero": (8 + 2) + (32 + 2) + (24 + 4),
+                 mixed: (8 + 2) + 2 * 32 + (48 + 4)}
     fp16 = {r["prompt"]: r["ms_per_token"] for r in rows if r["cache"] == "fp16"}
     for row in rows:
         seen = row["prompt"] + timing.WARM_UP + 2

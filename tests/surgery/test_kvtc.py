@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from teachers import ids_of, layers_of, teacher_of
 
 import train_dba as dba
 
 sys.path.append(str(Path(dba.__file__).parent / "benchmarks"))
 import kvtc  # noqa: E402  (benchmarks are no package)
-from test_surgery import ids_of, layers_of, teacher_of  # noqa: E402
 
 
 def test_bits_are_those_of_the_least_error():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from teachers import dba_command, folded, ids_of, kl, layers_of, teacher_of
 
 import train_dba as dba
 from helpers import assert_done, assert_error, call, losses
@@ -12,16 +13,6 @@ from reference import cached_logits, close
 from surgery import targets
 from surgery.convert import split
 from surgery.targets import TARGETS, constant, gqa, key_cuts, mla, mla_split, per_head, shared_keys, worth_to_all
-from test_surgery import (  # noqa: F401  (fixtures)
-    dba_command,
-    folded,
-    folder,
-    ids_of,
-    kl,
-    layers_of,
-    taught,
-    teacher_of,
-)
 
 
 def quiet(done, total):
@@ -30,14 +21,14 @@ def quiet(done, total):
 
 # --- Exactness
 
-def test_full_widths_per_head_give_the_teachers_logits(taught):  # noqa: F811
+def test_full_widths_per_head_give_the_teachers_logits(taught):
     model, layers = taught
     shape, ids = model.cfg.attention, ids_of(3, seed=4)
     close(per_head(model, layers, shape.paths[0].width // 2, 1, shape.v_width)(ids), model(ids), 1e-4)
 
 
 @pytest.mark.parametrize("pairs", (1, 3))
-def test_the_folded_teacher_is_met_per_head(taught, pairs):  # noqa: F811
+def test_the_folded_teacher_is_met_per_head(taught, pairs):
     model, layers = taught
     shape = model.cfg.attention
     student = per_head(model, layers, pairs, shape.paths[0].width - 2 * pairs, shape.v_width)
@@ -49,7 +40,7 @@ def test_the_folded_teacher_is_met_per_head(taught, pairs):  # noqa: F811
         close(student.blocks[i].attn(x[None])[0], expected, 2e-3)               # W_o is fitted with a ridge
 
 
-def test_a_narrow_key_scores_in_the_teachers_size(taught):  # noqa: F811
+def test_a_narrow_key_scores_in_the_teachers_size(taught):
     """What the cut leaves of the unrotated score is divided by the root of the teacher's width, not of the narrower."""
     model, layers = taught
     shape = model.cfg.attention
@@ -143,7 +134,7 @@ def test_a_loud_constant_takes_the_norms_effect(monkeypatch):
     close(cached_logits(student, ids, [7, 1, 52], "q8_0"), exact, 0.05)
 
 
-def test_a_shared_key_is_the_nearest(taught):  # noqa: F811
+def test_a_shared_key_is_the_nearest(taught):
     """Its predicted loss is what its errors cost, one pair and key head at a time, and no other vector tried costs
     less."""
     model, layers = taught
@@ -172,7 +163,7 @@ def test_a_shared_key_is_the_nearest(taught):  # noqa: F811
 # --- Widths
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_keeps_to_its_share(taught, target):  # noqa: F811
+def test_a_target_keeps_to_its_share(taught, target):
     model, layers = taught
     ids, whole = ids_of(8, seed=5), sum(model.cfg.attention.streams.values())
     found = {}
@@ -185,7 +176,7 @@ def test_a_target_keeps_to_its_share(taught, target):  # noqa: F811
 
 @pytest.mark.parametrize("target", ("per-head", "mla", "gqa"))
 @torch.no_grad()
-def test_targets_commute_with_the_cache(taught, target):  # noqa: F811
+def test_targets_commute_with_the_cache(taught, target):
     model, layers = taught
     student, _ = TARGETS[target](model, layers, 0.6, quiet)
     ids = ids_of(2, 40, seed=6)
@@ -198,7 +189,7 @@ def test_targets_commute_with_the_cache(taught, target):  # noqa: F811
 # --- The command
 
 @pytest.mark.parametrize("target, mode", (("per-head", "decoupled"), ("mla", "mla"), ("gqa", "gqa")))
-def test_a_target_by_the_command_line(folder, target, mode):  # noqa: F811
+def test_a_target_by_the_command_line(folder, target, mode):
     more = f"--target {target} --heal-tokens 160 --lr 1e-3"
     done = dba_command(folder, more)
     assert_done(done)
@@ -213,13 +204,13 @@ def test_a_target_by_the_command_line(folder, target, mode):  # noqa: F811
     assert_error(dba_command(folder, "--heal-tokens 160 --lr 1e-3"), f"target was {target}, is latent", "--overwrite")
 
 
-def test_shares_that_a_target_cannot_keep_to(folder):  # noqa: F811
+def test_shares_that_a_target_cannot_keep_to(folder):
     assert_error(dba_command(folder, "--target gqa --cache-share 0.3"), "2 key heads", "0.5")
     assert_error(dba_command(folder, "--target per-head --cache-share 0.1"), "--cache-share 0.1", "per-head")
     assert_error(dba_command(folder, "--target mla --cache-share 0.01"), "--cache-share 0.01", "mla")
 
 
-def test_layers_are_of_the_teacher_alone(taught):  # noqa: F811
+def test_layers_are_of_the_teacher_alone(taught):
     """Conversions share all weights but attention's with the teacher, and change none of them."""
     model, layers = taught
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

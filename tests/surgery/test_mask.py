@@ -280,6 +280,17 @@ def test_learning_brings_gates_closer_and_leaves_the_model_alone(bits, least):
     assert all(torch.isfinite(p.grad).all() for p in gates.parameters())
 
 
+def test_learning_by_logits_is_the_same_of_a_model_that_was_trained_with_checkpointing():
+    ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for again in (False, True):
+        host = ours(attn_mode="gqa", kv_head=2, attn_dim=32, activation_checkpointing=again)
+        gates = Gates(2, host.heads, host.groups, host.width, 16)
+        learn_logits(host, gates, ids, 0.5, 1.0, 0.01)
+        gradients.append(gates.thresholds.grad)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
 def test_thresholds_leave_out_the_same_share_of_every_head():
     host = ours(attn_mode="gqa", kv_head=2, attn_dim=32)
     ids = torch.randint(257, (1, 128), generator=torch.Generator().manual_seed(0))

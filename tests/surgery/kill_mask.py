@@ -1,6 +1,6 @@
 """`convert_dba.py mask` in a process that kills itself before its N-th step is logged, with half a line in the log.
 
-    python3 tests/kill_mask.py N mask --model ...
+    python3 tests/surgery/kill_mask.py N mask --model ...
 """
 
 import json
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import convert_dba
 import train_dba
