@@ -343,31 +343,33 @@ def zoom(ax, members: list) -> None:
 
 
 def draw_learning_rate(series: list, path: Path) -> None:
-    """Last validation loss over the learning rate, a panel per mode; the best rate of each row is filled."""
+    """Last validation loss over the learning rate, a panel per mode, and per mode without RoPE, whose losses are far
+    above; the best rate of each row is filled."""
     drawn = {}
     for title, members in rate_panels(series):
         for member in members:
-            rows = drawn.setdefault((title, member["mode"]), {})
+            heading = member["mode"] + (", no RoPE" if "no RoPE" in member["label"] else "")
+            rows = drawn.setdefault((title, heading), {})
             rows.setdefault(member["row"], []).append(member)
     fig, axes = subplots(len(drawn), height=3, width=2.9, most=3)
-    for ax, ((title, mode), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
+    for ax, ((title, heading), rows) in zip(axes, sorted(drawn.items(), key=lambda item: item[0])):
         ticks = set()
         for i, (_, members) in enumerate(sorted(rows.items())):
-            points = []
+            points, color = [], COLORS[members[0]["mode"]]
             for member in members:
                 loss = member["last_val_loss"]
                 points.append((member["lr"], loss["mean"], loss["half"] or 0))
             rates, losses, halves = zip(*sorted(points))
             ticks.update(rates)
-            ax.errorbar(rates, losses, yerr=halves, linestyle=STYLES[i % len(STYLES)], color=COLORS[mode], marker="o",
+            ax.errorbar(rates, losses, yerr=halves, linestyle=STYLES[i % len(STYLES)], color=color, marker="o",
                         markersize=4, markerfacecolor="white", linewidth=1.2, label=members[0]["label"])
             best = losses.index(min(losses))
-            ax.plot(rates[best], losses[best], "o", color=COLORS[mode], markersize=5, zorder=5)
+            ax.plot(rates[best], losses[best], "o", color=color, markersize=5, zorder=5)
         ax.set(xscale="log", xlabel="learning rate", ylabel="last validation loss")
         ax.set_xticks(sorted(ticks), [f"{rate:g}" for rate in sorted(ticks)])
         ax.minorticks_off()
         name, batch, steps = title.rsplit(", ", 2)
-        ax.set_title(f"{mode}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
+        ax.set_title(f"{heading}\n{name}\n{batch}, {steps}", loc="left", fontsize=SMALL)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(-0.1, -0.26), frameon=False)
     save(fig, path)

@@ -111,10 +111,12 @@ class Run:
         return all(path.is_file() and path.stat().st_mtime >= self.best.stat().st_mtime for path in made)
 
     def post_ppl(self):
-        """Commands that measure the loss of the best checkpoint through quantised caches, plain and rotated, where it
-        has not been measured yet."""
+        """Commands that measure the loss of the best checkpoint through quantised caches, plain and rotated, and of
+        decoupled attention with one stream at a time in 4 bits, where it has not been measured yet."""
         flags = ["--ckpt", self.cfg.out_dir, "--device", self.cfg.device, "--batch-size", 32, "--max-tokens", 2**15 + 1]
         plain = [name for name in CACHES if cache_formats(self.cfg, name)]
+        if "hetero" in plain:
+            plain += one_in_4_bits(self.cfg.attention.streams)
         if not self.is_measured(*(f"eval_ppl_{name}.json" for name in plain)):
             yield ["eval_dba.py", "ppl", *flags, "--kv-cache", *plain]
         if not self.is_measured("eval_ppl_q4_0_rotated.json"):
@@ -134,6 +136,15 @@ class Run:
             else:
                 flags += [flag_name(name), f"{value}"]
         return flags
+
+
+def one_in_4_bits(streams):
+    """Caches in fp16 but for one of their streams, as --kv-cache names them."""
+    caches = []
+    for chosen in streams:
+        formats = {**dict.fromkeys(streams, "fp16"), chosen: "q4_0"}
+        caches.append(",".join(f"{name}={kind}" for name, kind in formats.items()))
+    return caches
 
 
 def read_manifest(path):

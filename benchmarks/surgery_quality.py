@@ -148,7 +148,7 @@ def rows_of(teacher, layers, healed):
     def aimed(target, share):
         return TARGETS[target](teacher, layers, share, lambda done, total: None)[0]
 
-    made = {f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5)}
+    made = {f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5, 0.25)}
     for name, path in healed.items():
         made[f"latent {name} %, healed"] = lambda path=path: load_subject(path, "cpu").model
     rows = {"teacher": Row(lambda: teacher)}
@@ -156,9 +156,11 @@ def rows_of(teacher, layers, healed):
                           ("k q4_0, v q2_0", "k=q4_0,v=q2_0"), ("k q3_0, v q2_0", "k=q3_0,v=q2_0"), ("q2_0", "q2_0")):
         rows[name] = Row(turned, formats)
         rows[f"{name}, {NEWEST} newest fp16"] = Row(turned, formats, NEWEST)
-    rows["MHA2MLA-like 75 %"] = Row(lambda: per_head(teacher, layers, 16, 16, 48, ByNorm, False))
-    for share, pairs, rank, values in ((75, 16, 16, 48), (62.5, 16, 16, 32), (50, 8, 16, 32)):
-        rows[f"per head {share} %"] = Row(partial(per_head, teacher, layers, pairs, rank, values, ByError, True))
+    for share, eighths in ((75, (2, 2, 6)), (62.5, (2, 2, 4)), (50, (1, 2, 4))):      # of a head: pairs, rank, values
+        cut = [teacher.cfg.attention.paths[-1].width * part // 8 for part in eighths]
+        rows[f"per head {share} %"] = Row(partial(per_head, teacher, layers, *cut, ByError, True))
+        if share == 75:
+            rows["MHA2MLA-like 75 %"] = Row(partial(per_head, teacher, layers, *cut, ByNorm, False))
     for target, share in (("per-head", 0.75), ("mla", 0.75), ("per-head", 0.5), ("mla", 0.5), ("gqa", 1 / 3)):
         rows[f"target {target} {100 * share:.3g} %"] = Row(partial(aimed, target, share))
     for bits in (3.5, 2.5, 1.5):                           # a value, as q3_0 and q2_0 have and one less

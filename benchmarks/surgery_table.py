@@ -1,19 +1,21 @@
 """
-The table of docs/convert.md from what benchmarks/surgery_quality.py measured.
+The tables of docs/convert.md from what benchmarks/surgery_quality.py measured.
 
-    python3 benchmarks/surgery_table.py runs/llama/smollm2_135m/surgery.json docs/convert.md
+    python3 benchmarks/surgery_table.py docs/convert.md
 
-Between the lines <!-- surgery --> and <!-- /surgery --> of the document. Where rows have seen different numbers of
-windows, ratios are of the windows that both have seen.
+Each stands between a line <!-- surgery: RESULT -->, RESULT being a path from the project's root, and the line
+<!-- /surgery -->. Where rows have seen different numbers of windows, ratios are of the windows that both have seen.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from common import train_dba
 
-BEGIN, END = "<!-- surgery -->\n", "<!-- /surgery -->\n"
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile("(<!-- surgery: (.+) -->\n)(?s:.*?)(<!-- /surgery -->\n)")
 # (claim, row, row it is divided by, the most that the ratio may be)
 TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75 %", 0.19),
            ("75 %: beside the cut per head", "latent 75 %", "per head 75 %", 0.29),
@@ -65,16 +67,22 @@ def table(document):
     return "\n".join(lines) + "\n"
 
 
+def filled(text):
+    """The document with its tables as they are measured."""
+    def block(found):
+        begin, result, end = found.groups()
+        return begin + table(json.loads((ROOT / result).read_text(encoding="utf-8"))) + end
+    return BLOCK.sub(block, text)
+
+
 def main():
-    if len(sys.argv) != 3:
-        sys.exit(f"error: {Path(sys.argv[0]).name} takes a result and a document")
-    result, path = map(Path, sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit(f"error: {Path(sys.argv[0]).name} takes a document")
+    path = Path(sys.argv[1])
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"error: {path} lacks the lines {BEGIN.strip()} and {END.strip()}")
-    head, rest = text.split(BEGIN)
-    made = table(json.loads(result.read_text(encoding="utf-8")))
-    train_dba.write_text(path, head + BEGIN + made + END + rest.split(END)[1])
+    if not BLOCK.search(text):
+        sys.exit(f"error: {path} has no lines <!-- surgery: RESULT --> and <!-- /surgery -->")
+    train_dba.write_text(path, filled(text))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def label(config: dict) -> str:
     names = [mode, str(width)]
     if mode == "mla" and c["attn_dim"] not in (None, c["d_model"]):
         names.append(f"v{c['attn_dim']}")
+    if mode == "decoupled" and c["kv_lora_rank"]:
+        names.append(f"latent {c['kv_lora_rank']}")
     if mode == "decoupled" and c["kv_head"]:
         names.append(f"{c['kv_head']} groups")
     for switch, name in (("null_attn", "null"), ("tie_qk", "tied"), ("one_temperature", "one temperature"),

@@ -39,7 +39,7 @@ SECTIONS = {                                               # of the ledger: {tit
                                               "mean_difference", "disjoint_mse"),
     "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
-    "Quantised caches and ranks": ("cache_quality", "geometric_bits", "stream_sensitivity", "effective_rank"),
+    "Quantised caches and ranks": ("cache_quality", "cache_contrast", "effective_rank"),
     "Learned masks": ("mask_bound", "mask_gradient", "mask_memory"),
     "Announced without results": ("not_run",),
 }
@@ -47,6 +47,8 @@ FAMILIES = {("standard", False): "standard", ("bottleneck", False): "bottleneck"
             ("mla", False): "MLA", ("decoupled", False): "DBA", ("decoupled", True): "DBA with grouped keys"}
 REPLACED = "compiled multiply-and-sum"                     # the CPU's kernel until November 25, 2026
 LEVEL = 0.01                                               # nats, the margin of the pre-registered positive control
+OF_SEVERAL = {"holds": "hold", "does not hold": "do not hold", "arithmetic error": "arithmetic errors",
+              "contradicts itself": "contradict themselves"}
 KINDS = {"better": "below 0", "no_worse": "below {margin}", "equivalent": "within ± {margin}"}
 
 
@@ -234,7 +236,11 @@ def findings(results: dict) -> list[str]:
 def verdict_counts(rows: list, verdicts: tuple) -> str:
     """How many rows have each verdict, those that none has left out."""
     counts = collections.Counter(row["verdict"] for row in rows)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts if counts[verdict])
+    said = []
+    for verdict in verdicts:
+        if counts[verdict]:
+            said.append(f"{counts[verdict]} {verdict if counts[verdict] == 1 else OF_SEVERAL.get(verdict, verdict)}")
+    return ", ".join(said)
 
 
 def of_source(rows: list, control: bool) -> list:

@@ -338,29 +338,18 @@ def cache_deltas(claim: dict, results: dict, *policies: str) -> tuple[list, str,
     return [], "", ""
 
 
-def geometric_bits(claim: dict, results: dict) -> Finding:
-    """4 bits instead of 8 for geometric keys (q4_0 less hetero) cost more than 4 for all else (hetero less fp16)."""
-    deltas, series, where = cache_deltas(claim, results, "hetero", "q4_0")
+def cache_contrast(claim: dict, results: dict) -> Finding:
+    """A sum of what formats of the cache add to the loss, each with the claim's weight, is above 0, paired by seed."""
+    weights = claim["weights"]
+    deltas, series, where = cache_deltas(claim, results, *weights)
     if not deltas:
         return Finding()
-    differences = [q4 - 2 * hetero for hetero, q4 in deltas]
+    differences = []
+    for of_seed in deltas:
+        differences.append(sum(weight * delta for weight, delta in zip(weights.values(), of_seed, strict=True)))
     mean, half = mean_interval(differences)
     agrees = unless_interim(mean > 0, results, series, len(deltas))
     return Finding(mean, half, agrees, where, len(deltas), two_sided(p_below(differences, 0.0)))
-
-
-def stream_sensitivity(claim: dict, results: dict) -> Finding:
-    """What 4 bits for one stream add to the loss, less what they add for another, the rest of the cache in float32."""
-    benchmark, deltas = results["benchmarks"].get("cache_quality", dict(rows=[])), {}
-    for row in benchmark["rows"]:
-        if row["run"] == claim["run"] and not row["rotate"]:
-            deltas[row["policy"]] = row["delta_nll"]
-    names = [f"{stream} q4_0" for stream in claim["streams"]]
-    if not deltas.keys() >= set(names):
-        return Finding()
-    first, second = (deltas[name] for name in names)
-    where = f"`{claim['run']}`: {names[0]} {first:+.4f}, {names[1]} {second:+.4f}, 1 seed; {benchmark['env']['cpu']}"
-    return Finding(first - second, None, first > second, where, seeds=1)
 
 
 def latency_row(results: dict, run: str, prompt: int, cache: str) -> dict | None:
@@ -691,7 +680,7 @@ def disjoint_mse(claim: dict, results: dict) -> Finding:
 
 RULES = {rule.__name__: rule for rule in (
     loss, below, not_worse, early_below, ahead_throughout, data_efficiency, steadier, overfits, speed_ratio, step_ratio,
-    step_bound, attention_ratio, decode_ratio, latency_ratio, cache_quality, geometric_bits, stream_sensitivity,
+    step_bound, attention_ratio, decode_ratio, latency_ratio, cache_quality, cache_contrast,
     effective_rank, probe_difference, mask_bound, mask_gradient, mask_memory, not_run, cache_percent_less,
     bytes_per_value, other_mixed_caches, absorbed_work, quotients, contradiction, confounded, tokens_seen, work_ratio,
     disjoint_mse, cache_gib, cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity,

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
 # (formats of a cache, regions of a prompt, layers) is told apart by markers, greys, or a colour that no mode has.
 COLORS = dict(standard="#000000", bottleneck="#0072B2", decoupled="#D55E00", gqa="#009E73", mla="#CC79A7")
 OTHERS = ("#E69F00", "#56B4E9", "#777777")
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = {"fp16": "o", "q8_0": "s", "q4_0": "^", "q4_0_rotated": "P", "hetero": "D", "nf4": "v"}  # of cache formats
 REPORTED = dict(marker="*", color="#F0E442", markeredgecolor="#000000", markersize=9, markeredgewidth=0.7, linestyle="")
 SMALL, NORMAL = 8, 9                                       # points of text, at 8 inches for a README's width

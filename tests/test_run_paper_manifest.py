@@ -178,7 +178,8 @@ def test_what_follows_a_run(small):
     assert result.returncode == 0, result.stderr
     measured = {path.relative_to(small / "runs").as_posix() for path in (small / "runs").rglob("*.json")}
     for name, caches in (("good", ("fp16", "q8_0", "q4_0", "q4_0_rotated")),
-                         ("other", ("fp16", "q8_0", "q4_0", "q4_0_rotated", "hetero"))):
+                         ("other", ("fp16", "q8_0", "q4_0", "q4_0_rotated", "hetero", "k_sem=q4_0,k_geo=fp16,v=fp16",
+                                    "k_sem=fp16,k_geo=q4_0,v=fp16", "k_sem=fp16,k_geo=fp16,v=q4_0"))):
         read = {path for path in measured if path.startswith(f"g/s/{name}_s1/")}
         assert read - {f"g/s/{name}_s1/{kept}.json" for kept in ("resolved_config", "env")} == {
             f"g/s/{name}_s1/mem128k.json", *(f"g/s/{name}_s1/eval_ppl_{cache}.json" for cache in caches)}

@@ -224,6 +224,15 @@ def test_a_log_from_before_a_flag_has_its_default(tmp_path):
     assert not problems and run["label"] == "standard 512"
 
 
+@pytest.mark.parametrize("settings, label", (
+    (dict(attn_mode="gqa", kv_head=2, attn_dim=128), "gqa 8Q/2KV"),
+    (dict(attn_mode="decoupled", sem_dim=32, geo_dim=64, null_attn=True, tie_qk=True), "decoupled 32/64 null tied"),
+    (dict(attn_mode="decoupled", sem_dim=64, geo_dim=64, kv_lora_rank=48, kv_head=4),
+     "decoupled 64/64 latent 48 4 groups")))
+def test_labels_say_what_a_model_caches(settings, label):
+    assert collect.label(dataclasses.asdict(make_config(data="-", **settings))) == label
+
+
 def test_runs_of_other_data_share_no_series_panel_or_difference(tmp_path):
     """By what the log says of the data; the path is the same."""
     write_run(tmp_path / "a_s1", seed=1)

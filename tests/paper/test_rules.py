@@ -119,7 +119,7 @@ def test_quality_of_a_cache_goes_by_runs_with_several_seeds():
 
 
 @pytest.mark.parametrize("rule,settings", (("cache_quality", dict(policy="q4_0", run="c", tolerance=0.1)),
-                                           ("geometric_bits", {})))
+                                           ("cache_contrast", dict(weights=dict(q4_0=1, hetero=-2)))))
 def test_caches_of_a_part_of_the_registered_seeds_decide_nothing(rule, settings):
     runs = quantised([dict(hetero=0.001, q4_0=0.05), dict(hetero=0.002, q4_0=0.053), dict(hetero=0.001, q4_0=0.056)])
     for entry in runs:
@@ -129,24 +129,18 @@ def test_caches_of_a_part_of_the_registered_seeds_decide_nothing(rule, settings)
         assert verdict_of(rule, results, series=["g/set/m"], **settings)[0] == said
 
 
-def test_bits_of_geometric_keys():
+def test_a_weighted_sum_of_what_formats_cost():
     """q4_0 less hetero against hetero less fp16."""
     cases = dict(yes=((0.001, 0.05), (0.002, 0.053), (0.001, 0.056)), no=((0.02, 0.03), (0.02, 0.029), (0.02, 0.031)),
                  mixed=((0.01, 0.05), (0.05, 0.06)), one=((0.001, 0.05),), none=())
+    claim = dict(weights=dict(q4_0=1, hetero=-2), series=["m"])
     for name, pairs in cases.items():
         runs = quantised([dict(hetero=hetero, q4_0=q4) for hetero, q4 in pairs])
-        assert verdict_of("geometric_bits", dict(runs=runs), series=["m"])[0] == EVERY[name]
-
-
-@pytest.mark.parametrize("geo, agrees", ((0.03, True), (0.01, False)))
-def test_one_stream_at_a_time(geo, agrees):
-    rows = [dict(run="c", policy=policy, rotate=rotate, delta_nll=delta) for policy, rotate, delta in
-            (("k_geo q4_0", False, geo), ("k_sem q4_0", False, 0.02), ("k_geo q4_0", True, 9.0))]
-    results = dict(benchmarks=dict(cache_quality=dict(rows=rows, env=dict(cpu="a CPU"))))
-    claim = dict(run="c", streams=["k_geo", "k_sem"])
-    verdict, finding = verdict_of("stream_sensitivity", results, **claim)
-    assert verdict == EVERY["one"] and finding.agrees == agrees and finding.value == pytest.approx(geo - 0.02)
-    assert verdict_of("stream_sensitivity", results, **dict(claim, run="d"))[0] == EVERY["none"]
+        verdict, finding = verdict_of("cache_contrast", dict(runs=runs), **claim)
+        assert verdict == EVERY[name]
+        if pairs:
+            assert finding.value == pytest.approx(sum(q4 - 2 * hetero for hetero, q4 in pairs) / len(pairs))
+    assert verdict_of("cache_contrast", dict(runs=quantised([dict(q4_0=0.1)] * 3)), **claim)[0] == EVERY["none"]
 
 
 @pytest.mark.parametrize("ms, agrees", ((2.0, True), (5.0, False)))
