@@ -984,7 +984,7 @@ def load_data(cfg, tokenizer=None):
     for path in paths:
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; make a token file of its texts: prepare_fineweb.py --dataset text "
-                            f"--input {path} --tokenizer bpe:4096 --output data/mine.npy")
+                            f"--input {shlex.quote(str(path))} --tokenizer bpe:4096 --output data/mine.npy")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
@@ -1292,7 +1292,7 @@ def share_of(tensor, p):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
-              "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
+              "overwrite", "config", "size", "exp", "shard", "activation_checkpointing", "tensorboard"}
 RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT_WEIGHTS = "step[0-9]*.pt"                             # of --keep-every
 ELSEWHERE = "use another --out-dir, or --overwrite"
@@ -1309,10 +1309,13 @@ def relative(path):
     return os.path.relpath(path) if path and os.path.isabs(path) else path
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def why_unwritten(e):
     """Why the system refused to write, which PyTorch tells by where its file ends."""
     e = e.__context__ if isinstance(e.__context__, OSError) else e
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(e, OSError) and e.errno in FULL:
         return f"disk full: {e.strerror}"
     return getattr(e, "strerror", None) or brief(e)
 
@@ -1322,7 +1325,7 @@ def writing(path):
     """Raise UserError where the system refuses to write what is written here."""
     try:
         yield
-    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, UnicodeError) as e:     # torch.save reports a full disk as a RuntimeError
         raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
@@ -1342,12 +1345,15 @@ def write_whole(path, write):
 @contextlib.contextmanager
 def own_folder(folder):
     """Make the run folder this process's own: locked, and without what killed runs left half written. A folder that
-    nothing was written to is removed again. Raises UserError where another run holds it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    nothing was written to is removed again. Raises UserError where another run holds it, or it can't be made."""
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     with contextlib.ExitStack() as stack:
+        stack.callback(remove_empty, made)
         with contextlib.suppress(OSError):                 # where no lock can be made, start_folder() says why
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.callback(remove_empty, made)
             stack.enter_context(exclusive(folder / "lock", folder))
             for path in (path for name in (*RUN_FILES, KEPT_WEIGHTS) for path in folder.glob(f"{name}.*tmp")):
                 path.unlink()
@@ -1499,7 +1505,7 @@ def summary_writer():
 
 def read_log(path, shape=LOG_LINE):
     """The lines of a log as dicts of a shape; a torn last line, left by a kill, is dropped."""
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     try:
         lines = read_bytes(path, 2**30).splitlines()
@@ -1521,7 +1527,7 @@ def read_log(path, shape=LOG_LINE):
 def read_run(folder):
     """(lines of the log, last.pt or None) of a run folder. Raises UserError for what can't be gone on with."""
     log, last = read_log(folder / "train.jsonl"), folder / "last.pt"
-    ckpt = load_checkpoint(last, mmap=True) if last.exists() else None
+    ckpt = load_checkpoint(last, mmap=True) if os.path.exists(last) else None
     if not log and not ckpt and (kept := sorted(folder.glob(KEPT_WEIGHTS))):
         raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; {ELSEWHERE}")
     if ckpt and (lacking := {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys()):
@@ -1577,10 +1583,6 @@ def shell_quote(arg):
 def start_folder(cfg, ckpt, env, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
@@ -1595,7 +1597,8 @@ def start_folder(cfg, ckpt, env, meta, argv):
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
         for path in [folder / "last.pt", folder / "best.pt", *folder.glob(KEPT_WEIGHTS)]:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
 
@@ -1911,7 +1914,7 @@ def train(cfg, given, argv, source=None, tokenizer=None):
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
     if cfg.shard and not dist.is_initialized():
-        raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
+        raise UserError("--shard splits a model over ranks; start them with torchrun, or give --no-shard")
     share_out(cfg, ranks)                                  # refuses early what can't be dealt
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
@@ -2840,13 +2843,17 @@ def parse_args(argv=None):
 
 def exit_code(advice="ask for less at once"):
     """Decorator of a script's main(), which then returns the exit code: what main does, or 0; 1 after one line that
-    says a UserError, or that there is no memory, with advice; 130 for Ctrl-C, and 141 where the reader of what is
-    printed has gone, as in `| head`."""
+    says a UserError, or that there is no memory, with advice, or no space for what is printed; 130 for Ctrl-C, and 141
+    where the reader of what is printed has gone, as in `| head`."""
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
+            if sys.stderr is None:                         # closed, as by 2>&-: print would turn to standard output
+                sys.stderr = open(os.devnull, "w")
             try:
-                return main(argv) or 0
+                code = main(argv) or 0
+                print(end="", flush=True)
+                return code
             except UserError as e:
                 problem = str(e)
             except (MemoryError, RuntimeError) as e:       # PyTorch's of a CPU is known by its words alone
@@ -2856,9 +2863,13 @@ def exit_code(advice="ask for less at once"):
                 problem = f"no memory ({brief(e)}); {advice}"
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 128 + signal.SIGPIPE
+            except OSError as e:
+                if e.errno not in (errno.EPIPE, *FULL):
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+                if e.errno == errno.EPIPE:
+                    return 128 + signal.SIGPIPE
+                problem = f"can't write what is printed ({why_unwritten(e)})"
             tqdm.write(f"error: {problem}", file=sys.stderr)                    # on a line of its own, beside a bar
             return 1
         return run

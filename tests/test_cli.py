@@ -434,6 +434,8 @@ def test_a_step_without_memory_is_said_in_a_line(tmp_path, monkeypatch):
 def test_a_folder_of_texts(tmp_path):
     make_text(tmp_path)
     assert_error(call("--data . --out-dir a", tmp_path), ". is a folder", "prepare_fineweb.py --dataset text --input .")
+    (tmp_path / "my texts").mkdir()
+    assert_error(call("--data 'my texts'", tmp_path), "--input 'my texts' ")
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -492,3 +494,19 @@ def test_nobody_reads_what_is_printed():
                             env=environment())
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_no_space_for_what_is_printed():
+    """Neither where it is printed, nor where Python would write it at its end; and no standard error at all."""
+    program = ("import sys, train_dba\n@train_dba.exit_code()\ndef main(argv):\n    print('text', flush={})\n"
+               "    print('said', file=sys.stderr)\nsys.exit(main())")
+    for flush in (True, False):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([sys.executable, "-c", program.format(flush)], stdout=full, stderr=subprocess.PIPE,
+                                    cwd=TRAINER.parent, env=environment(), text=True)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert result.stderr.endswith("error: can't write what is printed (disk full: No space left on device)\n")
+    command = f"{sys.executable} -c \"$0\" 2>&-"
+    result = subprocess.run(["bash", "-c", command, program.format(True)], capture_output=True, cwd=TRAINER.parent,
+                            env=environment(), text=True)
+    assert (result.returncode, result.stdout) == (0, "text\n")
