@@ -484,6 +484,13 @@ def test_every_script_ends_in_words(script, tmp_path, monkeypatch):
         ended_by(RuntimeError("a bug"))
 
 
+@pytest.mark.parametrize("script", sorted(path.stem for path in TRAINER.parent.glob("*.py") if path.stem != "estimate"))
+def test_every_script_says_a_wrong_flag_in_a_line(script, tmp_path):
+    result = call("--bogus", tmp_path, importlib.import_module(script).main)
+    assert_error(result, code=2)
+    assert result.stderr.count("\n") == 1
+
+
 def test_nobody_reads_what_is_printed():
     """As in `| head`: no traceback, neither at once nor when Python flushes at its end."""
     program = ("import sys, train_dba\n@train_dba.exit_code()\ndef main(argv):\n    print('text', flush=True)\n"

@@ -159,6 +159,17 @@ def test_flags_that_runs_are_named_by_are_refused(small, flag):
     assert result.stderr.count("\n") == 1
 
 
+def test_settings_of_every_run(small):
+    """As settings, or as flags: the command is one that the trainer takes. A seed that is named twice is one run."""
+    for flags in ("--set micro_batch=auto rope=false null_attn=true lr=2e-3",
+                  "-- --micro-batch auto --no-rope --null-attn --lr 2e-3"):
+        result = manifest_command(small, f"--dry-run --only s/good --seeds 5 5 {flags}")
+        assert "1 of 1 runs are to be made" in result.stdout, result
+        given = parse_args(shlex.split(re.search(r"train_dba.py (.*)", result.stdout)[1]))
+        assert {**given, "micro_batch": 0, "rope": False, "null_attn": True, "lr": 2e-3, "seed": 5} == given
+    assert "unrecognized arguments: --bogus=1" in manifest_command(small, "--set bogus=1 --dry-run").stderr
+
+
 def test_a_rate_that_a_run_is_named_by_is_refused(small):
     manifest = json.loads((small / "m.json").read_text())
     manifest["g"]["sets"]["s"]["lrs"] = [0.1, 0.2]
