@@ -2501,8 +2501,10 @@ POLICY_FILE = "kv_policy.json"
 def auto_policy(cfg, model_cfg):
     """The same Config with the cache that `eval_dba.py policy` found for the checkpoint. Raises UserError unless it was
     found for this very file."""
-    path, ckpt = Path(cfg.ckpt).with_name(POLICY_FILE), Path(cfg.ckpt)
-    again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
+    ckpt = Path(cfg.ckpt)
+    path = (ckpt if os.path.isdir(ckpt) else ckpt.parent) / POLICY_FILE         # of a Llama's folder in it
+    again = (f"make it by python3 eval_dba.py policy --ckpt {shlex.quote(cfg.ckpt)} --max-delta-nll 0.005, or choose "
+             "another --kv-cache")
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
 
@@ -2663,7 +2665,9 @@ def derived(c):
         head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
         fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
     c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config", "init_from")}}
+    for name in ("data", "val_data", "out_dir", "config", "init_from"):
+        c[name] = c[name] and relative(str(Path(c[name])))                      # ./runs/a/ is runs/a
+    return c
 
 
 def out_of_range(settings):

@@ -8,6 +8,7 @@ trust_remote_code. mla isn't written as DeepSeek-V2, whose class fixes the epsil
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -127,7 +128,7 @@ def export(ckpt: str | Path, out: Path) -> list[str]:
         from transformers import PreTrainedTokenizerFast
     except ImportError as e:
         raise UserError(f"no module {e.name}: pip install -r requirements-eval.txt") from None
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name another --out-dir")
     model, tokenizer, _, _ = read_model(ckpt)
     made, end = to_tokenizers(tokenizer)
