@@ -1146,7 +1146,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:            # AssertionError: PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as e:                    # of a PyTorch that was built without it
         raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
     return device
 
@@ -2411,7 +2411,7 @@ def prompt_texts(cfg):
         raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
     if cfg.prompt_file is not None:
         try:
-            yield read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()
+            yield read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode("utf-8-sig")
         except (OSError, ValueError) as e:
             raise UserError(f"--prompt-file {cfg.prompt_file} can't be read as UTF-8 text ({brief(e)})") from None
     elif cfg.interactive:

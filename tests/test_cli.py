@@ -141,6 +141,7 @@ WRONG = {
     "--exp paper_decoupled --attn-mode gqa": "--exp",
     "--device nonsense": "--device",
     "--device meta": "--device",
+    "--device hpu": "--device",
     "--out-dir text.txt": "text.txt",
     "--out-dir text.txt/run": "text.txt",
 }
