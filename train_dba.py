@@ -1353,10 +1353,12 @@ def own_folder(folder):
         raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     with contextlib.ExitStack() as stack:
         stack.callback(remove_empty, made)
-        with contextlib.suppress(OSError):                 # where no lock can be made, start_folder() says why
+        try:
             stack.enter_context(exclusive(folder / "lock", folder))
             for path in (path for name in (*RUN_FILES, KEPT_WEIGHTS) for path in folder.glob(f"{name}.*tmp")):
                 path.unlink()
+        except OSError as e:                               # a finished run is still said to be finished
+            print(f"note: {folder} isn't locked ({brief(e)}): let nothing else write there", file=sys.stderr)
         yield
 
 
