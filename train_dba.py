@@ -2849,8 +2849,8 @@ def parse_args(argv=None):
 
 def exit_code(advice="ask for less at once"):
     """Decorator of a script's main(), which then returns the exit code: what main does, or 0; 1 after one line that
-    says a UserError, or that there is no memory, with advice, or no space for what is printed; 130 for Ctrl-C, and 141
-    where the reader of what is printed has gone, as in `| head`."""
+    says a UserError, or that there is no memory, with advice, no access to a path, or no space for what is printed; 130
+    for Ctrl-C, and 141 where the reader of what is printed has gone, as in `| head`."""
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
@@ -2870,12 +2870,15 @@ def exit_code(advice="ask for less at once"):
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
             except OSError as e:
-                if e.errno not in (errno.EPIPE, *FULL):
+                if e.errno in (errno.EACCES, errno.ENAMETOOLONG) and e.filename:                      # of Path.exists()
+                    problem = f"{e.filename}: {e.strerror}"
+                elif e.errno in (errno.EPIPE, *FULL):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes, too
+                    if e.errno == errno.EPIPE:
+                        return 128 + signal.SIGPIPE
+                    problem = f"can't write what is printed ({why_unwritten(e)})"
+                else:
                     raise
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-                if e.errno == errno.EPIPE:
-                    return 128 + signal.SIGPIPE
-                problem = f"can't write what is printed ({why_unwritten(e)})"
             tqdm.write(f"error: {problem}", file=sys.stderr)                    # on a line of its own, beside a bar
             return 1
         return run

@@ -480,6 +480,7 @@ def test_every_script_ends_in_words(script, tmp_path, monkeypatch):
     assert_error(ended_by(UserError("wrong")), "error: wrong")
     assert_error(ended_by(MemoryError("3 GiB")), "no memory (MemoryError: 3 GiB); ")
     assert_error(ended_by(RuntimeError("can't allocate memory")), "no memory")
+    assert_error(ended_by(PermissionError(13, "Permission denied", "locked/x")), "error: locked/x: Permission denied")
     assert ended_by(KeyboardInterrupt()) == (130, "", "")
     with pytest.raises(RuntimeError, match="a bug"):       # which must not look like a user's mistake
         ended_by(RuntimeError("a bug"))
