@@ -21,6 +21,7 @@ tests them, corrected by Holm at the group's `alpha`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -54,6 +55,7 @@ from train_dba import (
     product_rates,
     read_json,
     synchronize,
+    writing,
 )
 
 HERE = Path(__file__).parent
@@ -89,12 +91,9 @@ class Run:
     def tokens_done(self):
         """Tokens that its log tells of."""
         log = Path(self.cfg.out_dir) / "train.jsonl"
-        for line in reversed(log.read_text().splitlines() if log.is_file() else []):
-            try:
-                if "tokens" in (fields := json.loads(line)):
-                    return fields["tokens"]
-            except ValueError:                             # a line that is being written
-                pass
+        for line in reversed(log.read_bytes().splitlines() if log.is_file() else []):
+            with contextlib.suppress(*BROKEN):             # a line without, or one that is being written
+                return json.loads(line)["tokens"]
         return 0
 
     @property
@@ -370,7 +369,8 @@ class Runner:
         if self.stopped:
             return 130
         log = Path(f"{run.cfg.out_dir}.console")
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
         code = self.call([HERE / "train_dba.py", *run.command()], log)
         for commands in self.post if code == 0 and run.best.is_file() else ():
             for script, *flags in commands(run):

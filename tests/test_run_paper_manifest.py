@@ -178,6 +178,20 @@ def test_a_rate_that_a_run_is_named_by_is_refused(small):
     assert result.returncode == 1 and result.stderr.startswith("error: --lr after --"), result.stderr
 
 
+def test_where_no_run_can_be_kept(small):
+    result = manifest_command(small, "--only s/good --runs text.txt")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: can't write text.txt/g/s/good")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_log_that_is_none_tells_of_no_tokens(small):
+    (small / "runs/g/s/good_s1").mkdir(parents=True)
+    for text in (b"\xff\n", b"5\n", b'{"type": "meta"}\n{"tok'):
+        (small / "runs/g/s/good_s1/train.jsonl").write_bytes(text)
+        result = manifest_command(small, "--dry-run --only s/good")
+        assert result.returncode == 0 and "1 of 1 runs are to be made" in result.stdout
+
+
 def test_a_dry_run_of_any_length(small):
     result = manifest_command(small, "--dry-run --steps 1000000000000000")
     assert result.returncode == 0, result.stderr
