@@ -1143,10 +1143,12 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type not in LOGIT_CHUNK:
+            raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, ImportError) as e:                    # of a PyTorch that was built without it
+    except (RuntimeError, AssertionError) as e:            # AssertionError: PyTorch was built without CUDA
         raise UserError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device cpu") from None
     return device
 
