@@ -1912,8 +1912,9 @@ def decide(cfg, given, ranks, env, tokenizer):
     return cfg, data, dtype, why
 
 
-def train(cfg, given, argv, source=None, tokenizer=None):
-    """Train until cfg.steps, from last.pt if there is one. source, tokenizer: of --init-from. Returns the exit code."""
+def train(cfg, given, argv, source=()):
+    """Train until cfg.steps, from last.pt if there is one. source: [tokenizer, model] of --init-from, or empty; the
+    model is taken out of it, so as not to be held all along. Returns the exit code."""
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
@@ -1931,10 +1932,12 @@ def train(cfg, given, argv, source=None, tokenizer=None):
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
-    cfg, data, dtype, why = decide(cfg, given, ranks, env, tokenizer)
+    cfg, data, dtype, why = decide(cfg, given, ranks, env, source[0] if source else None)
     micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
-    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, None if ckpt else source)
+    weights = source.pop() if source else None
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, None if ckpt else weights)
+    del weights
     if source and not ckpt and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
@@ -2900,8 +2903,9 @@ def main(argv=None):
     if given.get("mode") != "sample":
         given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
         if given.get("init_from"):
-            source = read_model(given["init_from"])[:2]
-            given = shape_from(source[0].cfg, given)
+            model, tokenizer, *_ = read_model(given["init_from"])
+            source, given = [tokenizer, model], shape_from(model.cfg, given)
+            del model
     cfg = make_config(**given)
     keep_freed_memory()
     if cfg.mode == "sample":
@@ -2909,7 +2913,7 @@ def main(argv=None):
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
-            return train(cfg, given, argv, *source)
+            return train(cfg, given, argv, source)
     except RuntimeError as e:
         if not dist.is_initialized() or "by peer" not in str(e):                # as gloo says it; NCCL waits
             raise

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -58,6 +59,24 @@ def test_begins_with_the_weights_of_a_run(sources, tmp_path, name, what):
     state = torch.load(tmp_path / "new/last.pt", weights_only=True)["optimizer"]["state"]
     assert {one["step"].item() for one in state.values()} == {1.0}
     assert read(tmp_path / "new")[0]["config"]["init_from"] == f"{name}{what}"
+
+
+def test_the_source_is_not_held_while_it_is_trained_on(sources, tmp_path, monkeypatch):
+    shutil.copytree(sources, tmp_path, dirs_exist_ok=True)
+    read, sample, held = dba.read_model, dba.sample_batch, []
+
+    def reading(*args):
+        model, *others = read(*args)
+        held.append(weakref.ref(model))
+        return model, *others
+
+    def sampling(*args):
+        assert held[0]() is None
+        return sample(*args)
+    monkeypatch.setattr(dba, "read_model", reading)
+    monkeypatch.setattr(dba, "sample_batch", sampling)
+    assert_done(call(f"{DATA} --steps 1 --init-from decoupled --out-dir new", tmp_path))
+    assert len(held) == 1
 
 
 def test_trains_on_and_resumes(sources, tmp_path):
