@@ -1532,8 +1532,9 @@ def read_run(folder):
     """(lines of the log, last.pt or None) of a run folder. Raises UserError for what can't be gone on with."""
     log, last = read_log(folder / "train.jsonl"), folder / "last.pt"
     ckpt = load_checkpoint(last, mmap=True) if os.path.exists(last) else None
-    if not log and not ckpt and (kept := sorted(folder.glob(KEPT_WEIGHTS))):
-        raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; {ELSEWHERE}")
+    kept = sorted(path.name for name in ("best.pt", KEPT_WEIGHTS) for path in folder.glob(name))
+    if not log and not ckpt and kept:
+        raise UserError(f"{folder} holds {kept[0]} of a run whose log is gone; {ELSEWHERE}")
     if ckpt and (lacking := {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys()):
         raise UserError(f"{last} lacks {', '.join(sorted(lacking))}: a copy of best.pt? That can be sampled from, but "
                         "not trained on")

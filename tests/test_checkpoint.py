@@ -520,6 +520,15 @@ def test_a_run_goes_on_by_its_own_settings(folder):
     assert read_log(folder / "new")[-1]["step"] == 6
 
 
+def test_a_checkpoint_that_lies_alone_in_the_folder_is_kept(folder):
+    """As one that was copied there to sample from: a run that began there would remove it."""
+    (folder / "alone").mkdir()
+    (folder / "run/best.pt").rename(folder / "alone/best.pt")
+    before = snapshot(folder)
+    assert_error(call(f"{RUN} --out-dir alone", folder), "alone holds best.pt of a run whose log is gone", "--overwrite")
+    assert snapshot(folder) == before
+
+
 def test_last_deleted(folder):
     unfinished(folder)
     (folder / "run/last.pt").unlink()
