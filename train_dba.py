@@ -1730,7 +1730,7 @@ def describe(cfg, data, ranks, dtype, why):
               flush=True)
         if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
             print(f"warning: channels per head: {', '.join(narrow)}; fewer than {NARROW} hold little. Give larger "
-                  "--sem-dim and --geo-dim, or fewer heads", file=sys.stderr)
+                  "widths, or fewer heads", file=sys.stderr)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv, data=data.identity)
 
 
