@@ -213,7 +213,7 @@ class Config:
     init_from: str | None = flag("training", None, "begin with these weights: a run folder, a checkpoint, or a Llama "
                                  "(.gguf, Hugging Face folder)")
     dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
-    steps: int = flag("training", 6000, "optimiser steps", low=1)
+    steps: int = flag("training", 6000, "optimiser steps", low=1, below=2**53)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks); auto: as many "

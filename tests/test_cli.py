@@ -142,6 +142,7 @@ WRONG = {
     "--device nonsense": "--device",
     "--device meta": "--device",
     "--device hpu": "--device",
+    "--steps 9999999999999999999 --schedule wsd": "--steps",
     "--out-dir text.txt": "text.txt",
     "--out-dir text.txt/run": "text.txt",
 }
@@ -465,6 +466,8 @@ def test_tensorboard(tmp_path, monkeypatch):
             if name not in ("type", "step", "tokens") and value is not None:
                 expected.append((f"{line['type']}/{name}", value, line["step"]))
     assert written == expected and len(expected) > 10
+    module.SummaryWriter = lambda folder, purge_step: "\udcff".encode()         # its paths are text
+    assert_error(call(f"{TRAIN} --steps 2 --tensorboard --out-dir c", tmp_path), "can't write c (UnicodeEncodeError")
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in TRAINER.parent.glob("*.py") if path.stem != "estimate"))
