@@ -1509,7 +1509,7 @@ def summary_writer():
 
 def read_log(path, shape=LOG_LINE):
     """The lines of a log as dicts of a shape; a torn last line, left by a kill, is dropped."""
-    if not os.path.exists(path):
+    if not path.exists():
         return []
     try:
         lines = read_bytes(path, 2**30).splitlines()
@@ -1531,7 +1531,7 @@ def read_log(path, shape=LOG_LINE):
 def read_run(folder):
     """(lines of the log, last.pt or None) of a run folder. Raises UserError for what can't be gone on with."""
     log, last = read_log(folder / "train.jsonl"), folder / "last.pt"
-    ckpt = load_checkpoint(last, mmap=True) if os.path.exists(last) else None
+    ckpt = load_checkpoint(last, mmap=True) if last.exists() else None
     kept = sorted(path.name for name in ("best.pt", KEPT_WEIGHTS) for path in folder.glob(name))
     if not log and not ckpt and kept:
         raise UserError(f"{folder} holds {kept[0]} of a run whose log is gone; {ELSEWHERE}")
