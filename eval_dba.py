@@ -186,8 +186,6 @@ def make_parser():
         p.add_argument("--out", help="file.json, or folder of the result files (the checkpoint's)")
         add_flags(p)
         p.set_defaults(run=run)
-    for each in (parser, *commands.choices.values()):
-        each.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     return parser
 
 
