@@ -80,7 +80,8 @@ def own_validation(subject: Subject) -> HeldOut:
         raise UserError("--data is missing: this model doesn't say what it was trained on")
     if subject.data is None:
         raise UserError("--data is missing: this checkpoint doesn't hold the hash of what it was trained on")
-    data = train_dba.load_data(cfg)
+    brought = cfg.init_from or subject.tokenizer.name == "llama"                # a tokenizer that no flag names
+    data = train_dba.load_data(cfg, subject.tokenizer if brought else None)
     check_same_data(subject.data, data, "the checkpoint", "put that file back, or name a text to measure by --data")
     return HeldOut(torch.from_numpy(data.val.astype("int64")), data.val_bytes, data.val_sha256 or data.sha256)
 

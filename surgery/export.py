@@ -1,9 +1,10 @@
 """
 A trained model as a folder that transformers loads.
 
-standard, gqa and bottleneck without null token, tied keys or temperatures are Llamas, and become one: config.json,
-model.safetensors, tokenizer.json, for whatever reads Llamas. The others become a folder with modeling_dba.py in it, for
-trust_remote_code. mla isn't written as DeepSeek-V2, whose class fixes the epsilon of the latent's norm at 1e-6.
+standard, gqa and bottleneck without null token, tied keys or temperatures, whose heads divide the stream, are Llamas,
+and become one: config.json, model.safetensors, tokenizer.json, for whatever reads Llamas. The others become a folder
+with modeling_dba.py in it, for trust_remote_code. mla isn't written as DeepSeek-V2, whose class fixes the epsilon of the
+latent's norm at 1e-6.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from trained import EVALUATE, evaluate, result_of
+import torch
+from trained import BLOCK, EVALUATE, evaluate, result_of
 
 import train_dba
 from evals import probes, subject, tasks
@@ -48,6 +49,15 @@ def test_only_the_very_data_of_the_checkpoint_is_measured(tmp_path):
     (tmp_path / "moved.tokens").write_text(text)
     (tmp_path / "a.tokens").write_text(text)
     assert result_of(f"ppl {EVALUATE} run", tmp_path, "run/eval_ppl_fp16.json")["loss"] == first["loss"]
+
+
+def test_a_tokenizer_that_came_with_the_weights_reads_the_data(folder, monkeypatch):
+    """As --init-from brings it: no flag of the run names it, and a text would be taken for GPT-2's."""
+    flags = f"--data text.txt --block {BLOCK} --batch-size 2 --dtype float32 --device cpu --steps 1"
+    assert_done(call(f"{flags} --init-from standard --out-dir further", folder))
+    monkeypatch.chdir(folder)
+    ids = [subject.own_validation(subject.load_subject(name, "cpu")).ids for name in ("standard", "further")]
+    assert torch.equal(*ids)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_read_needs_data(tmp_path):
