@@ -42,6 +42,7 @@ from evals.subject import check_out
 from train_dba import (
     GPT,
     KVCache,
+    Parser,
     Ranks,
     UserError,
     autocast,
@@ -611,8 +612,7 @@ def run_plan(args):
 
 @exit_code("what was measured before is kept")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, doc in [("gpu", "every block"), *((name, block.__doc__) for name, block in BLOCKS.items())]:
         p = commands.add_parser(name, help=doc.split(":")[0].split(".")[0], description=doc)

@@ -31,6 +31,7 @@ from train_dba import (
     DEFAULTS,
     GPT,
     Config,
+    Parser,
     UserError,
     bytes_per_token,
     count_params,
@@ -497,8 +498,7 @@ def export_run(ckpt: Path, out: Path) -> None:
 
 @exit_code()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("show", help="what a pretrained Llama is as a model of train_dba.py")
     p.add_argument("path", type=Path, help=".gguf file or Hugging Face folder")
@@ -509,8 +509,6 @@ def main(argv=None):
     command.dba_flags(commands.add_parser("dba", help="give a pretrained model decoupled attention, MLA or GQA"))
     command.advise_flags(commands.add_parser("advise", help="what a share of a cache's bytes is best spent on"))
     mask_command.flags(commands.add_parser("mask", help="learned block-sparse attention on a frozen model"))
-    for each in (parser, *commands.choices.values()):
-        each.error = lambda message: parser.exit(2, f"error: {message} (--help says how it is called)\n")
     args = parser.parse_args(argv)
     if args.command == "dba":
         return command.make_dba(args, sys.argv[1:] if argv is None else argv)

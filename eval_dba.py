@@ -21,7 +21,7 @@ import sys
 from evals import policy, ppl, probes, rank, tasks, timing
 from evals.tasks import TASKS
 from evals.timing import COMPARED, WARM_UP
-from train_dba import FORMATS, exit_code
+from train_dba import FORMATS, Parser, exit_code
 
 CACHES = (*FORMATS, "hetero")
 
@@ -176,8 +176,7 @@ COMMANDS = {
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, add_flags) in COMMANDS.items():
         p = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
@@ -187,8 +186,6 @@ def make_parser():
         p.add_argument("--out", help="file.json, or folder of the result files (the checkpoint's)")
         add_flags(p)
         p.set_defaults(run=run)
-    for each in (parser, *commands.choices.values()):
-        each.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     return parser
 
 

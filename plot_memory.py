@@ -38,6 +38,7 @@ from train_dba import (
     HETERO,
     PREFILL_CHUNK,
     KVCache,
+    Parser,
     UserError,
     autocast,
     bytes_per_token,
@@ -435,9 +436,7 @@ def write_checkpoint(args, device):
 # Main
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="run folder, checkpoint, .gguf or Hugging Face folder to measure")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the context (131072)")
     parser.add_argument("--memory", type=float, help="largest cache that is filled, in GiB (1/16; with --ckpt 1)")

@@ -57,7 +57,7 @@ from paper.style import (
     write_text,
 )
 from run_paper_manifest import HERE, list_runs, read_manifest
-from train_dba import UserError, brief, exit_code, progress
+from train_dba import Parser, UserError, brief, exit_code, progress
 
 MOST_LINES = 5                                             # of a panel of curves
 FEW = 12                                                   # evaluations of a curve whose intervals are bars
@@ -553,9 +553,7 @@ def run(args: argparse.Namespace) -> None:
 
 @exit_code()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where figures and results.json go (assets)")
     parser.add_argument("--readme", help="file whose block is rewritten; empty: none (README.md, for --runs runs)")

@@ -20,7 +20,7 @@ from bench_dba import DECODED, VOCAB
 from estimate import training_memory
 from paper.report import replace_block
 from paper.style import COLORS, MARKERS, OTHERS, log2_x, markdown, save, subplots, write_text
-from train_dba import BROKEN, EXPS, SIZES, UserError, brief, bytes_per_token, exit_code, make_config, read_json
+from train_dba import BROKEN, EXPS, SIZES, Parser, UserError, brief, bytes_per_token, exit_code, make_config, read_json
 
 DOCUMENT = {"block": str, "toy": bool, "rows": list, "clock?": str, "load?": float,
             "env": {"device": str, "cpu?": str, "threads?": int, "torch": str, "commit": str, "dirty": bool}}
@@ -356,8 +356,7 @@ def draw_growth(devices: dict, path: Path) -> None:
 
 @exit_code()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, default=Path("runs/bench"), help="a folder a device (runs/bench)")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="where the figure goes (assets)")
     parser.add_argument("--page", default="docs/scale.md", help="page whose block is rewritten; empty: it is printed")

@@ -272,7 +272,7 @@ def read_hub(repo, config, split, revision, cursor):
             yield row["text"], rows.state_dict()
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def content(files):
@@ -323,7 +323,7 @@ def open_text(args, _revision):
 
 
 def open_inputs(inputs):
-    """Every .txt, .jsonl and .parquet that --input names, or that lies below a folder it names."""
+    """Every .txt, .md, .jsonl and .parquet that --input names, or that lies below a folder it names."""
     files = list_inputs(inputs)
     sizes = {path: path.stat().st_size for path in files}
     size = sum(n * 3 if path.suffix.lower() == ".parquet" else n for path, n in sizes.items())     # it is compressed
@@ -878,8 +878,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="where the documents come from")
-    parser.add_argument("--input", nargs="+", type=path_of, metavar="PATH", help="text: .txt, .jsonl (field text) and "
-                        ".parquet (column text) files, or folders of them; wikitext2: a folder of "
+    parser.add_argument("--input", nargs="+", type=path_of, metavar="PATH", help="text: .txt, .md, .jsonl (field text) "
+                        "and .parquet (column text) files, or folders of them; wikitext2: a folder of "
                         "wiki.{train,valid,test}.tokens [from the hub, into the folder of --output]")
     parser.add_argument("--tokenizer", type=tokenizer_name, metavar="NAME", help="word, gpt2, byte, or bpe:N, byte "
                         f"pairs learned from the training part, N types in all [{defaults('tokenizer')}]")

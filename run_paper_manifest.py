@@ -7,7 +7,7 @@ Run what paper_manifest.json lists: groups of training runs that replicate the p
     python3 run_paper_manifest.py --group wikitext2 --only fair/standard512 fair/decoupled32_64 --seeds 1337
     python3 run_paper_manifest.py --group wikitext2 --only compare/ -- --compile --device cuda
 
-Flags of train_dba.py after -- go to every run.
+Flags of train_dba.py after -- go to every run, as settings after --set do.
 
 A group holds sets; a set holds `base` settings, `rows` of settings over them, seeds, and perhaps learning rates
 (`lrs`, also of a row) that it is run with, and other seeds (`rate_seeds`) by which each row's rate is chosen. Settings
@@ -21,6 +21,7 @@ tests them, corrected by Holm at the group's `alpha`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -39,6 +40,7 @@ from train_dba import (
     BROKEN,
     DEFAULTS,
     Config,
+    Parser,
     UserError,
     brief,
     bytes_per_token,
@@ -53,6 +55,7 @@ from train_dba import (
     product_rates,
     read_json,
     synchronize,
+    writing,
 )
 
 HERE = Path(__file__).parent
@@ -88,12 +91,9 @@ class Run:
     def tokens_done(self):
         """Tokens that its log tells of."""
         log = Path(self.cfg.out_dir) / "train.jsonl"
-        for line in reversed(log.read_text().splitlines() if log.is_file() else []):
-            try:
-                if "tokens" in (fields := json.loads(line)):
-                    return fields["tokens"]
-            except ValueError:                             # a line that is being written
-                pass
+        for line in reversed(log.read_bytes().splitlines() if log.is_file() else []):
+            with contextlib.suppress(*BROKEN):             # a line without, or one that is being written
+                return json.loads(line)["tokens"]
         return 0
 
     @property
@@ -134,7 +134,8 @@ class Run:
             if isinstance(value, bool):
                 flags.append(flag_name(name) if value else flag_name("no_" + name))
             else:
-                flags += [flag_name(name), f"{value}"]
+                auto = (name, value) == ("micro_batch", 0)
+                flags += [flag_name(name), "auto" if auto else f"{value}"]
         return flags
 
 
@@ -179,12 +180,12 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
     if unknown := set(groups) - manifest.keys():
         raise UserError(f"no group {min(unknown)} in the manifest; it has {', '.join(manifest)}")
     listed = []
-    for group in groups:
+    for group in dict.fromkeys(groups):                    # one that is named twice is one
         for name, part in manifest[group]["sets"].items():
             source, rate_seeds = {**manifest[group], **part}, part.get("rate_seeds", [])
             for row, settings in part["rows"].items():
                 for lr in settings.get("lrs", part.get("lrs", [None])):
-                    for seed in seeds or rate_seeds + part["seeds"]:
+                    for seed in dict.fromkeys(seeds or rate_seeds + part["seeds"]):
                         series = f"{name}/{row}" + (f"_lr{lr:g}" if lr else "")
                         if only and not f"{series}_s{seed}".startswith(tuple(only)):
                             continue
@@ -200,6 +201,16 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
     if not listed:
         raise UserError(f"nothing in {', '.join(groups)} begins with {' or '.join(only)}")
     return listed
+
+
+def as_flags(settings):
+    """Flags of train_dba.py for settings as name=value, where true and false are those of a switch."""
+    flags = []
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        switch = {"true": flag_name(name), "false": flag_name(f"no_{name}")}
+        flags.append(switch.get(value, f"{flag_name(name)}={value}"))
+    return flags
 
 
 def make_run(group, row, series, given, vocab_size, for_rate):
@@ -358,7 +369,8 @@ class Runner:
         if self.stopped:
             return 130
         log = Path(f"{run.cfg.out_dir}.console")
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
         code = self.call([HERE / "train_dba.py", *run.command()], log)
         for commands in self.post if code == 0 and run.best.is_file() else ():
             for script, *flags in commands(run):
@@ -406,8 +418,7 @@ def run_all(runs, jobs, post):
 
 @exit_code()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, default=HERE / "paper_manifest.json")
     parser.add_argument("--group", nargs="+", required=True, help="groups of the manifest")
     parser.add_argument("--only", nargs="+", default=[], help="only runs whose <set>/<row> begins so")
@@ -424,6 +435,8 @@ def main(argv=None):
                         help="then measure each checkpoint's KV memory at 128k tokens")
     parser.add_argument("--post-ppl", action="append_const", dest="post", const=Run.post_ppl,
                         help="then measure each checkpoint's loss through quantised caches")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of every run, such as "
+                        "compile=true micro_batch=8: what flags after -- say, too")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_dba.py for every run")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -431,7 +444,7 @@ def main(argv=None):
     if args.gpu and not args.dry_run:
         raise UserError(f"--for {args.gpu} estimates, and belongs to --dry-run")
     overrides = {"device": args.device} if args.steps is None else {"steps": args.steps, "device": args.device}
-    overrides |= parse_args(args.flags)
+    overrides |= parse_args([*as_flags(args.set), *args.flags])
     runs = list_runs(read_manifest(args.manifest), args.group, args.data_dir, args.runs, args.only, args.seeds,
                      overrides.items())
     device = pick_device(args.device)

@@ -213,7 +213,7 @@ class Config:
     init_from: str | None = flag("training", None, "begin with these weights: a run folder, a checkpoint, or a Llama "
                                  "(.gguf, Hugging Face folder)")
     dropout: float = flag("training", 0.0, "on the embedding and what blocks add to the stream", low=0, below=1)
-    steps: int = flag("training", 6000, "optimiser steps", low=1)
+    steps: int = flag("training", 6000, "optimiser steps", low=1, below=2**53)
     batch_size: int = flag("training", 8, "sequences per micro-step, over all ranks", low=1)
     grad_accum: int = flag("training", 1, "micro-steps per optimiser step", low=1)
     micro_batch: int | None = flag("training", None, "sequences per forward pass (batch-size / ranks); auto: as many "
@@ -984,7 +984,7 @@ def load_data(cfg, tokenizer=None):
     for path in paths:
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; make a token file of its texts: prepare_fineweb.py --dataset text "
-                            f"--input {path} --tokenizer bpe:4096 --output data/mine.npy")
+                            f"--input {shlex.quote(str(path))} --tokenizer bpe:4096 --output data/mine.npy")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; `make setup` prepares WikiText-2, prepare_fineweb.py other data")
         if path.stat().st_size == 0:
@@ -1143,6 +1143,8 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type not in LOGIT_CHUNK:
+            raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1292,7 +1294,7 @@ def share_of(tensor, p):
 
 # What may differ on resume: nothing that changes the losses. Data are compared by their hash.
 MAY_CHANGE = {"data", "out_dir", "device", "eval_every", "eval_iters", "log_every", "save_every", "keep_every",
-              "overwrite", "config", "shard", "activation_checkpointing", "tensorboard"}
+              "overwrite", "config", "size", "exp", "shard", "activation_checkpointing", "tensorboard"}
 RUN_FILES = ("command.txt", "resolved_config.json", "env.json", "train.jsonl", "last.pt", "best.pt")
 KEPT_WEIGHTS = "step[0-9]*.pt"                             # of --keep-every
 ELSEWHERE = "use another --out-dir, or --overwrite"
@@ -1309,10 +1311,13 @@ def relative(path):
     return os.path.relpath(path) if path and os.path.isabs(path) else path
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def why_unwritten(e):
     """Why the system refused to write, which PyTorch tells by where its file ends."""
     e = e.__context__ if isinstance(e.__context__, OSError) else e
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(e, OSError) and e.errno in FULL:
         return f"disk full: {e.strerror}"
     return getattr(e, "strerror", None) or brief(e)
 
@@ -1322,7 +1327,7 @@ def writing(path):
     """Raise UserError where the system refuses to write what is written here."""
     try:
         yield
-    except (OSError, RuntimeError) as e:                   # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, UnicodeError) as e:     # torch.save reports a full disk as a RuntimeError
         raise UserError(f"can't write {path} ({why_unwritten(e)}); {KEPT}") from None
 
 
@@ -1342,15 +1347,20 @@ def write_whole(path, write):
 @contextlib.contextmanager
 def own_folder(folder):
     """Make the run folder this process's own: locked, and without what killed runs left half written. A folder that
-    nothing was written to is removed again. Raises UserError where another run holds it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    nothing was written to is removed again. Raises UserError where another run holds it, or it can't be made."""
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):                 # where no lock can be made, start_folder() says why
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.callback(remove_empty, made)
+        stack.callback(remove_empty, made)
+        try:
             stack.enter_context(exclusive(folder / "lock", folder))
             for path in (path for name in (*RUN_FILES, KEPT_WEIGHTS) for path in folder.glob(f"{name}.*tmp")):
                 path.unlink()
+        except OSError as e:                               # a finished run is still said to be finished
+            print(f"note: {folder} isn't locked ({brief(e)}): let nothing else write there", file=sys.stderr)
         yield
 
 
@@ -1522,8 +1532,9 @@ def read_run(folder):
     """(lines of the log, last.pt or None) of a run folder. Raises UserError for what can't be gone on with."""
     log, last = read_log(folder / "train.jsonl"), folder / "last.pt"
     ckpt = load_checkpoint(last, mmap=True) if last.exists() else None
-    if not log and not ckpt and (kept := sorted(folder.glob(KEPT_WEIGHTS))):
-        raise UserError(f"{folder} holds {kept[0].name} of a run whose log is gone; {ELSEWHERE}")
+    kept = sorted(path.name for name in ("best.pt", KEPT_WEIGHTS) for path in folder.glob(name))
+    if not log and not ckpt and kept:
+        raise UserError(f"{folder} holds {kept[0]} of a run whose log is gone; {ELSEWHERE}")
     if ckpt and (lacking := {"optimizer", "rng", "data", "best_val_loss"} - ckpt.keys()):
         raise UserError(f"{last} lacks {', '.join(sorted(lacking))}: a copy of best.pt? That can be sampled from, but "
                         "not trained on")
@@ -1577,10 +1588,6 @@ def shell_quote(arg):
 def start_folder(cfg, ckpt, env, meta, argv):
     """Write command, config and environment, and the log: its first line, or on resume all up to the checkpoint."""
     folder = Path(cfg.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"can't make the run folder {folder} ({e.strerror}); use another --out-dir") from None
     kept = read_log(folder / "train.jsonl") if ckpt else []
     kept = [line for line in kept if line.get("step", 0) <= ckpt["step"] and line["type"] != "done"]
     first = dict(type="resume_meta", step=ckpt["step"], env=env, **meta) if kept else dict(type="meta", **meta)
@@ -1595,7 +1602,8 @@ def start_folder(cfg, ckpt, env, meta, argv):
              "train.jsonl": "".join(json.dumps(line) + "\n" for line in [*kept, first])}
     if ckpt is None:
         for path in [folder / "last.pt", folder / "best.pt", *folder.glob(KEPT_WEIGHTS)]:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
 
@@ -1722,7 +1730,7 @@ def describe(cfg, data, ranks, dtype, why):
               flush=True)
         if narrow := [f"{path.name} {path.width}" for path in cfg.attention.paths if path.width < NARROW]:
             print(f"warning: channels per head: {', '.join(narrow)}; fewer than {NARROW} hold little. Give larger "
-                  "--sem-dim and --geo-dim, or fewer heads", file=sys.stderr)
+                  "widths, or fewer heads", file=sys.stderr)
     return dict(config=dataclasses.asdict(cfg), params=params, kv_bytes_per_token=kv, data=data.identity)
 
 
@@ -1905,13 +1913,14 @@ def decide(cfg, given, ranks, env, tokenizer):
     return cfg, data, dtype, why
 
 
-def train(cfg, given, argv, source=None, tokenizer=None):
-    """Train until cfg.steps, from last.pt if there is one. source, tokenizer: of --init-from. Returns the exit code."""
+def train(cfg, given, argv, source=()):
+    """Train until cfg.steps, from last.pt if there is one. source: [tokenizer, model] of --init-from, or empty; the
+    model is taken out of it, so as not to be held all along. Returns the exit code."""
     device = pick_device(cfg.device)
     ranks = start_ranks(device)
     main_rank = ranks.rank == 0
     if cfg.shard and not dist.is_initialized():
-        raise UserError("--shard splits a model over ranks; start them with torchrun, or leave it out")
+        raise UserError("--shard splits a model over ranks; start them with torchrun, or give --no-shard")
     share_out(cfg, ranks)                                  # refuses early what can't be dealt
     folder = Path(cfg.out_dir)
     cfg, ckpt, finished = find_run(cfg, given)
@@ -1924,10 +1933,12 @@ def train(cfg, given, argv, source=None, tokenizer=None):
             further = "larger --steps go on" if ckpt else "its checkpoints are gone"
             print(f"{folder} is finished ({cfg.steps} steps); {further}, --overwrite starts afresh")
         return 0
-    cfg, data, dtype, why = decide(cfg, given, ranks, env, tokenizer)
+    cfg, data, dtype, why = decide(cfg, given, ranks, env, source[0] if source else None)
     micro, mine = share_out(cfg, ranks)
     meta = describe(cfg, data, ranks, dtype, why)
-    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, None if ckpt else source)
+    weights = source.pop() if source else None
+    model, optimizer, rng = build(cfg, data.tokenizer.vocab_size, device, None if ckpt else weights)
+    del weights
     if source and not ckpt and main_rank:
         print(f"weights of {cfg.init_from}; the optimiser begins afresh", flush=True)
     run = Training(cfg, folder, meta["data"], data.tokenizer, model, optimizer, rng, ranks, cfg.steps,
@@ -2408,7 +2419,7 @@ def prompt_texts(cfg):
         raise UserError("standard input is closed; give --prompt TEXT or --prompt-file")
     if cfg.prompt_file is not None:
         try:
-            yield read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode()
+            yield read_bytes(Path(cfg.prompt_file), LONGEST_PROMPT).decode("utf-8-sig")
         except (OSError, ValueError) as e:
             raise UserError(f"--prompt-file {cfg.prompt_file} can't be read as UTF-8 text ({brief(e)})") from None
     elif cfg.interactive:
@@ -2498,8 +2509,10 @@ POLICY_FILE = "kv_policy.json"
 def auto_policy(cfg, model_cfg):
     """The same Config with the cache that `eval_dba.py policy` found for the checkpoint. Raises UserError unless it was
     found for this very file."""
-    path, ckpt = Path(cfg.ckpt).with_name(POLICY_FILE), Path(cfg.ckpt)
-    again = f"make it by python3 eval_dba.py policy --ckpt {ckpt} --max-delta-nll 0.005, or choose another --kv-cache"
+    ckpt = Path(cfg.ckpt)
+    path = (ckpt if os.path.isdir(ckpt) else ckpt.parent) / POLICY_FILE         # of a Llama's folder in it
+    again = (f"make it by python3 eval_dba.py policy --ckpt {shlex.quote(cfg.ckpt)} --max-delta-nll 0.005, or choose "
+             "another --kv-cache")
     if not path.is_file():
         raise UserError(f"--kv-cache auto: {path} is missing; {again}")
 
@@ -2660,7 +2673,9 @@ def derived(c):
         head = (c["attn_dim"] or c["d_model"]) // c["n_head"]
         fallback.update(kv_lora_rank=max(1, c["d_model"] // 4), rope_dim=2 * max(1, head // 4))
     c = {name: fallback.get(name) if value is None else value for name, value in c.items()}
-    return {**c, **{name: relative(c[name]) for name in ("data", "val_data", "out_dir", "config", "init_from")}}
+    for name in ("data", "val_data", "out_dir", "config", "init_from"):
+        c[name] = c[name] and relative(str(Path(c[name])))                      # ./runs/a/ is runs/a
+    return c
 
 
 def out_of_range(settings):
@@ -2840,13 +2855,17 @@ def parse_args(argv=None):
 
 def exit_code(advice="ask for less at once"):
     """Decorator of a script's main(), which then returns the exit code: what main does, or 0; 1 after one line that
-    says a UserError, or that there is no memory, with advice; 130 for Ctrl-C, and 141 where the reader of what is
-    printed has gone, as in `| head`."""
+    says a UserError, or that there is no memory, with advice, no access to a path, or no space for what is printed; 130
+    for Ctrl-C, and 141 where the reader of what is printed has gone, as in `| head`."""
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
+            if sys.stderr is None:                         # closed, as by 2>&-: print would turn to standard output
+                sys.stderr = open(os.devnull, "w")
             try:
-                return main(argv) or 0
+                code = main(argv) or 0
+                print(end="", flush=True)
+                return code
             except UserError as e:
                 problem = str(e)
             except (MemoryError, RuntimeError) as e:       # PyTorch's of a CPU is known by its words alone
@@ -2856,9 +2875,16 @@ def exit_code(advice="ask for less at once"):
                 problem = f"no memory ({brief(e)}); {advice}"
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 128 + signal.SIGPIPE
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.ENAMETOOLONG) and e.filename:                      # of Path.exists()
+                    problem = f"{e.filename}: {e.strerror}"
+                elif e.errno in (errno.EPIPE, *FULL):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes, too
+                    if e.errno == errno.EPIPE:
+                        return 128 + signal.SIGPIPE
+                    problem = f"can't write what is printed ({why_unwritten(e)})"
+                else:
+                    raise
             tqdm.write(f"error: {problem}", file=sys.stderr)                    # on a line of its own, beside a bar
             return 1
         return run
@@ -2878,8 +2904,9 @@ def main(argv=None):
     if given.get("mode") != "sample":
         given = {**settings_of(given.get("config"), given.get("attn_mode")), **given}
         if given.get("init_from"):
-            source = read_model(given["init_from"])[:2]
-            given = shape_from(source[0].cfg, given)
+            model, tokenizer, *_ = read_model(given["init_from"])
+            source, given = [tokenizer, model], shape_from(model.cfg, given)
+            del model
     cfg = make_config(**given)
     keep_freed_memory()
     if cfg.mode == "sample":
@@ -2887,7 +2914,7 @@ def main(argv=None):
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         with own_folder(Path(cfg.out_dir)) if main_rank else contextlib.nullcontext():
-            return train(cfg, given, argv, *source)
+            return train(cfg, given, argv, source)
     except RuntimeError as e:
         if not dist.is_initialized() or "by peer" not in str(e):                # as gloo says it; NCCL waits
             raise

@@ -28,7 +28,7 @@ import torch
 
 from evals.subject import load_subject
 from paper.style import OTHERS, STYLES, save, write_json
-from train_dba import UserError, exit_code, relative, split_heads
+from train_dba import Parser, UserError, exit_code, relative, split_heads
 
 MOST_TOKENS = 1024                                         # a larger map has fewer pixels than tokens
 MOST_LABELS = 16                                           # of an axis of a small panel
@@ -454,9 +454,7 @@ def draw(args):
 
 @exit_code("give a shorter --prompt, or fewer --layers")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, .gguf or Hugging Face folder")
     parser.add_argument("--compare", help="another one, drawn beside it")
     parser.add_argument("--prompt", help="text to attend to")

@@ -4,7 +4,8 @@ The tables of docs/convert.md from what benchmarks/surgery_quality.py measured.
     python3 benchmarks/surgery_table.py docs/convert.md
 
 Each stands between a line <!-- surgery: RESULT -->, RESULT being a path from the project's root, and the line
-<!-- /surgery -->. Where rows have seen different numbers of windows, ratios are of the windows that both have seen.
+<!-- /surgery -->; after <!-- surgery: RESULT below 30 % --> it has the rows of fewer bytes than that, without the
+ratios that were targets. Where rows have seen different numbers of windows, ratios are of what both have seen.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from common import train_dba
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile("(<!-- surgery: (.+) -->\n)(?s:.*?)(<!-- /surgery -->\n)")
+BLOCK = re.compile(r"(<!-- surgery: (\S+)(?: below (\d+) %)? -->\n)(?s:.*?)(<!-- /surgery -->\n)")
 # (claim, row, row it is divided by, the most that the ratio may be)
 TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75 %", 0.19),
            ("75 %: beside the cut per head", "latent 75 %", "per head 75 %", 0.29),
@@ -31,17 +32,21 @@ def texts_of(rows):
     return sorted(texts, reverse=True)
 
 
+def short(nats):
+    return f"{nats:.4f}" if nats >= 5e-4 or nats == 0 else f"{nats:.0e}"
+
+
 def cell(row, text):
     if text not in row:
         return "-"
     each = row[text]
-    spread = "" if each["kl_se"] is None else f" ± {each['kl_se']:.3f}"
-    return f"{each['kl']:.4f}{spread} ({each['dnll']:+.3f})"
+    spread = "" if each["kl_se"] is None else f" ± {short(each['kl_se'])}"
+    return f"{short(each['kl'])}{spread} ({each['dnll']:+.3f})"
 
 
-def table(document):
-    """Markdown lines of all rows, the most bytes first, and of the targets."""
-    rows = document["rows"]
+def table(document, below=None):
+    """Markdown of all rows, the most bytes first, and of the targets; or of the rows of fewer bytes than `below` %."""
+    rows = {name: row for name, row in document["rows"].items() if below is None or 100 * row["bytes"] < below}
     texts = texts_of(rows)
     counts = {text: {row[text]["tokens"] for row in rows.values() if text in row} for text in texts}
     tokens = {text: " to ".join(f"{n:,}" for n in sorted({min(each), max(each)})) for text, each in counts.items()}
@@ -54,8 +59,16 @@ def table(document):
     lines += ["", f"{document['teacher']} calibrated on {document['calibration']}; scored tokens: "
               + ", ".join(f"{text} {tokens[text]}" for text in texts) + ", in windows of "
               f"{document['window']} of which the first {document['skipped']} don't count; ± one standard error over "
-              "windows.", "", "| ratio of KLs, same windows | at most | " + " | ".join(texts) + " |",
-              "| --- " * (2 + len(texts)) + "|"]
+              "windows."]
+    if below is None:
+        lines += ["", *ratios(rows, texts)]
+    return "\n".join(lines) + "\n"
+
+
+def ratios(rows, texts):
+    """Markdown lines of the ratios that were targets."""
+    lines = ["| ratio of KLs, same windows | at most | " + " | ".join(texts) + " |",
+             "| --- " * (2 + len(texts)) + "|"]
     for claim, row, base, most in TARGETS:
         cells = []
         for text in texts:
@@ -64,14 +77,15 @@ def table(document):
             ratio = sum(kls[0][:seen]) / sum(kls[1][:seen]) if seen else None
             cells.append("not measured" if ratio is None else f"{ratio:.3f}: {'met' if ratio <= most else 'missed'}")
         lines.append(f"| {claim} | {most} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def filled(text):
     """The document with its tables as they are measured."""
     def block(found):
-        begin, result, end = found.groups()
-        return begin + table(json.loads((ROOT / result).read_text(encoding="utf-8"))) + end
+        begin, result, below, end = found.groups()
+        document = json.loads((ROOT / result).read_text(encoding="utf-8"))
+        return begin + table(document, below and int(below)) + end
     return BLOCK.sub(block, text)
 
 

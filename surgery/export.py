@@ -9,6 +9,7 @@ the latent's norm at 1e-6.
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -128,7 +129,7 @@ def export(ckpt: str | Path, out: Path) -> list[str]:
         from transformers import PreTrainedTokenizerFast
     except ImportError as e:
         raise UserError(f"no module {e.name}: pip install -r requirements-eval.txt") from None
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name another --out-dir")
     model, tokenizer, _, _ = read_model(ckpt)
     made, end = to_tokenizers(tokenizer)

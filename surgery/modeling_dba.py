@@ -2,7 +2,7 @@
 The models of train_dba.py for transformers, in one file that a folder by `convert_dba.py export` carries with it:
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)   # else it asks
     model.generate(**tokenizer("The list", return_tensors="pt"), max_new_tokens=50)
 
 Every attention mode is one or two score paths, whose scaled scores add up: `sem` without position, `geo` with RoPE. The

@@ -512,6 +512,23 @@ def test_cadence_and_place_may_change(folder, longer):
     assert steps == [line for line in longer if line["type"] == "train"]
 
 
+def test_a_run_goes_on_by_its_own_settings(folder):
+    """Those in its resolved_config.json, where a preset stands resolved."""
+    assert_done(call(f"{RUN} --size tiny --layers 1 --d-model 32 --d-ff 64 --n-head 2 --steps 4 --out-dir new", folder))
+    resumed = call("--config new/resolved_config.json --out-dir new --steps 6", folder)
+    assert_done(resumed)
+    assert read_log(folder / "new")[-1]["step"] == 6
+
+
+def test_a_checkpoint_that_lies_alone_in_the_folder_is_kept(folder):
+    """As one that was copied there to sample from: a run that began there would remove it."""
+    (folder / "alone").mkdir()
+    (folder / "run/best.pt").rename(folder / "alone/best.pt")
+    before = snapshot(folder)
+    assert_error(call(f"{RUN} --out-dir alone", folder), "alone holds best.pt of a run whose log is gone")
+    assert snapshot(folder) == before
+
+
 def test_last_deleted(folder):
     unfinished(folder)
     (folder / "run/last.pt").unlink()

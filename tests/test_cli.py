@@ -141,6 +141,8 @@ WRONG = {
     "--exp paper_decoupled --attn-mode gqa": "--exp",
     "--device nonsense": "--device",
     "--device meta": "--device",
+    "--device hpu": "--device",
+    "--steps 9999999999999999999 --schedule wsd": "--steps",
     "--out-dir text.txt": "text.txt",
     "--out-dir text.txt/run": "text.txt",
 }
@@ -434,6 +436,8 @@ def test_a_step_without_memory_is_said_in_a_line(tmp_path, monkeypatch):
 def test_a_folder_of_texts(tmp_path):
     make_text(tmp_path)
     assert_error(call("--data . --out-dir a", tmp_path), ". is a folder", "prepare_fineweb.py --dataset text --input .")
+    (tmp_path / "my texts").mkdir()
+    assert_error(call("--data 'my texts'", tmp_path), "--input 'my texts' ")
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -462,6 +466,8 @@ def test_tensorboard(tmp_path, monkeypatch):
             if name not in ("type", "step", "tokens") and value is not None:
                 expected.append((f"{line['type']}/{name}", value, line["step"]))
     assert written == expected and len(expected) > 10
+    module.SummaryWriter = lambda folder, purge_step: "\udcff".encode()         # its paths are text
+    assert_error(call(f"{TRAIN} --steps 2 --tensorboard --out-dir c", tmp_path), "can't write c (UnicodeEncodeError")
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in TRAINER.parent.glob("*.py") if path.stem != "estimate"))
@@ -477,9 +483,17 @@ def test_every_script_ends_in_words(script, tmp_path, monkeypatch):
     assert_error(ended_by(UserError("wrong")), "error: wrong")
     assert_error(ended_by(MemoryError("3 GiB")), "no memory (MemoryError: 3 GiB); ")
     assert_error(ended_by(RuntimeError("can't allocate memory")), "no memory")
+    assert_error(ended_by(PermissionError(13, "Permission denied", "locked/x")), "error: locked/x: Permission denied")
     assert ended_by(KeyboardInterrupt()) == (130, "", "")
     with pytest.raises(RuntimeError, match="a bug"):       # which must not look like a user's mistake
         ended_by(RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in TRAINER.parent.glob("*.py") if path.stem != "estimate"))
+def test_every_script_says_a_wrong_flag_in_a_line(script, tmp_path):
+    result = call("--bogus", tmp_path, importlib.import_module(script).main)
+    assert_error(result, code=2)
+    assert result.stderr.count("\n") == 1
 
 
 def test_nobody_reads_what_is_printed():
@@ -492,3 +506,19 @@ def test_nobody_reads_what_is_printed():
                             env=environment())
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_no_space_for_what_is_printed():
+    """Neither where it is printed, nor where Python would write it at its end; and no standard error at all."""
+    program = ("import sys, train_dba\n@train_dba.exit_code()\ndef main(argv):\n    print('text', flush={})\n"
+               "    print('said', file=sys.stderr)\nsys.exit(main())")
+    for flush in (True, False):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([sys.executable, "-c", program.format(flush)], stdout=full, stderr=subprocess.PIPE,
+                                    cwd=TRAINER.parent, env=environment(), text=True)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert result.stderr.endswith("error: can't write what is printed (disk full: No space left on device)\n")
+    command = f"{sys.executable} -c \"$0\" 2>&-"
+    result = subprocess.run(["bash", "-c", command, program.format(True)], capture_output=True, cwd=TRAINER.parent,
+                            env=environment(), text=True)
+    assert (result.returncode, result.stdout) == (0, "text\n")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -60,13 +61,31 @@ def test_begins_with_the_weights_of_a_run(sources, tmp_path, name, what):
     assert read(tmp_path / "new")[0]["config"]["init_from"] == f"{name}{what}"
 
 
+def test_the_source_is_not_held_while_it_is_trained_on(sources, tmp_path, monkeypatch):
+    shutil.copytree(sources, tmp_path, dirs_exist_ok=True)
+    read, sample, held = dba.read_model, dba.sample_batch, []
+
+    def reading(*args):
+        model, *others = read(*args)
+        held.append(weakref.ref(model))
+        return model, *others
+
+    def sampling(*args):
+        assert held[0]() is None
+        return sample(*args)
+    monkeypatch.setattr(dba, "read_model", reading)
+    monkeypatch.setattr(dba, "sample_batch", sampling)
+    assert_done(call(f"{DATA} --steps 1 --init-from decoupled --out-dir new", tmp_path))
+    assert len(held) == 1
+
+
 def test_trains_on_and_resumes(sources, tmp_path):
     """Gone on with after its first step, it is the run that was never stopped; the context may be another."""
     shutil.copytree(sources, tmp_path, dirs_exist_ok=True)
     command = f"{DATA} --init-from decoupled --block 8 --lr 1e-2 --save-every 1"
     assert_done(call(f"{command} --steps 3 --out-dir whole", tmp_path))
     assert_done(call(f"{command} --steps 1 --out-dir parts", tmp_path))
-    resumed = call(f"{command} --steps 3 --out-dir parts", tmp_path)
+    resumed = call(f"{command} --steps 3 --out-dir parts --init-from ./decoupled/", tmp_path)
     assert_done(resumed)
     assert "afresh" not in resumed.stdout                  # its optimiser goes on, from its own weights
     whole, parts = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "parts"))
@@ -142,6 +161,19 @@ def test_begins_with_the_weights_of_a_llama(llama, tmp_path, source):
     for result in said:
         assert_done(result)
     assert said[0].stdout == said[1].stdout and len(said[0].stdout) > len("Water\n")
+
+
+def test_the_cache_that_was_found_for_a_llama(llama, tmp_path):
+    """Its policy lies in its folder, where eval_dba.py writes it; of a file beside that."""
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    found = dict(formats=dict(k="q8_0", v="q4_0"), rotate=False, residual=0)
+    for cwd, path, folder in ((tmp_path, "llama", "llama"), (tmp_path / "llama", ".", "llama"),
+                              (tmp_path, "llama.gguf", ".")):
+        sha256 = dba.file_hash(cwd / path)
+        (tmp_path / folder / dba.POLICY_FILE).write_text(json.dumps(dict(found, checkpoint_sha256=sha256)))
+        result = call(f"--mode sample --ckpt {path} --prompt a --max-new-tokens 2 --device cpu --kv-cache auto", cwd)
+        assert_done(result)
+        assert "KV cache (k q8_0, v q4_0)" in result.stderr
 
 
 def test_a_llama_that_was_trained_on_is_exported_as_one(llama, tmp_path):

@@ -137,8 +137,8 @@ def test_every_file_type_in_sorted_order(tmp_path):
     (corpus / "a.txt").write_text(texts[0] + "\r\nx\n", newline="")
     write_jsonl(corpus / "b" / "1.jsonl", texts[1:4])
     write_parquet(corpus / "b" / "2.parquet", texts[4:11], id=list(range(7)))
-    (corpus / "c.txt").write_text(texts[11])
-    (corpus / "ignored.md").write_text("not this one")
+    (corpus / "c.md").write_text(texts[11])
+    (corpus / "ignored.html").write_text("not this one")
     out = tmp_path / "o" / "mix.npy"
     run("--dataset", "text", "--tokenizer", "byte", "--input", corpus, "--output", out, "--val-frac", 0.25)
     train, val = held_out([texts[0] + "\r\nx\n", *texts[1:]], 0.25)

@@ -162,6 +162,20 @@ def test_a_refused_command_leaves_no_folder(folder):
     assert [*folder.glob("a/*")] == [] and (folder / "a").exists()
 
 
+def test_a_lock_that_cannot_be_made_is_said(folder):
+    (folder / "run/lock").mkdir(parents=True)
+    result = call(RUN, folder)
+    assert_done(result)
+    assert "note: run isn't locked (IsADirectoryError" in result.stderr
+
+
+def test_folders_that_cannot_be_had(folder):
+    """A name that the system doesn't take, for which pathlib raises; and an old checkpoint that can't be removed."""
+    assert_error(call(f"{TRAIN} --steps 1 --out-dir a/{'x' * 300}", folder), "can't make the run folder", "too long")
+    (folder / "run/last.pt").mkdir(parents=True)
+    assert_error(call(f"{RUN} --overwrite", folder), "can't write run/last.pt", "directory")
+
+
 def test_a_finished_run_is_as_it_was(folder):
     assert_done(call(RUN, folder))
     before = snapshot(folder)

@@ -159,12 +159,37 @@ def test_flags_that_runs_are_named_by_are_refused(small, flag):
     assert result.stderr.count("\n") == 1
 
 
+def test_settings_of_every_run(small):
+    """As settings, or as flags: the command is one that the trainer takes. A seed that is named twice is one run."""
+    for flags in ("--set micro_batch=auto rope=false null_attn=true lr=2e-3",
+                  "-- --micro-batch auto --no-rope --null-attn --lr 2e-3"):
+        result = manifest_command(small, f"--dry-run --only s/good --seeds 5 5 {flags}")
+        assert "1 of 1 runs are to be made" in result.stdout, result
+        given = parse_args(shlex.split(re.search(r"train_dba.py (.*)", result.stdout)[1]))
+        assert {**given, "micro_batch": 0, "rope": False, "null_attn": True, "lr": 2e-3, "seed": 5} == given
+    assert "unrecognized arguments: --bogus=1" in manifest_command(small, "--set bogus=1 --dry-run").stderr
+
+
 def test_a_rate_that_a_run_is_named_by_is_refused(small):
     manifest = json.loads((small / "m.json").read_text())
     manifest["g"]["sets"]["s"]["lrs"] = [0.1, 0.2]
     (small / "m.json").write_text(json.dumps(manifest))
     result = manifest_command(small, "--dry-run --only s/other -- --lr 0.3")
     assert result.returncode == 1 and result.stderr.startswith("error: --lr after --"), result.stderr
+
+
+def test_where_no_run_can_be_kept(small):
+    result = manifest_command(small, "--only s/good --runs text.txt")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: can't write text.txt/g/s/good")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_log_that_is_none_tells_of_no_tokens(small):
+    (small / "runs/g/s/good_s1").mkdir(parents=True)
+    for text in (b"\xff\n", b"5\n", b'{"type": "meta"}\n{"tok'):
+        (small / "runs/g/s/good_s1/train.jsonl").write_bytes(text)
+        result = manifest_command(small, "--dry-run --only s/good")
+        assert result.returncode == 0 and "1 of 1 runs are to be made" in result.stdout
 
 
 def test_a_dry_run_of_any_length(small):

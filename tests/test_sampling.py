@@ -279,7 +279,7 @@ def test_prompts_from_files_and_standard_input(trained, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         return call(flags, trained)
 
-    (trained / "prompt.txt").write_text("ab")
+    (trained / "prompt.txt").write_bytes(b"\xef\xbb\xbfab")                       # with a byte-order mark
     greedy = f"{SAMPLE.format('gqa')} --temperature 0"
     expected = call(greedy, trained).stdout
     assert expected.startswith("ab") and len(expected) > 4

@@ -124,6 +124,8 @@ def test_refusals(tmp_path):
     (tmp_path / "full/x").write_text("mine")
     with pytest.raises(UserError, match="is not an empty folder; name another --out-dir"):
         export(tmp_path / "run", tmp_path / "full")
+    with pytest.raises(UserError, match="File name too long"):
+        export(tmp_path / "run", tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="is not a file"):
         export(tmp_path / "none", tmp_path / "hf")
     assert not (tmp_path / "hf").exists() and (tmp_path / "full/x").read_text() == "mine"
