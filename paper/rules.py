@@ -8,7 +8,7 @@ returns a Finding, an empty one where nothing was run. It sees no other claim an
 import math
 from dataclasses import dataclass
 
-from paper.collect import same_data
+from paper.collect import column, same_data
 from paper.stats import mean_interval, p_below
 from train_dba import bytes_per_token, count_params, make_config, stream_bytes
 
@@ -83,13 +83,16 @@ def loss(claim: dict, results: dict) -> Finding:
     if not runs:
         return Finding()
     mean, half = mean_interval([run[claim.get("field", "best_val_loss")] for run in runs])
-    agrees = unless_interim(abs(mean - claim["reported"]) <= claim["tolerance"], results, claim["series"], len(runs))
+    agrees = unless_interim(abs(mean - claim["reported"]) <= claim["tolerance"], results, len(runs), claim["series"])
     return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
-def unless_interim(agrees: bool, results: dict, series: str, seeds: int) -> bool | str:
-    """INTERIM where fewer seeds have been run than paper_manifest.json fixed for the set that a series is of."""
-    return agrees if seeds >= results.get("registered", {}).get(series.rpartition("/")[0], 0) else INTERIM
+def unless_interim(agrees: bool, results: dict, seeds: int, *series: str) -> bool | str:
+    """INTERIM where fewer seeds have been run than paper_manifest.json fixed for the set that a series is of; of
+    several, for the smallest of their sets, as pairs can't be more."""
+    registered = results.get("registered", {})
+    sets = {name.rpartition("/")[0] for name in series} & registered.keys()
+    return agrees if seeds >= min((registered[each] for each in sets), default=0) else INTERIM
 
 
 def paired(claim: dict, results: dict, threshold: float) -> Finding:
@@ -102,7 +105,7 @@ def paired(claim: dict, results: dict, threshold: float) -> Finding:
     last, _ = mean_interval([a["last_val_loss"] - b["last_val_loss"] for a, b in pairs])
     if abs(last - mean) > 1e-9:
         where += f"; of the last losses {last:+.4f}"
-    agrees = unless_interim(mean < threshold, results, pairs[0][0]["series"], len(pairs))
+    agrees = unless_interim(mean < threshold, results, len(pairs), *column(pairs[0], "series"))
     return Finding(mean, half, agrees, where, len(pairs), two_sided(p_below(differences, threshold)))
 
 
@@ -133,7 +136,7 @@ def early_below(claim: dict, results: dict) -> Finding:
     if not differences:
         return Finding()
     mean, half = mean_interval(differences)
-    agrees = unless_interim(mean < 0, results, pairs[0][0]["series"], len(differences))
+    agrees = unless_interim(mean < 0, results, len(differences), *column(pairs[0], "series"))
     return Finding(mean, half, agrees, f"{where}; after {max(tokens) / 1e6:.2f}M tokens", len(differences),
                    two_sided(p_below(differences, 0.0)))
 
@@ -150,7 +153,7 @@ def ahead_throughout(claim: dict, results: dict) -> Finding:
                 ahead += loss < losses[tokens]
     if not total:
         return Finding()
-    agrees = unless_interim(ahead == total, results, pairs[0][0]["series"], len(pairs))
+    agrees = unless_interim(ahead == total, results, len(pairs), *column(pairs[0], "series"))
     return Finding(100 * ahead / total, None, agrees, f"{where}; {total} evaluations", len(pairs))
 
 
@@ -181,7 +184,7 @@ def below_one(ratios: list, pairs: list, where: str, results: dict) -> Finding:
         return Finding()
     mean, half = mean_interval(ratios)
     p = p_below([math.log(value) for value in ratios], 0.0)
-    agrees = unless_interim(mean < 1, results, pairs[0][0]["series"], len(ratios))
+    agrees = unless_interim(mean < 1, results, len(ratios), *column(pairs[0], "series"))
     return Finding(mean, half, agrees, where, len(ratios), two_sided(p))
 
 
@@ -197,7 +200,8 @@ def ratio(claim: dict, results: dict, field: str) -> Finding:
         return Finding()
     mean, half = mean_interval([a[field] / b[field] for a, b in pairs])
     agrees = within(mean, claim["reported"], claim["tolerance"])
-    return Finding(mean, half, unless_interim(agrees, results, pairs[0][0]["series"], len(pairs)), where, len(pairs))
+    agrees = unless_interim(agrees, results, len(pairs), *column(pairs[0], "series"))
+    return Finding(mean, half, agrees, where, len(pairs))
 
 
 def speed_ratio(claim: dict, results: dict) -> Finding:
@@ -214,7 +218,7 @@ def overfits(claim: dict, results: dict) -> Finding:
     if not runs:
         return Finding()
     mean, half = mean_interval([run["last_val_loss"] - run["best_val_loss"] for run in runs])
-    agrees = unless_interim(mean > 0.05, results, claim["series"], len(runs))
+    agrees = unless_interim(mean > 0.05, results, len(runs), claim["series"])
     return Finding(mean, half, agrees, place(runs, claim["series"], seeds=len(runs)), len(runs))
 
 
@@ -348,7 +352,7 @@ def cache_contrast(claim: dict, results: dict) -> Finding:
     for of_seed in deltas:
         differences.append(sum(weight * delta for weight, delta in zip(weights.values(), of_seed, strict=True)))
     mean, half = mean_interval(differences)
-    agrees = unless_interim(mean > 0, results, series, len(deltas))
+    agrees = unless_interim(mean > 0, results, len(deltas), series)
     return Finding(mean, half, agrees, where, len(deltas), two_sided(p_below(differences, 0.0)))
 
 
@@ -384,7 +388,7 @@ def cache_quality(claim: dict, results: dict) -> Finding:
     if len(deltas) > 1:
         added = [delta for delta, in deltas]
         mean, half = mean_interval(added)
-        agrees = unless_interim(mean <= claim["tolerance"], results, series, len(added))
+        agrees = unless_interim(mean <= claim["tolerance"], results, len(added), series)
         return Finding(mean, half, agrees, where, len(added), two_sided(p_below(added, claim["tolerance"])))
     benchmark = results["benchmarks"].get("cache_quality", dict(rows=[]))
     for row in benchmark["rows"]:

@@ -82,6 +82,15 @@ def test_a_part_of_the_registered_seeds_decides_nothing(rule, claim):
     assert said[0] in ("reproduced", "not reproduced") and said[1] == rules.INTERIM
 
 
+def test_pairs_of_two_sets_wait_for_the_smaller_one():
+    runs = []
+    for seed, better in enumerate((1.0, 1.001, 1.002)):
+        runs += [run("g/more/a", seed, [(9, 3.0 - better)]), run("g/fewer/b", seed, [(9, 3.0)])]
+    for fewer, said in ((3, "reproduced"), (4, rules.INTERIM)):
+        results = dict(runs=runs, registered={"g/more": 9, "g/fewer": fewer})
+        assert verdict_of("below", results, pairs=[["g/more/a", "g/fewer/b"]])[0] == said
+
+
 def test_gradient_spikes_are_after_the_warm_up():
     log = [dict(step=step, grad_norm=norm) for step, norm in ((1, 90.0), (2, 1.0), (3, 1.0), (4, 3.0))]
     assert collect.gradient_spike(log, 1) == 3.0 and collect.gradient_spike(log, 0) == 45.0
