@@ -730,7 +730,7 @@ def test_missing_and_empty_inputs(tmp_path):
     args = ["--dataset", "text", "--tokenizer", "byte", "--output", tmp_path / "x.npy", "--input"]
     assert "nowhere does not exist" in fails(*args, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no .txt, .jsonl, .parquet file in" in fails(*args, tmp_path / "empty")
+    assert "no .txt, .md, .jsonl, .parquet file in" in fails(*args, tmp_path / "empty")
     message = fails("--dataset", "wikitext2", "--output", tmp_path / "x.npy", "--input", tmp_path / "empty")
     assert "wiki.valid.tokens does not exist" in message
 
