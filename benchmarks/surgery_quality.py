@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -176,11 +177,43 @@ def rows_of(teacher, layers, healed):
     return rows
 
 
-def formats_for(model, name):
-    """{stream: format} of a --kv-cache."""
-    class Asked:
-        cfg = model.cfg
-    return formats_of(Asked, name)
+def add_rows(parser):
+    """The flags of what is measured."""
+    parser.add_argument("model", help="the teacher: .gguf file, Hugging Face folder, run folder")
+    parser.add_argument("--data", required=True, help="text to calibrate on")
+    parser.add_argument("--healed", nargs="*", default=[], metavar="SHARE=RUN", help="healed conversions")
+    parser.add_argument("--rows", default=".*", help="regular expression of the rows' names (all)")
+    parser.add_argument("--moments", type=Path, help="file that keeps the moments")
+
+
+def chosen_rows(args):
+    """(Subject of the teacher, {name: Row}) of add_rows()'s flags."""
+    subject = load_subject(args.model, "cpu")
+    teacher = subject.model.requires_grad_(False)
+    if args.moments and args.moments.exists():
+        moments = [Moments(**fields) for fields in torch.load(args.moments)]
+    else:
+        calibration = windows_of(subject.tokenizer, args.data, CALIBRATED)[:, :-1]
+        bar = progress(CALIBRATED, "window", "calibrating")
+        moments = calibrate(teacher, calibration, GRADED, report=lambda done, total: bar.update())
+        bar.close()
+        if args.moments:
+            torch.save([vars(each) for each in moments], args.moments)
+    layers = [Layer.of(block.attn, each) for block, each in zip(teacher.blocks, moments)]
+    rows = rows_of(teacher, layers, dict(pair.split("=", 1) for pair in args.healed))
+    return subject, {name: row for name, row in rows.items() if re.fullmatch(args.rows, name)}
+
+
+def described(row, model, teacher):
+    """What a row caches: shares of the teacher's elements and of its fp16 cache's bytes, formats, widths."""
+    formats = formats_of(SimpleNamespace(cfg=model.cfg), row.formats or "fp16")
+    elements = [sum(each.cfg.attention.streams.values()) for each in (model, teacher)]
+    size = Policy(tuple(formats.items()), residual=row.residual).bytes_per_token(model.cfg, WINDOW)
+    about = dict(elements=elements[0] / elements[1], bytes=row.bits or size / bytes_per_token(teacher.cfg, "fp16"),
+                 formats=formats if row.formats else None, residual=row.residual)
+    if model.cfg.attention.latent:
+        about.update(pairs=model.cfg.attention.paths[-1].width // 2, latent=model.cfg.attention.latent)
+    return about
 
 
 @torch.inference_mode()
@@ -218,38 +251,15 @@ def figures(losses, teacher_losses, kls):
 @exit_code()
 def main(argv=None):
     parser = parser_of(__doc__)
-    parser.add_argument("model", help="the teacher: .gguf file, Hugging Face folder, run folder")
-    parser.add_argument("--data", required=True, help="text to calibrate on")
+    add_rows(parser)
     parser.add_argument("--text", nargs="+", required=True, help="texts to measure on")
     parser.add_argument("--windows", type=int, nargs="+", required=True, help="windows of each")
-    parser.add_argument("--healed", nargs="*", default=[], metavar="SHARE=RUN", help="healed conversions")
-    parser.add_argument("--rows", default=".*", help="regular expression of the rows' names (all)")
-    parser.add_argument("--moments", type=Path, help="file that keeps the moments")
     args = parser.parse_args(argv)
-    subject = load_subject(args.model, "cpu")
-    teacher = subject.model.requires_grad_(False)
-    if args.moments and args.moments.exists():
-        moments = [Moments(**fields) for fields in torch.load(args.moments)]
-    else:
-        calibration = windows_of(subject.tokenizer, args.data, CALIBRATED)[:, :-1]
-        bar = progress(CALIBRATED, "window", "calibrating")
-        moments = calibrate(teacher, calibration, GRADED, report=lambda done, total: bar.update())
-        bar.close()
-        if args.moments:
-            torch.save([vars(each) for each in moments], args.moments)
-    layers = [Layer.of(block.attn, each) for block, each in zip(teacher.blocks, moments)]
-    rows = rows_of(teacher, layers, dict(pair.split("=", 1) for pair in args.healed))
-    chosen = {name: row for name, row in rows.items() if re.fullmatch(args.rows, name)}
-    models, table, full = {}, {}, bytes_per_token(teacher.cfg, "fp16")
-    for name, row in chosen.items():
+    subject, rows = chosen_rows(args)
+    teacher, models, table = subject.model, {}, {}
+    for name, row in rows.items():
         models[name] = row.make()
-        cfg, formats = models[name].cfg, formats_for(models[name], row.formats or "fp16")
-        share = sum(cfg.attention.streams.values()) / sum(teacher.cfg.attention.streams.values())
-        size = Policy(tuple(formats.items()), residual=row.residual).bytes_per_token(cfg, WINDOW) / full
-        table[name] = dict(elements=share, bytes=row.bits or size, formats=formats if row.formats else None,
-                           residual=row.residual)
-        if cfg.attention.latent:
-            table[name].update(pairs=cfg.attention.paths[-1].width // 2, latent=cfg.attention.latent)
+        table[name] = described(row, models[name], teacher)
     windows = {Path(path).stem: windows_of(subject.tokenizer, path, count)
                for path, count in zip(args.text, args.windows)}
     order = sorted((place / len(each), text, place) for text, each in windows.items() for place in range(len(each)))

@@ -1,11 +1,12 @@
 """
-The tables of docs/convert.md from what benchmarks/surgery_quality.py measured.
+The tables of docs/convert.md from what benchmarks/surgery_quality.py and surgery_tasks.py measured.
 
     python3 benchmarks/surgery_table.py docs/convert.md
 
 Each stands between a line <!-- surgery: RESULT -->, RESULT being a path from the project's root, and the line
 <!-- /surgery -->; after <!-- surgery: RESULT below 30 % --> it has the rows of fewer bytes than that, without the
-ratios that were targets. Where rows have seen different numbers of windows, ratios are of what both have seen.
+ratios that were targets. Where rows have seen different numbers of windows, ratios are of what both have seen. After
+<!-- surgery tasks: RESULT --> stands the accuracy of tasks.
 """
 
 import json
@@ -14,9 +15,10 @@ import sys
 from pathlib import Path
 
 from common import train_dba
+from paper.stats import mean_interval
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- surgery: (\S+)(?: below (\d+) %)? -->\n)(?s:.*?)(<!-- /surgery -->\n)")
+BLOCK = re.compile(r"(<!-- surgery( tasks)?: (\S+)(?: below (\d+) %)? -->\n)(?s:.*?)(<!-- /surgery -->\n)")
 # (claim, row, row it is divided by, the most that the ratio may be)
 TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75 %", 0.19),
            ("75 %: beside the cut per head", "latent 75 %", "per head 75 %", 0.29),
@@ -81,12 +83,39 @@ def ratios(rows, texts):
     return lines
 
 
+def right(row):
+    """1 for every item of all tasks that a row has right, 0 for every other."""
+    return [each for task in row["tasks"].values() for each in task["correct"]["acc"]]
+
+
+def tasks_table(document):
+    """Markdown of the accuracy of all rows, the most bytes first, and of how it differs from the teacher's, item by
+    item."""
+    rows = document["rows"]
+    teacher, names = rows["teacher"], list(rows["teacher"]["tasks"])
+    lines = ["| cache | of fp16's bytes | " + " | ".join(names) + " | all | beside the teacher |",
+             "| --- " * (4 + len(names)) + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
+        if any(row["tasks"][task]["items"] != teacher["tasks"][task]["items"] for task in names):
+            raise train_dba.UserError(f"{name} answered other items than the teacher")
+        differences = [100 * (mine - its) for mine, its in zip(right(row), right(teacher), strict=True)]
+        mean, half = mean_interval(differences)
+        beside = "-" if name == "teacher" else f"{mean:+.1f} ± {half:.1f}"
+        shares = [*(row["tasks"][task]["acc"] for task in names), sum(right(row)) / len(differences)]
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"| {name} | {100 * row['bytes']:.1f} % | {cells} | {beside} |")
+    counts = ", ".join(f"{task} {each['n']:,}" for task, each in teacher["tasks"].items())
+    lines += ["", f"{document['teacher']} calibrated on {document['calibration']}; items: {counts}, the first of each; "
+              "zero-shot `acc` of lm-eval; ± 95 % over items, paired; bytes as above, in a window of 512."]
+    return "\n".join(lines) + "\n"
+
+
 def filled(text):
     """The document with its tables as they are measured."""
     def block(found):
-        begin, result, below, end = found.groups()
+        begin, tasks, result, below, end = found.groups()
         document = json.loads((ROOT / result).read_text(encoding="utf-8"))
-        return begin + table(document, below and int(below)) + end
+        return begin + (tasks_table(document) if tasks else table(document, below and int(below))) + end
     return BLOCK.sub(block, text)
 
 

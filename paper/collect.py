@@ -6,6 +6,7 @@ From run folders to one dict, which figures, tables and the ledger are made of.
 runs        every finished run: what it is, its losses, its curve, the losses of its checkpoint through quantised caches
 series      runs that differ in nothing but the seed: means and 95 % t-intervals
 evals       other measurements of eval_dba.py: {run: {file without eval_: {command, result, from}}}
+surgery     what benchmarks/surgery_quality.py measured of conversions: {run: {row: bytes, {text: KL of its windows}}}
 benchmarks  runs/bench/<name>.json, and as `devices` runs/bench/<machine>/*.json
 manifest    {group/set: [finished, listed]}
 problems    files that were left out, a line each
@@ -34,9 +35,12 @@ from paper.shapes import (
     META,
     RANKS,
     RESULT,
+    SURGERY,
+    TEXT,
     TRAIN,
     UNREADABLE,
     list_of,
+    map_of,
     number,
     read_json,
 )
@@ -499,6 +503,25 @@ def read_evals(root: Path) -> tuple[dict, list]:
     return evals, problems
 
 
+def read_surgery(root: Path) -> tuple[dict, list]:
+    """({run folder: {row: bytes, as a share of the teacher's, and texts: {text: KL of its windows}}}, a line on each
+    file that was left out)."""
+    surgery, problems = {}, []
+    for path in sorted(root.rglob("surgery.json")):
+        try:
+            rows = {}
+            for name, row in read_json(path, SURGERY)["rows"].items():
+                measured = {text: each for text, each in row.items() if isinstance(each, dict) and "kls" in each}
+                check(measured, map_of(TEXT), name)
+                rows[name] = dict(bytes=row["bytes"], texts={text: each["kls"] for text, each in measured.items()})
+            surgery[path.parent.relative_to(root).as_posix()] = rows
+        except UserError as e:
+            problems.append(f"{e}; left out")
+        except UNREADABLE as e:
+            problems.append(f"{path} is damaged ({brief(e)}); left out")
+    return surgery, problems
+
+
 def of_command(evals: dict, command: str):
     """Yield (run folder, name, result) of every result of a command."""
     for run, files in evals.items():
@@ -574,21 +597,22 @@ def collect(root: Path, listed: dict[str, list[Run]]) -> dict:
     """Everything under root. listed: {group: runs of the manifest}."""
     runs, problems = read_runs(root)
     evals, damaged = read_evals(root)
+    surgery, unread = read_surgery(root)
     benchmarks, broken = read_benchmarks(root / "bench")
     for run in runs:
         run["caches"] = take_caches(evals, run["run"])
     choose_rates(runs, list(itertools.chain.from_iterable(listed.values())))
     series, odd = make_series(runs)
-    return dict(runs=runs, series=series, evals=evals, benchmarks=benchmarks, manifest=finished(runs, listed),
-                problems=[*problems, *damaged, *broken, *odd])
+    return dict(runs=runs, series=series, evals=evals, surgery=surgery, benchmarks=benchmarks,
+                manifest=finished(runs, listed), problems=[*problems, *damaged, *unread, *broken, *odd])
 
 
 def split_by_group(results: dict) -> dict:
-    """{file name: content}: results.json; beside it evals.json, what eval_dba.py measured, and every run,
+    """{file name: content}: results.json; beside it evals.json and surgery.json, and every run,
     runs_<group>.json or, of runs without one, runs.json."""
-    apart = ("evals", "runs", "problems")
+    apart = ("evals", "surgery", "runs", "problems")
     files = {"results.json": {key: value for key, value in results.items() if key not in apart},
-             "evals.json": results["evals"]}
+             "evals.json": results["evals"], "surgery.json": results["surgery"]}
     for run in results["runs"]:
         parts = run["run"].split("/")
         name = f"runs_{parts[0]}.json" if len(parts) > 1 else "runs.json"

@@ -40,6 +40,7 @@ SECTIONS = {                                               # of the ledger: {tit
     "What the papers compare and contradict": ("confounded", "tokens_seen", "work_ratio", "contradiction"),
     "Probes and benchmarks": ("best_case", "probe_difference"),
     "Quantised caches and ranks": ("cache_quality", "cache_contrast", "effective_rank"),
+    "Conversions of pretrained models": ("conversion", "conversion_contrast"),
     "Learned masks": ("mask_bound", "mask_gradient", "mask_memory"),
     "Announced without results": ("not_run",),
 }

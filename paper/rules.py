@@ -507,6 +507,48 @@ def mask_memory(claim: dict, results: dict) -> Finding:
     return Finding(max(ratios.values()), None, agrees, f"`{claim['run']}`, peak beside the weights: {'; '.join(parts)}")
 
 
+# -----------------------------------------------------------------------------
+# Conversions
+
+def conversion(claim: dict, results: dict) -> Finding:
+    """What conversions of a pretrained model cost where nobody said what they may: KL divergence from the teacher, the
+    worst of the texts; of the first of the choices, the others beside it."""
+    rows, parts, found = results["surgery"].get(claim["run"], {}), [], []
+    for choice in claim["choices"]:
+        if choice in rows:
+            means = {text: mean_interval(kls) for text, kls in rows[choice]["texts"].items()}
+            found.append((max(means.values()), min(map(len, rows[choice]["texts"].values()))))
+            parts.append(f"{choice} {', '.join(f'{mean:.3g} on {text}' for text, (mean, _) in means.items())}")
+    if not found:
+        return Finding()
+    (worst, half), windows = found[0]
+    where = f"`{claim['run']}`, one model and one fit, KL: {'; '.join(parts)}; the paper names no measure of success"
+    return Finding(worst, half, UNDECIDED, where, windows)
+
+
+def conversion_contrast(claim: dict, results: dict) -> Finding:
+    """Whether a row is nearer to the teacher than another, by KL divergence paired by window, on every text;
+    the value is that of the text where it is least so."""
+    rows = results["surgery"].get(claim["run"], {})
+    if not {claim["a"], claim["b"]} <= rows.keys():
+        return Finding()
+    a, b = rows[claim["a"]], rows[claim["b"]]
+    differences, parts = [], []
+    for text in a["texts"].keys() & b["texts"].keys():
+        paired = [x - y for x, y in zip(a["texts"][text], b["texts"][text])]
+        if len(paired) > 1:
+            mean, half = mean_interval(paired)
+            differences.append((mean, half, len(paired)))
+            parts.append(f"{mean:+.3g} ± {half:.2g} on {text} ({len(paired)} windows)")
+    if not differences:
+        return Finding()
+    where = (f"`{claim['run']}`, one model and one fit, {claim['a']} less {claim['b']}, {100 * a['bytes']:.1f} and "
+             f"{100 * b['bytes']:.1f} % of fp16's bytes: {'; '.join(sorted(parts, reverse=True))}")
+    worst, half, _ = max(differences)
+    spans = [(mean - half, mean + half) for mean, half, _ in differences]
+    return Finding(worst, half, all_sides(spans, "below", 0), where, min(n for _, _, n in differences))
+
+
 def not_run(claim: dict, results: dict) -> Finding:
     return Finding()
 
@@ -685,7 +727,8 @@ def disjoint_mse(claim: dict, results: dict) -> Finding:
 RULES = {rule.__name__: rule for rule in (
     loss, below, not_worse, early_below, ahead_throughout, data_efficiency, steadier, overfits, speed_ratio, step_ratio,
     step_bound, attention_ratio, decode_ratio, latency_ratio, cache_quality, cache_contrast,
-    effective_rank, probe_difference, mask_bound, mask_gradient, mask_memory, not_run, cache_percent_less,
+    effective_rank, probe_difference, mask_bound, mask_gradient, mask_memory, conversion, conversion_contrast,
+    not_run, cache_percent_less,
     bytes_per_value, other_mixed_caches, absorbed_work, quotients, contradiction, confounded, tokens_seen, work_ratio,
     disjoint_mse, cache_gib, cache_ratio, cache_ratio_below_one, cache_layer_bytes, parameters, perplexity,
     perplexity_gap, share, percent_more, mean_difference, best_case)}

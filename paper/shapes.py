@@ -92,6 +92,8 @@ MASK_ROW = {"text": str, "length": count, "choice": str, "windows": count, "toke
 GRADIENT_ROW = dict(text=str, length=count, start=count, choice=str, least=number, median=number)
 COST_ROW = dict(length=count, attention=str, layer_ms=number, layer_bytes=maybe(number), forward_ms=number,
                 forward_bytes=maybe(number), ms_per_token=number)
+SURGERY = dict(env=ENV, teacher=str, rows=map_of(dict(bytes=number)))
+TEXT = dict(kls=list_of(number))                           # of a row: divergence from the teacher, by window
 COMMANDS = {                                               # of eval_dba.py: what its results hold beside RESULT
     "ppl": dict(loss=number, ppl=maybe(number), bpb=maybe(number), tokens=count, block=count, stride=count,
                 bytes_per_token=number),

@@ -21,7 +21,7 @@ def fake(series, losses, row=None, **more):
 
 def finding_of(claim, runs):
     """What a rule finds, corrected as the ledger corrects it."""
-    finding = rules.RULES[claim["rule"]](claim, dict(runs=runs, benchmarks={}, evals={}))
+    finding = rules.RULES[claim["rule"]](claim, dict(runs=runs, benchmarks={}, evals={}, surgery={}))
     claims.correct([finding])
     return finding
 
@@ -199,7 +199,7 @@ def test_a_contrast_is_shown_in_other_sets_but_tested_in_its_own():
     ("kv-elements-gqa", 1024, "arithmetic error"), ("dba-under-gqa", 1952 / 288, "does not hold"),
     ("dba-under-standard-q4", 1952 / 2304, "holds")))
 def test_arithmetic(id, value, verdict):
-    row, = [row for row in claims.ledger(dict(runs=[], evals={}, benchmarks={})) if row["id"] == id]
+    row, = [row for row in claims.ledger(dict(runs=[], evals={}, surgery={}, benchmarks={})) if row["id"] == id]
     assert row["ours"] == pytest.approx(value, rel=2e-3) and row["verdict"] == verdict
 
 
@@ -220,5 +220,5 @@ def test_damaged_claims_are_one_line(tmp_path, damage):
     path = tmp_path / "claims.json"
     path.write_text(damage)
     with pytest.raises(UserError, match="claims.json") as error:
-        claims.ledger(dict(runs=[], evals={}, benchmarks={}), path)
+        claims.ledger(dict(runs=[], evals={}, surgery={}, benchmarks={}), path)
     assert "\n" not in str(error.value)

@@ -104,7 +104,8 @@ def write_run(folder, losses=(3.0, 2.0), identity=(), env=(), drop=(), **setting
 
 
 def empty(**more):
-    return dict(runs=[], series=[], evals={}, benchmarks={}, claims=[], contrasts=[], manifest={}, problems=[]) | more
+    return dict(runs=[], series=[], evals={}, surgery={}, benchmarks={}, claims=[], contrasts=[], manifest={},
+                problems=[]) | more
 
 
 def eval_text(evals, series=(), runs=()):
@@ -498,3 +499,16 @@ def test_tables():
 def test_a_mode_has_one_colour_and_nothing_else_has_it():
     colors = [*style.COLORS.values(), *style.OTHERS, style.REPORTED["color"]]
     assert len(set(colors)) == len(colors)
+
+
+def test_conversions_are_read_and_damaged_ones_left_out(tmp_path):
+    env = dict(cpu="a CPU", device="cpu", threads=1, commit=None, dirty=None)
+    rows = {"latent": dict(bytes=0.5, formats=dict(k="q4_0"), text=dict(kls=[0.1, 0.2], kl=0.15))}
+    content = dict(env=env, teacher="t", rows=rows)
+    broken = dict(content, rows={"latent": dict(bytes=0.5, text=dict(kls=["x"]))})
+    for name, text in (("good", json.dumps(content)), ("broken", json.dumps(broken)), ("cut", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "surgery.json").write_text(text)
+    surgery, problems = collect.read_surgery(tmp_path)
+    assert surgery == dict(good=dict(latent=dict(bytes=0.5, texts=dict(text=[0.1, 0.2]))))
+    assert len(problems) == 3 and all("left out" in line for line in problems)

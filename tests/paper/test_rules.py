@@ -7,7 +7,7 @@ import pytest
 from paper import claims, collect, report, rules
 from paper.shapes import STEPS_ROW
 
-EMPTY = dict(runs=[], evals={}, benchmarks={})
+EMPTY = dict(runs=[], evals={}, surgery={}, benchmarks={})
 
 
 def run(series, seed, curve=(), spike=None, caches=(), kv=100):
@@ -392,3 +392,38 @@ def test_memory_of_masks_against_both_attentions(eager, sdpa, verdict):
     claim = dict(run="r", choice="gates", bound=0.7)
     assert verdict_of("mask_memory", masks(costs=rows), **claim)[0] == EVERY[verdict]
     assert verdict_of("mask_memory", masks(costs=rows[3:]), **claim)[0] == EVERY["none"]
+
+
+# -----------------------------------------------------------------------------
+# Conversions
+
+def converted(**rows):
+    """Results of {row: {text: KL of its windows}}."""
+    return dict(surgery=dict(r={row: dict(bytes=0.25, texts=texts) for row, texts in rows.items()}))
+
+
+def test_a_conversion_for_which_no_measure_was_named_is_undecided():
+    results = converted(first=dict(own=[0.1, 0.2], other=[0.3, 0.5]), second=dict(own=[0.7, 0.7]))
+    verdict, finding = verdict_of("conversion", results, run="r", choices=["first", "absent", "second"])
+    assert verdict == "undecided" and finding.value == pytest.approx(0.4) and finding.seeds == 2
+    assert "first 0.15 on own, 0.4 on other; second 0.7 on own" in finding.where
+    assert verdict_of("conversion", results, run="r", choices=["absent"])[0] == EVERY["none"]
+    assert verdict_of("conversion", run="r", choices=["first"])[0] == EVERY["none"]
+
+
+def test_conversions_are_compared_by_window_on_every_text():
+    base = [1.0, 2.0, 3.0]
+    near, far, either = ([x + shift for x, shift in zip(base, shifts)]
+                         for shifts in ((-0.11, -0.1, -0.1), (0.1, 0.1, 0.1), (-1, 1, 0.1)))
+    cases = dict(yes=(near, near), no=(near, far), mixed=(near, either), one=(near[:1], near[:1]))
+    claim = dict(run="r", a="a", b="b")
+    for name, (own, other) in cases.items():
+        results = converted(a=dict(own=own, other=other), b=dict(own=base, other=base))
+        verdict, finding = verdict_of("conversion_contrast", results, source="control", **claim)
+        assert verdict == dict(yes="holds", no="does not hold", mixed="undecided", one="not yet run")[name]
+    assert "a less b, 25.0 and 25.0 % of fp16's bytes" in verdict_of("conversion_contrast", converted(
+        a=dict(own=near), b=dict(own=base)), **claim)[1].where
+    finding = verdict_of("conversion_contrast", converted(a=dict(own=near, other=far), b=dict(own=base, other=base)),
+                         **claim)[1]
+    assert finding.value == pytest.approx(0.1)             # of the text where it is least so
+    assert verdict_of("conversion_contrast", converted(a=dict(own=near)), **claim)[0] == EVERY["none"]
