@@ -180,6 +180,50 @@ def find_losses(results: dict) -> str | None:
             f"{pm(standard['best_val_loss'])}.")
 
 
+def beside(results: dict, a: dict, b: dict, cache: str) -> dict | None:
+    """Mean and half-width of a - b of losses through caches of a format, paired by seed; None for less than 2 pairs."""
+    differences = []
+    for left, right in pair_runs(results, a["series"], b["series"], "caches"):
+        if cache in left["caches"] and cache in right["caches"]:
+            differences.append(left["caches"][cache]["loss"] - right["caches"][cache]["loss"])
+    if len(differences) < 2:
+        return None
+    mean, half = mean_interval(differences)
+    return dict(mean=mean, half=half)
+
+
+def find_moonshot(results: dict) -> str | None:
+    """Whether a DBA is no worse than the best GQA and the best MLA of the headline at their bytes and parameters: of
+    all that were tried the nearest, and that with one latent."""
+    chosen = headline_models(results)
+    rivals = [chosen.get(("gqa", False)), chosen.get(("mla", False))]
+    if None in rivals:
+        return None
+    tried = []
+    for series in results["series"]:
+        gaps = [beside(results, series, rival, "fp16") for rival in rivals]
+        alike = series["mode"] == "decoupled" and series["kv_bytes_fp16"] == rivals[0]["kv_bytes_fp16"]
+        if alike and None not in gaps and "no RoPE" not in series["label"]:
+            tried.append((max(gap["mean"] + gap["half"] for gap in gaps), series))
+    if not tried:
+        return None
+    tried.sort(key=lambda item: item[0])
+    shown = sum(upper < LEVEL for upper, _ in tried)
+    parts = []
+    for place, (_, series) in enumerate(tried):
+        if place == 0 or "latent" in series["label"]:
+            said = []
+            for cache, name in (("fp16", "fp16"), ("q4_0_rotated", "rotated q4_0")):
+                gaps = [beside(results, series, rival, cache) for rival in rivals]
+                if None not in gaps:
+                    said.append(f"{' and '.join(map(signed, gaps))} in {name}")
+            parts.append(f"{series['label'].removesuffix(' matched')} {', '.join(said)}")
+    names = " and ".join(rival["label"].removesuffix(" matched") for rival in rivals)
+    return (f"Is a DBA no worse than both {names}, by at most {LEVEL} nats, at their bytes and parameters? Of "
+            f"{plural(len(tried), 'configuration')} {shown or 'none'} is shown to be, by 95 % intervals over seeds. "
+            f"Less the one and the other: {'; '.join(parts)}.")
+
+
 def find_contrasts(results: dict) -> str | None:
     rows = results["contrasts"]
     if not rows:
@@ -229,8 +273,8 @@ def find_steps(results: dict) -> str | None:
 
 
 def findings(results: dict) -> list[str]:
-    sentences = [find_losses(results), positive_control(results), find_contrasts(results), find_arithmetic(results),
-                 find_caches(results), find_steps(results)]
+    sentences = [find_losses(results), positive_control(results), find_moonshot(results), find_contrasts(results),
+                 find_arithmetic(results), find_caches(results), find_steps(results)]
     return list(filter(None, sentences))
 
 

@@ -313,6 +313,33 @@ def test_the_positive_control_stands_beside_every_ranking(tmp_path, differences,
     assert report.positive_control(empty()) is None and report.beside_ranking(empty()) == []
 
 
+@pytest.mark.parametrize("ours, latent, count", ((1.9, 2.5, "1"), (2.1, 2.5, "none"), (1.9, 1.8, "2")))
+def test_the_moonshot_takes_gqa_and_mla_alike(tmp_path, ours, latent, count):
+    """Losses through fp16 caches, GQA's at 2.0, MLA's at 2.2, paired by seed."""
+    shared = dict(attn_mode="decoupled", kv_head=4)
+    models = {"standard": (dict(), 2.0), "gqa": (dict(attn_mode="gqa", attn_dim=192, kv_head=4), 2.0),
+              "mla": (dict(attn_mode="mla", kv_lora_rank=160, rope_dim=32), 2.2),
+              "dba": (dict(shared, sem_dim=64, geo_dim=128, attn_dim=192), ours),
+              "norope": (dict(shared, sem_dim=64, geo_dim=128, attn_dim=192, rope=False), 1.0),
+              "small": (dict(shared, sem_dim=32, geo_dim=64, attn_dim=192), 1.0)}
+    for name, (settings, loss) in models.items():
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"g/s/{name}_s{seed}"
+            write_run(folder, (9.0, loss + seed), seed=seed, **settings)
+            write_ppl(folder, "fp16", loss + seed + 0.001 * seed)
+    for seed in (1, 2):                                    # of another set, fewer seeds
+        folder = tmp_path / f"g/other/latent_s{seed}"
+        write_run(folder, (9.0, latent + seed), seed=seed, **shared, sem_dim=64, geo_dim=128, attn_dim=192,
+                  kv_lora_rank=128)
+        write_ppl(folder, "fp16", latent + seed + 0.001 * seed)
+    results = {**empty(), **collect.collect(tmp_path, {})}
+    sentence = report.find_moonshot(results)               # the nearest, and what has a latent
+    assert f"Of 2 configurations {count} is shown" in sentence and "rotated" not in sentence
+    assert (f"decoupled 64/128 4 groups {ours - 2.0:+.4f}" in sentence) == (ours < latent)
+    assert f"latent 128 4 groups {latent - 2.0:+.4f}" in sentence and f"{latent - 2.2:+.4f}" in sentence
+    assert sentence in report.findings(results) and report.find_moonshot(empty()) is None
+
+
 def test_the_block_of_the_readme():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     replaced = report.replace_block(text, "new")
