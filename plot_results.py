@@ -7,10 +7,10 @@ Figures, tables and the ledger of claims from run folders: collect, report, draw
 paper/collect.py reads run folders at any depth and paper/claims.py decides the ledger and the pre-registered contrasts;
 what they found is results.json (and evals.json; every run: runs_<group>.json). paper/report.py makes report.md, the
 LaTeX tables and the README's block of it, this file the figures: fig_contrasts (differences of losses with their
-margins), fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence,
-fig_learning_rate, fig_decode, fig_tasks, fig_rank. The same runs give the same bytes. A figure without runs is not
-drawn; the papers' ledger is there only where runs of the manifest are. Bands, bars and ± are 95 % t-intervals over
-seeds.
+margins), fig_headline and fig_pareto_memory_vs_loss (loss against bytes of KV cache), fig_convergence, fig_split (loss
+over the division of a head's channels), fig_learning_rate, fig_decode, fig_tasks, fig_rank. The same runs give the same
+bytes. A figure without runs is not drawn; the papers' ledger is there only where runs of the manifest are. Bands, bars
+and ± are 95 % t-intervals over seeds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from paper.claims import contrasts, ledger, registered
 from paper.collect import CHANCE, collect, of_command, panels, rate_panels, split_by_group
 from paper.report import (
     PATHS,
+    divisions,
     family,
     headline,
     last_stage,
@@ -41,7 +42,7 @@ from paper.report import (
     scale_table,
 )
 from paper.shapes import UNREADABLE
-from paper.stats import frontier, p_text
+from paper.stats import frontier, mean_interval, p_text
 from paper.style import (
     COLORS,
     MARKERS,
@@ -130,13 +131,20 @@ def forest_panel(ax, rows: list) -> None:
         ax.text(1.01, y, row["verdict"] + p, transform=ax.get_yaxis_transform(), va="center", color=color)
     ax.axvline(0, **SHARED_AXIS)
     ax.set_xscale("symlog", linthresh=LINEAR)
-    ticks = [sign * size for size in (0.01, 0.03, 0.1, 0.3, 1, 3) for sign in (-1, 1) if left < sign * size < right]
-    ax.set_xticks([0, *ticks], [f"{tick:g}" for tick in [0, *ticks]])
+    ax.set_xticks(*nats_ticks(left, right))
     ax.minorticks_off()
     ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5),
            xlabel=f"difference of validation loss (nats per token; logarithmic beyond {LINEAR:g})")
     ax.set_yticks(range(len(rows)), [wrap(row["name"]) for row in rows])
     ax.tick_params(axis="y", length=0)
+
+
+def nats_ticks(low: float, high: float) -> tuple[list, list]:
+    """(places, labels) of the ticks of an axis that is linear about 0 and logarithmic beyond."""
+    ticks = [0]
+    for size in (0.01, 0.03, 0.1, 0.3, 1, 3):
+        ticks += [tick for tick in (-size, size) if low < tick < high]
+    return ticks, [f"{tick:g}" for tick in ticks]
 
 
 def verdict_color(verdict: str) -> str:
@@ -240,6 +248,35 @@ def draw_pareto(drawn: list, path: Path) -> None:
             handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="#777777", label=name))
     handles.append(plt.Line2D([], [], color="#555555", linestyle=":", linewidth=1.2, label="best loss for its bytes"))
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    save(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# Division of a head's channels
+
+def draw_split(results: dict, path: Path) -> None:
+    """A point per division: the difference of losses with its 95 % interval, over channels without rotation. The axis
+    is linear about 0 and logarithmic beyond."""
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    rows, first = divisions(results), ""
+    for series, differences in rows:
+        (mean, half), (x, rotated) = mean_interval(differences), series["score_channels"]
+        ax.errorbar(x, mean, yerr=half or None, fmt="o", color=COLORS[series["mode"]], markersize=5, capsize=3)
+        ax.annotate(f"{mean:+.3f}\n{len(differences)} seeds" if half else "0", (x, mean), xytext=(6, -4),
+                    textcoords="offset points")
+        first = first if half else f"{x} + {rotated}"
+    ax.axhline(0, **SHARED_AXIS)
+    ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.minorticks_off()
+    ax.set_yticks(*nats_ticks(*ax.get_ylim()))
+    ax.set_xticks([series["score_channels"][0] for series, _ in rows],
+                  ["{} + {}".format(*series["score_channels"]) for series, _ in rows])
+    ax.set(xlabel="channels of a head's score: without + with rotation",
+           ylabel=f"validation loss less that of {first}\n(nats, paired by seed; logarithmic beyond {LINEAR:g})")
+    modes = dict.fromkeys(series["mode"] for series, _ in rows)
+    ax.legend(handles=[plt.Line2D([], [], color=COLORS[mode], marker="o", linestyle="", label=mode) for mode in modes])
+    ax.margins(x=0.1)
+    ax.grid(axis="y", alpha=0.3)
     save(fig, path)
 
 
@@ -478,6 +515,7 @@ def draw(results: dict, out: Path) -> list[str]:
         ("headline", best, lambda path: draw_pareto([headline_panel(series, best)], path)),
         ("pareto_memory_vs_loss", compared, lambda path: draw_pareto(compared, path)),
         ("convergence", panels(series), lambda path: draw_convergence(series, path)),
+        ("split", divisions(results)[2:], lambda path: draw_split(results, path)),
         ("learning_rate", rate_panels(series), lambda path: draw_learning_rate(series, path)),
         ("decode", list(of_command(evals, "latency")), lambda path: draw_decode(results, path)),
         ("tasks", list(of_command(evals, "tasks")), lambda path: draw_tasks(results, path)),

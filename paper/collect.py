@@ -79,6 +79,14 @@ def label(config: dict) -> str:
     return " ".join(names)
 
 
+def score_channels(config: dict) -> list[int]:
+    """[without, with] rotation: channels of a head's score."""
+    channels = [0, 0]
+    for path in Config(**config).attention.paths:
+        channels[path.rotate] += path.width
+    return channels
+
+
 def hardware_name(env: dict) -> str:
     """The device of an env.json; of a CPU its name, with how many threads."""
     if env["device"] != "cpu":
@@ -135,7 +143,8 @@ def read_run(folder: Path, name: str) -> dict | None:
     series = name.removesuffix(f"_s{config['seed']}")
     return dict(
         run=name, series=series, row=series.removesuffix(f"_lr{config['lr']:g}"), best_of_sweep=None,
-        mode=config["attn_mode"], label=label(config), data=Path(config["data"]).name, identity=meta["data"],
+        mode=config["attn_mode"], label=label(config), score_channels=score_channels(config),
+        data=Path(config["data"]).name, identity=meta["data"],
         lr=config["lr"], layers=config["layers"], context=config["block"],
         batch=config["batch_size"] * config["grad_accum"], seed=config["seed"], steps=config["steps"],
         tokens=lines[-1]["tokens"], params=meta["params"]["total"],
@@ -285,8 +294,8 @@ def one_series(name: str, members: list) -> dict:
     """What the runs of a series share, and their means."""
     first, speeds = members[0], known(column(members, "tokens_per_second"))
     series = dict(
-        series=name, **keep(first, "row", "mode", "label", "data", "identity", "context", "batch", "steps", "lr",
-                            "params", "kv_bytes_fp16", "layers"),
+        series=name, **keep(first, "row", "mode", "label", "score_channels", "data", "identity", "context", "batch",
+                            "steps", "lr", "params", "kv_bytes_fp16", "layers"),
         runs=column(members, "run"), seeds=column(members, "seed"), caches=series_caches(members),
         last_val_loss=interval(column(members, "last_val_loss")),
         best_val_loss=interval(column(members, "best_val_loss")),

@@ -149,6 +149,21 @@ def positive_control(results: dict) -> str | None:
             f"below {LEVEL}). It ends at {'; '.join(parts)}. Where it fails, a ranking tells of this scale only.")
 
 
+def divisions(results: dict) -> list[tuple[dict, list[float]]]:
+    """[(series, its best losses less those of the headline's grouped DBA, by seed)] of what differs from that in
+    nothing but how the channels of a head's score are divided, those without rotation first to last."""
+    base = headline_models(results).get(("decoupled", True))
+    rows = []
+    for series in results["series"] if base else ():
+        channels, control = series["score_channels"], "one temperature" in series["label"]
+        halved = series["mode"] == "decoupled" and 0 in channels                # two paths, neither rotated
+        alike = sum(channels) == sum(base["score_channels"]) and series["kv_bytes_fp16"] == base["kv_bytes_fp16"]
+        pairs = pair_runs(results, series["series"], base["series"], "best_val_loss")
+        if alike and len(pairs) > 1 and not (control or halved):
+            rows.append((series, [a["best_val_loss"] - b["best_val_loss"] for a, b in pairs]))
+    return sorted(rows, key=lambda row: row[0]["score_channels"])
+
+
 # -----------------------------------------------------------------------------
 # What we found, a sentence each
 
@@ -178,6 +193,11 @@ def find_losses(results: dict) -> str | None:
             f"corrected for that nor for other comparisons); standard attention, whose cache is "
             f"{standard['kv_bytes_fp16'] / dba['kv_bytes_fp16']:.1f} times as large, at "
             f"{pm(standard['best_val_loss'])}.")
+
+
+def division_lines(results: dict) -> list[str]:
+    rows = divisions(results)[2:]
+    return ["![Loss over the division of a head's channels](fig_split.png)", ""] if rows else []
 
 
 def beside(results: dict, a: dict, b: dict, cache: str) -> dict | None:
@@ -873,7 +893,7 @@ def paper_report(results: dict) -> str:
     lines = ["# Report", "", "Written by plot_results.py from runs/, paper_manifest.json and paper/claims.json; no "
              f"verdict is typed by hand. {ledger_counts(results['claims'])}", "", *first_page(results),
              "## Contrasts", "", "![Differences of losses with their margins](fig_contrasts.png)", "",
-             *contrast_lines(results), *section("Ledger", ledger_lines(results["claims"])),
+             *contrast_lines(results), *division_lines(results), *section("Ledger", ledger_lines(results["claims"])),
              *section("Runs", run_lines(results)), *section("Speed", [*device_lines(results["benchmarks"]),
                                                             *speed_lines(results["benchmarks"])]),
              *section("KV cache", cache_lines(results["benchmarks"])), *section("Evaluations", eval_lines(results)),

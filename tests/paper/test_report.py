@@ -139,7 +139,7 @@ def test_energy_left_out_is_per_head():
 
 
 def test_nothing_measured(tmp_path):
-    assert len(plot_results.draw(empty(), tmp_path)) == 8
+    assert len(plot_results.draw(empty(), tmp_path)) == 9
     assert eval_text({}) == ""
 
 
@@ -311,6 +311,27 @@ def test_the_positive_control_stands_beside_every_ranking(tmp_path, differences,
     for lines in (report.findings(results), report.contrast_lines(results), report.run_lines(results)):
         assert sentence in lines
     assert report.positive_control(empty()) is None and report.beside_ranking(empty()) == []
+
+
+def test_divisions_of_a_heads_channels_are_paired_with_the_headlines(tmp_path):
+    """What differs in anything else (temperatures, key heads, no rotation of both paths) is not among them."""
+    shared = dict(attn_mode="decoupled", kv_head=4, attn_dim=192)
+    models = {"s/standard": (dict(), 3.0), "s/gqa": (dict(attn_mode="gqa", attn_dim=192, kv_head=4), 2.0),
+              "s/two": (dict(attn_mode="gqa", attn_dim=384, kv_head=2), 2.5),
+              "s/dba": (dict(shared, sem_dim=64, geo_dim=128), 1.9),
+              "s/one": (dict(shared, sem_dim=64, geo_dim=128, one_temperature=True), 1.8),
+              "s/norope": (dict(shared, sem_dim=64, geo_dim=128, rope=False), 1.7),
+              "split/half": (dict(shared, sem_dim=96, geo_dim=96), 1.6),
+              "split/none": (dict(attn_mode="gqa", attn_dim=192, kv_head=4, rope=False), 2.6)}
+    for name, (settings, loss) in models.items():
+        for seed in (1, 2):
+            write_run(tmp_path / f"g/{name}_s{seed}", (9.0, loss + seed), seed=seed, **settings)
+    rows = plot_results.divisions({**empty(), **collect.collect(tmp_path, {})})
+    found = [(series["score_channels"], fmean(differences)) for series, differences in rows]
+    assert found == [([0, 24], pytest.approx(0.1)), ([8, 16], 0.0), ([12, 12], pytest.approx(-0.3)),
+                     ([24, 0], pytest.approx(0.7))]
+    plot_results.draw_split({**empty(), **collect.collect(tmp_path, {})}, tmp_path / "split.png")
+    assert plot_results.divisions(empty()) == []
 
 
 @pytest.mark.parametrize("ours, latent, count", ((1.9, 2.5, "1"), (2.1, 2.5, "none"), (1.9, 1.8, "2")))
