@@ -2,7 +2,7 @@
 What conversion to one latent costs a pretrained model, beside what quantising its cache costs, on held-out text.
 
     python3 benchmarks/surgery_quality.py SmolLM2.gguf --data wiki.train.tokens --text wiki.test.tokens piqa.jsonl \
-        --windows 34 9 --healed 50=runs/llama/heal50 --out runs/llama/smollm2_135m/surgery.json
+        --windows 34 9 --healed '50 %, healed=runs/heal50' --out runs/llama/smollm2_135m/surgery.json
 
 --rows says which rows to measure; those of an earlier call stay in the file, which must be of the same windows. All
 rows see the same windows of 512 tokens; the first 16 predictions of a window don't count. Per row and text: mean KL of
@@ -151,7 +151,7 @@ def rows_of(teacher, layers, healed):
 
     made = {f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5, 0.25)}
     for name, path in healed.items():
-        made[f"latent {name} %, healed"] = lambda path=path: load_subject(path, "cpu").model
+        made[f"latent {name}"] = lambda path=path: load_subject(path, "cpu").model
     rows = {"teacher": Row(lambda: teacher)}
     for name, formats in (("q8_0", "q8_0"), ("q4_0", "q4_0"), ("k q4_0, v q3_0", "k=q4_0,v=q3_0"), ("q3_0", "q3_0"),
                           ("k q4_0, v q2_0", "k=q4_0,v=q2_0"), ("k q3_0, v q2_0", "k=q3_0,v=q2_0"), ("q2_0", "q2_0")):
@@ -181,7 +181,7 @@ def add_rows(parser):
     """The flags of what is measured."""
     parser.add_argument("model", help="the teacher: .gguf file, Hugging Face folder, run folder")
     parser.add_argument("--data", required=True, help="text to calibrate on")
-    parser.add_argument("--healed", nargs="*", default=[], metavar="SHARE=RUN", help="healed conversions")
+    parser.add_argument("--healed", nargs="*", default=[], metavar="NAME=RUN", help="more rows, called latent NAME")
     parser.add_argument("--rows", default=".*", help="regular expression of the rows' names (all)")
     parser.add_argument("--moments", type=Path, help="file that keeps the moments")
 
