@@ -292,9 +292,20 @@ def find_steps(results: dict) -> str | None:
             "not measured here.")
 
 
+def find_surgery(results: dict) -> str | None:
+    lines = ["Pretrained models, converted to DBA or with quantised caches: which is nearer to the model as it was, in "
+             "nats of KL divergence, on the worse of the texts?"]
+    for row in results["claims"]:
+        if row["rule"] == "conversion_contrast" and row["ours"] is not None:
+            distance = signed(dict(mean=row["ours"], half=row["interval"]))
+            lines.append(f"  - {row['statement']}: **{row['verdict']}**, {distance}")
+    return "\n".join(lines) if len(lines) > 1 else None
+
+
 def findings(results: dict) -> list[str]:
     sentences = [find_losses(results), positive_control(results), find_moonshot(results), find_contrasts(results),
-                 find_arithmetic(results), find_caches(results), find_steps(results)]
+                 find_arithmetic(results), find_caches(results), find_steps(results),
+                 find_surgery(results)]
     return list(filter(None, sentences))
 
 

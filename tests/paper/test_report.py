@@ -549,6 +549,14 @@ def test_a_mode_has_one_colour_and_nothing_else_has_it():
     assert len(set(colors)) == len(colors)
 
 
+def test_conversions_stand_among_the_findings():
+    row = dict(rule="conversion_contrast", statement="a is nearer than b", verdict="holds", ours=-0.25, interval=0.125)
+    rows = [row, dict(row, ours=None, statement="c"), dict(row, rule="below", statement="d")]
+    text = report.find_surgery(empty(claims=rows))
+    assert "\n  - a is nearer than b: **holds**, -0.2500 ± 0.1250" in text and len(text.splitlines()) == 2
+    assert report.find_surgery(empty(claims=rows[1:])) is None
+
+
 def test_conversions_are_read_and_damaged_ones_left_out(tmp_path):
     env = dict(cpu="a CPU", device="cpu", threads=1, commit=None, dirty=None)
     rows = {"latent": dict(bytes=0.5, formats=dict(k="q4_0"), text=dict(kls=[0.1, 0.2], kl=0.15))}
