@@ -267,6 +267,7 @@ def draw_split(results: dict, path: Path) -> None:
         first = first if half else f"{x} + {rotated}"
     ax.axhline(0, **SHARED_AXIS)
     ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.margins(0.1)
     ax.minorticks_off()
     ax.set_yticks(*nats_ticks(*ax.get_ylim()))
     ax.set_xticks([series["score_channels"][0] for series, _ in rows],
@@ -275,7 +276,6 @@ def draw_split(results: dict, path: Path) -> None:
            ylabel=f"validation loss less that of {first}\n(nats, paired by seed; logarithmic beyond {LINEAR:g})")
     modes = dict.fromkeys(series["mode"] for series, _ in rows)
     ax.legend(handles=[plt.Line2D([], [], color=COLORS[mode], marker="o", linestyle="", label=mode) for mode in modes])
-    ax.margins(x=0.1)
     ax.grid(axis="y", alpha=0.3)
     save(fig, path)
 
