@@ -26,6 +26,7 @@ from kernels.rotate import rotated
 from surgery.calibrate import SINK, calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
 from surgery.heal import Texts, distance, heal
+from surgery.refit import refit_outputs
 from surgery.targets import TARGETS
 from train_dba import (
     BROKEN,
@@ -94,7 +95,8 @@ def common_flags(p: argparse.ArgumentParser) -> None:
                    "turn, and to heal on")
     p.add_argument("--val-data", type=Path, nargs="+", help="texts to measure on (the last tenths of --data)")
     p.add_argument("--window", type=positive, default=512, help="tokens of a window (%(default)s)")
-    p.add_argument("--calibration", type=positive, default=12, help="windows of the moments (%(default)s)")
+    p.add_argument("--calibration", type=positive, default=36, help="windows of the moments, and of the output "
+                   "projections' fit (%(default)s)")
     p.add_argument("--fisher", type=positive, default=6, help="of these, windows of the Fisher matrices (%(default)s)")
     p.add_argument("--val-windows", type=positive, default=8, help="windows to measure on (%(default)s)")
 
@@ -223,6 +225,8 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
         try:
             with Progress("layer", "choosing widths") as report:
                 student, chosen = TARGETS[args.target](teacher.model, layers, args.cache_share, report)
+            with Progress("layer", "fitting outputs") as report:
+                refit_outputs(teacher.model, student, windows, report)
         except torch.linalg.LinAlgError as e:
             raise UserError(f"--data says too little of the model to convert it by ({brief(e)}); give a longer or more "
                             "varied text") from None
@@ -282,9 +286,9 @@ def quantised_alone(subject: Subject, most: float, window: int) -> list[Policy]:
     return chosen
 
 
-def converted(teacher: GPT, layers: list[Layer], most: float, window: int) -> list[tuple[GPT, Policy]]:
-    """(rotated student, its cache) of each format in which a conversion fits."""
-    students = []
+def converted(teacher: GPT, windows: torch.Tensor, graded: int, most: float) -> list[tuple[GPT, Policy]]:
+    """(rotated student, its cache) of each format in which a conversion, calibrated on windows [n, T], fits."""
+    layers, window, students = layers_of(teacher, windows, graded), windows.size(1), []
     for fmt, residual in (("fp16", 0), ("q8_0", 0), *(("q4_0", newest) for newest in residuals(window))):
         share = most / alike(teacher.cfg, fmt, residual).bytes_per_token(teacher.cfg, window)
         if not LEAST_SHARE <= share < 1:
@@ -299,7 +303,10 @@ def converted(teacher: GPT, layers: list[Layer], most: float, window: int) -> li
         while latent > 1 and alike(cfg, fmt, residual).bytes_per_token(cfg, window) > most:
             latent -= 1                                    # blocks' scales take their share, too
             cfg = student_config(teacher.cfg, pairs, latent)
-        students.append((rotated(convert(teacher, layers, pairs, latent)), alike(cfg, fmt, residual)))
+        student = convert(teacher, layers, pairs, latent)
+        with Progress("layer", "fitting outputs") as report:
+            refit_outputs(teacher, student, windows, report)
+        students.append((rotated(student), alike(cfg, fmt, residual)))
     return students
 
 
@@ -313,8 +320,7 @@ def advise(args: argparse.Namespace) -> None:
     teacher, full = subject.model, bytes_per_token(subject.cfg, "fp16")
     most, turned = args.cache_share * full, rotated(teacher)
     candidates = [("quantised", turned, policy) for policy in quantised_alone(subject, most, args.window)]
-    layers = layers_of(teacher, windows, args.fisher)
-    for student, policy in converted(teacher, layers, most, args.window):
+    for student, policy in converted(teacher, windows, args.fisher, most):
         candidates.append(("converted", student, policy))
     if not candidates:
         raise UserError(f"nothing that is tried fits into --cache-share {args.cache_share}; give more")
