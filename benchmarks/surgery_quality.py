@@ -11,12 +11,13 @@ nll. A row's bytes are those of a token in a full window, what of it is fp16 inc
 with the right solutions. Weights and activations are float32. The file is written after every window; `windows` and
 `kls` say which a row has seen.
 
-Conversions: `latent` is surgery/convert.py's. Two controls keep RoPE on as many pairs but cut each head by itself:
-`per head` chooses pairs by de-rotation error, folds what stands in for the others into the queries, and cuts keys by
-the SVD of whitened queries and keys, values by that of W_o and W_v; `MHA2MLA-like` is the published recipe (2502.14837)
-as far as a cache per head goes: pairs of the largest norms, no fold, the SVD of the key matrix. Its one latent for all
-heads has an RMSNorm and training behind it, which isn't compared here. `target per-head`, `target mla` and `target gqa`
-are surgery/targets.py's, not healed. `KVTC-like` rows code the teacher's cache by benchmarks/kvtc.py.
+Conversions: `latent` is surgery/convert.py's, `fitted` with the output projections of surgery/refit.py. Two controls
+keep RoPE on as many pairs but cut each head by itself: `per head` chooses pairs by de-rotation error, folds what stands
+in for the others into the queries, and cuts keys by the SVD of whitened queries and keys, values by that of W_o and
+W_v; `MHA2MLA-like` is the published recipe (2502.14837) as far as a cache per head goes: pairs of the largest norms, no
+fold, the SVD of the key matrix. Its one latent for all heads has an RMSNorm and training behind it, which isn't
+compared here. `target per-head`, `target mla` and `target gqa` are surgery/targets.py's, not healed. `KVTC-like` rows
+code the teacher's cache by benchmarks/kvtc.py.
 """
 
 import json
@@ -38,10 +39,11 @@ from kernels.rotate import rotated
 from kvtc import coded
 from surgery.calibrate import Moments, calibrate
 from surgery.convert import Layer, choose, convert, root, split
+from surgery.refit import refit_outputs
 from surgery.targets import TARGETS
 from train_dba import GPT, Config, KVCache, UserError, bytes_per_token, exit_code, progress, read_text
 
-WINDOW, SKIP, CALIBRATED, GRADED, NEWEST = 512, 16, 12, 6, 32
+WINDOW, SKIP, CALIBRATED, GRADED, FITTED, NEWEST = 512, 16, 12, 6, 36, 32
 RIDGE = 1e-4
 
 
@@ -135,12 +137,21 @@ class Row(NamedTuple):
     bits: float | None = None
 
 
-def rows_of(teacher, layers, healed):
-    """{name: Row} of the table."""
+def rows_of(teacher, layers, windows, healed):
+    """{name: Row} of the table; windows() gives those [n, WINDOW + 1] that output projections are fitted on."""
     @cache
     def latent(share):
         pairs, width, _ = choose(teacher.cfg, layers, share)
         return convert(teacher, layers, pairs, width)
+
+    @cache
+    def fitted(share):
+        cfg = latent(share).cfg
+        student = convert(teacher, layers, cfg.attention.paths[-1].width // 2, cfg.kv_lora_rank)
+        bar = progress(len(layers), "layer", "fitting outputs")
+        refit_outputs(teacher, student, windows()[:, :-1], lambda done, total: bar.update())
+        bar.close()
+        return student
 
     @cache
     def turned():
@@ -149,7 +160,10 @@ def rows_of(teacher, layers, healed):
     def aimed(target, share):
         return TARGETS[target](teacher, layers, share, lambda done, total: None)[0]
 
-    made = {f"latent {100 * share:g} %": partial(latent, share) for share in (0.75, 0.625, 0.5, 0.25)}
+    made = {}
+    for share in (0.75, 0.625, 0.5, 0.25):
+        made[f"latent {100 * share:g} %"] = partial(latent, share)
+        made[f"latent {100 * share:g} %, fitted"] = partial(fitted, share)
     for name, path in healed.items():
         made[f"latent {name}"] = lambda path=path: load_subject(path, "cpu").model
     rows = {"teacher": Row(lambda: teacher)}
@@ -200,7 +214,8 @@ def chosen_rows(args):
         if args.moments:
             torch.save([vars(each) for each in moments], args.moments)
     layers = [Layer.of(block.attn, each) for block, each in zip(teacher.blocks, moments)]
-    rows = rows_of(teacher, layers, dict(pair.split("=", 1) for pair in args.healed))
+    windows = partial(windows_of, subject.tokenizer, args.data, FITTED)
+    rows = rows_of(teacher, layers, windows, dict(pair.split("=", 1) for pair in args.healed))
     return subject, {name: row for name, row in rows.items() if re.fullmatch(args.rows, name)}
 
 

@@ -24,6 +24,7 @@ TARGETS = (("75 %: beside the MHA2MLA-like cut", "latent 75 %", "MHA2MLA-like 75
            ("75 %: beside the cut per head", "latent 75 %", "per head 75 %", 0.29),
            ("62.5 %: beside the cut per head", "latent 62.5 %", "per head 62.5 %", 0.44),
            ("50 %: healed beside not healed", "latent 50 %, healed", "latent 50 %", 0.57),
+           ("the same, outputs fitted before", "latent 50 %, fitted, healed", "latent 50 %", 0.57),
            ("20 % of the bytes: healed in q4_0 beside 22 %", "latent 70 %, healed, q4_0", "k q4_0, v q2_0", 1),
            ("the same, calibrated and healed on three texts", "latent 70 %, healed on three texts, q4_0",
             "k q4_0, v q2_0", 1))
