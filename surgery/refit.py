@@ -33,7 +33,8 @@ def refit_outputs(teacher: GPT, student: GPT, windows: Tensor, report=lambda don
     ours = [stream.clone() for stream in theirs]
     for i, (block, own) in enumerate(zip(teacher.blocks, student.blocks)):
         read, n_read = [], own.attn.o.in_features
-        gram, cross = (torch.zeros(n_read, n, dtype=torch.float64) for n in (n_read, own.attn.o.out_features))
+        gram = torch.zeros(n_read, n_read, dtype=torch.float64)                 # zᵀ z
+        cross = torch.zeros(n_read, own.attn.o.out_features, dtype=torch.float64)
         for n in range(len(windows)):
             theirs[n] = theirs[n] + block.attn(block.attn_norm(theirs[n]))
             z = heads_read(own.attn, own.attn_norm(ours[n]))
