@@ -27,7 +27,7 @@ from surgery.calibrate import SINK, calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
 from surgery.heal import Texts, distance, heal
 from surgery.refit import refit_outputs
-from surgery.targets import TARGETS
+from surgery.targets import FITTED, TARGETS
 from train_dba import (
     BROKEN,
     DEFAULTS,
@@ -225,8 +225,9 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
         try:
             with Progress("layer", "choosing widths") as report:
                 student, chosen = TARGETS[args.target](teacher.model, layers, args.cache_share, report)
-            with Progress("layer", "fitting outputs") as report:
-                refit_outputs(teacher.model, student, windows, report)
+            if args.target in FITTED:
+                with Progress("layer", "fitting outputs") as report:
+                    refit_outputs(teacher.model, student, windows, report)
         except torch.linalg.LinAlgError as e:
             raise UserError(f"--data says too little of the model to convert it by ({brief(e)}); give a longer or more "
                             "varied text") from None

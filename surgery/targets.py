@@ -286,4 +286,6 @@ def to_groups(teacher: GPT, layers: list[Layer], share: float, report: Report) -
     return gqa(teacher, layers, fitting[-1]), dict(key_heads=fitting[-1])
 
 
+FITTED = ("latent", "per-head", "gqa")                     # by surgery/refit.py, which brings mla nearer on the text
+#                                                            that it was fitted on, and further away on another
 TARGETS = {"latent": to_latent, "per-head": to_heads, "mla": to_mla, "gqa": to_groups}

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from teachers import ids_of, kl
+from teachers import dba_command, ids_of, kl
 
 import train_dba as dba
+from helpers import assert_done
 from reference import close
+from surgery import command
 from surgery.calibrate import SINK, calibrate
 from surgery.convert import Layer, convert
 from surgery.refit import RIDGE, refit_outputs
@@ -82,3 +84,11 @@ def test_heads_that_read_nothing_keep_their_projection(taught):
         torch.nn.init.zeros_(block.attn.v.weight)
     refit_outputs(model, student, SEEN)
     assert all(torch.equal(block.attn.o.weight, weight) for block, weight in zip(student.blocks, weights))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_command_fits_what_gains_by_it(folder, monkeypatch, target):
+    fitted = []
+    monkeypatch.setattr(command, "refit_outputs", lambda *args: fitted.append(target))
+    assert_done(dba_command(folder, f"--target {target}"))
+    assert fitted == [target] * (target != "mla")
