@@ -105,8 +105,8 @@ demo: demo_standard demo_decoupled  ## train standard and decoupled attention on
 	@echo '  $(EVAL) ppl --ckpt $(RUNS)/demo/decoupled --kv-cache fp16 hetero q4_0 --max-tokens 16385'
 	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
 $(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
-	$(TRAIN_$*) --data $(DATA)/sample.npy --out-dir $(RUNS)/demo/$* --d-model 192 --d-ff 512 --block 256 \
-	--batch-size 16 --steps 350 --eval-every 50 --save-every 100 $(FLAGS)
+	$(TRAIN_$*) --data $(DATA)/sample.npy --out-dir $(RUNS)/demo/$* --d-model 128 --d-ff 384 --block 256 \
+	--batch-size 8 --steps 350 --eval-every 50 --save-every 100 $(FLAGS)
 checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
 $(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
 	$(TRAIN_$*) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* --d-model 256 --d-ff 768 --block 512 \
