@@ -106,7 +106,7 @@ demo: demo_standard demo_decoupled  ## train standard and decoupled attention on
 	@echo '  make heatmap$(if $(filter runs,$(RUNS)),, RUNS=$(RUNS))$(if $(filter .venv,$(VENV)),, VENV=$(VENV))'
 $(BOTH:%=demo_%): demo_%: $(DATA)/sample.json
 	$(TRAIN_$*) --data $(DATA)/sample.npy --out-dir $(RUNS)/demo/$* --d-model 128 --d-ff 384 --block 256 \
-	--batch-size 8 --steps 350 --eval-every 50 --save-every 100 $(FLAGS)
+	--batch-size 8 --steps 250 --eval-every 50 --save-every 100 $(FLAGS)
 checkpoints: $(BOTH:%=checkpoint_%)  ## two small checkpoints for figures and evaluations; a clone has their logs alone
 $(BOTH:%=checkpoint_%): checkpoint_%: $(DATA)/wikitext2_byte.json
 	$(TRAIN_$*) --data $(DATA)/wikitext2_byte.npy --out-dir $(CKPTS)/$* --d-model 256 --d-ff 768 --block 512 \
