@@ -1,13 +1,15 @@
 """Output projections fitted to a converted model's own stream."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from teachers import dba_command, ids_of, kl
+from teachers import FLAGS, dba_command, ids_of, kl
 
+import convert_dba
 import train_dba as dba
-from helpers import assert_done
+from helpers import assert_done, call
 from reference import close
 from surgery import command
 from surgery.calibrate import SINK, calibrate
@@ -92,3 +94,14 @@ def test_the_command_fits_what_gains_by_it(folder, monkeypatch, target):
     monkeypatch.setattr(command, "refit_outputs", lambda *args: fitted.append(target))
     assert_done(dba_command(folder, f"--target {target}"))
     assert fitted == [target] * (target != "mla")
+
+
+def test_advice_is_of_fitted_conversions(folder, monkeypatch):
+    fitted, measured = [], []
+    refit, rotated = refit_outputs, command.rotated
+    monkeypatch.setattr(command, "refit_outputs", lambda *args: fitted.append(args[1]) or refit(*args))
+    monkeypatch.setattr(command, "rotated", lambda model: measured.append(model) or rotated(model))
+    assert_done(call(f"advise {FLAGS} --cache-share 0.3 --out advice.json", folder, convert_dba.main))
+    kinds = [row["kind"] for row in json.loads((folder / "advice.json").read_text())["rows"]]
+    teacher, *students = measured
+    assert students == fitted and len(fitted) == kinds.count("converted") > 0
