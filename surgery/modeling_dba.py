@@ -95,6 +95,14 @@ class Attention(nn.Module):
         self.null = nn.ParameterDict({name: torch.zeros(n) for name, n in cached.items()} if c.null_attn else {})
         self.streams = list(cached)                        # keys of the paths in their order, then the values
 
+    def _apply(self, fn, *args, **kwargs):
+        """Frequencies stay float32 where the model is cast: rounded, they turn far tokens by another angle."""
+        exact = self.inv_freq
+        super()._apply(fn, *args, **kwargs)
+        if self.inv_freq.dtype != exact.dtype:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
     def key(self, name, x):
         return (self.q if name == self.tied else self.k)[name](x)
 
@@ -108,7 +116,7 @@ class Attention(nn.Module):
     def forward(self, x, pos, visible, cache):
         """x [B, T, D] at positions pos [B, T]; visible [B, 1, T, S]: which cached tokens, the new ones included, each
         query may attend to."""
-        H, inv_freq = self.n_head, self.inv_freq.float()
+        H, inv_freq = self.n_head, self.inv_freq
         temperature = 1.0 if self.log_temp is None else self.log_temp.exp()[:, None, None]
         q = {name: split_heads(self.q[name](x), H).float() * (self.scales[name] * temperature)
              for name in self.widths}
@@ -171,6 +179,7 @@ class Block(nn.Module):
 class DBAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DBAConfig
     _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = ["inv_freq"]            # where it is loaded in half precision
 
     def __init__(self, config):
         super().__init__(config)

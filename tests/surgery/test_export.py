@@ -56,6 +56,21 @@ def test_logits_and_generation(tmp_path, settings):
     assert again[0, 45:].tolist() == ours
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@torch.no_grad()
+def test_half_precision_turns_far_tokens_by_the_same_angle(tmp_path, dtype):
+    """Loaded in it, or cast to it: of logits at positions up to 63,000 only the rounding of weights and products shows."""
+    model, theirs, _ = exported(tmp_path, OTHERS["decoupled"])
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+    far = dict(position_ids=torch.arange(64)[None] * 1000)
+    expected = theirs(ids, **far).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=dtype).eval()
+    for half in (loaded, theirs.to(dtype)):
+        assert half.embed.weight.dtype == dtype
+        assert torch.equal(half.blocks[0].attn.inv_freq, model.blocks[0].attn.inv_freq)
+        assert (half(ids, **far).logits - expected).std() < 0.05 * expected.std()
+
+
 @pytest.mark.parametrize("make", ["byte_level", "sentencepiece"])
 def test_a_converted_llama_goes_out_with_its_tokenizer(tmp_path, make):
     """What `convert_dba.py dba` made of a Hugging Face folder: in a checkpoint, and out again, its ids are the same."""
