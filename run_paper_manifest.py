@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,8 +37,10 @@ import torch
 from tqdm import tqdm
 
 from estimate import PEAKS, model_flops, training_memory, utilisation
+from paper.shapes import list_of, map_of, number
 from train_dba import (
     BROKEN,
+    CONFIG,
     DEFAULTS,
     Config,
     Parser,
@@ -45,6 +48,8 @@ from train_dba import (
     brief,
     bytes_per_token,
     cache_formats,
+    catch_signals,
+    check,
     count_params,
     exit_code,
     flag_name,
@@ -53,16 +58,14 @@ from train_dba import (
     pick_device,
     pick_dtype,
     product_rates,
-    read_json,
+    read_bytes,
     synchronize,
+    whole_number,
     writing,
 )
 
 HERE = Path(__file__).parent
 GPUS = ("H100", "H200", "A100")                            # of --for
-CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": str, "margin": float}
-SET = {"about", "base", "rows", "seeds", "rate_seeds", "lrs", "data", "vocab_size"}
-KINDS = ("better", "no_worse", "equivalent")               # of contrasts
 CACHES = ("fp16", "q8_0", "q4_0", "hetero")                # whose losses --post-ppl measures, where they fit the mode
 
 
@@ -148,30 +151,70 @@ def one_in_4_bits(streams):
     return caches
 
 
+def number_above_zero(value):
+    return number(value) and value > 0
+
+
+def count_above_zero(value):
+    return whole_number(value) and value > 0
+
+
+def kind_of_contrast(value):
+    return value in ("better", "no_worse", "equivalent")
+
+
+SEEDS, RATES = list_of(whole_number), list_of(number_above_zero)
+ROW = {"lrs?": RATES}                                      # beside settings, which make_run() checks
+SET = {"base": dict, "rows": map_of(ROW), "seeds": SEEDS, "rate_seeds?": SEEDS, "lrs?": RATES, "about?": str,
+       "data?": str, "vocab_size?": count_above_zero}
+CONTRAST = {"name": str, "set": str, "a": str, "b": str, "kind": kind_of_contrast, "margin": number_above_zero}
+GROUP = {"data": str, "vocab_size": count_above_zero, "sets": map_of(SET), "contrasts?": list_of(CONTRAST),
+         "alpha?": number_above_zero, "about?": str}
+
+
 def read_manifest(path):
     """The manifest as a dict. Raises UserError where it's damaged."""
     try:
-        manifest = read_json(path, dict)
-        for group in manifest.values():
-            check_contrasts(group.get("contrasts", []))
-            for part in group["sets"].values():
-                part["base"], part["rows"], part["seeds"], group["data"], group["vocab_size"]
-                if unknown := part.keys() - SET:
-                    raise KeyError(f"unknown key {min(unknown)}")
-                if shared := set(part["seeds"]).intersection(part.get("rate_seeds", [])):
-                    raise ValueError(f"the seed {min(shared)} is for tests, so that it may not choose a rate")
+        manifest = json.loads(read_bytes(path, 2**20), object_pairs_hook=named_once)
+        check(manifest, dict, "it")
+        for name, group in manifest.items():
+            check(group, GROUP, name)
+            check_group(group)
         return manifest
     except (*BROKEN, OSError) as e:
         raise UserError(f"{path} is no manifest ({brief(e)})") from None
 
 
-def check_contrasts(contrasts):
-    """Raises ValueError for a contrast that lacks something or is of no known kind."""
-    for contrast in contrasts:
-        if contrast.keys() != CONTRAST.keys() or not all(isinstance(contrast[k], t) for k, t in CONTRAST.items()):
-            raise ValueError(f"contrast {contrast}: it has {', '.join(CONTRAST)}")
-        if contrast["kind"] not in KINDS or contrast["margin"] <= 0:
-            raise ValueError(f"contrast {contrast['name']}: kind is one of {', '.join(KINDS)}, the margin is above 0")
+def named_once(pairs):
+    """The object of a JSON file's names and values. Raises ValueError where a name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{min(twice)} is there twice")
+    return dict(pairs)
+
+
+def check_known(names, shape, what):
+    if unknown := set(names) - {name.removesuffix("?") for name in shape}:
+        raise ValueError(f"{what} has an unknown key {min(unknown)}")
+
+
+def check_group(group):
+    """Raises ValueError for what the shape of a group can't say."""
+    check_known(group, GROUP, "the group")
+    for name, part in group["sets"].items():
+        check_known(part, SET, name)
+        if not part["rows"] or not part["seeds"]:
+            raise ValueError(f"{name} has no rows, or no seeds")
+        for folder in (name, *part["rows"]):
+            if not re.fullmatch(r"\w[\w.-]*", folder):
+                raise ValueError(f"{folder!r} can't be a part of a folder's name")
+        if shared := set(part["seeds"]).intersection(part.get("rate_seeds", [])):
+            raise ValueError(f"the seed {min(shared)} is for tests, so that it may not choose a rate")
+    for contrast in group.get("contrasts", []):
+        check_known(contrast, CONTRAST, contrast["name"])
+        rows = group["sets"].get(contrast["set"], dict(rows=()))["rows"]
+        if absent := {contrast["a"], contrast["b"]}.difference(rows):
+            raise ValueError(f"contrast {contrast['name']}: no row {min(absent)} in {contrast['set']}")
 
 
 def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
@@ -200,6 +243,9 @@ def list_runs(manifest, groups, data, runs, only=(), seeds=None, overrides=()):
                                                for_rate=seed in rate_seeds))
     if not listed:
         raise UserError(f"nothing in {', '.join(groups)} begins with {' or '.join(only)}")
+    folders = [run.cfg.out_dir for run in listed]
+    if twice := {folder for folder in folders if folders.count(folder) > 1}:
+        raise UserError(f"{min(twice)} would be the folder of two runs; name a row otherwise, or choose other rates")
     return listed
 
 
@@ -219,8 +265,9 @@ def make_run(group, row, series, given, vocab_size, for_rate):
     if unknown := given.keys() - DEFAULTS.keys():
         raise UserError(f"{name}: no setting {min(unknown)}")
     try:
+        check(given, CONFIG, "it")
         cfg = make_config(**given)
-    except UserError as e:
+    except (UserError, ValueError) as e:
         raise UserError(f"{name}: {e}") from None
     return Run(name, f"{group}/{series}", f"{group}/{row}", given, cfg, vocab_size, for_rate)
 
@@ -360,6 +407,8 @@ class Runner:
             process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out,
                                        env={"OMP_NUM_THREADS": threads, **os.environ})
             self.processes.add(process)
+            if self.stopped:                               # meanwhile
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         return code
@@ -367,7 +416,7 @@ class Runner:
     def run(self, run):
         """Exit code of a run, and of what follows it."""
         if self.stopped:
-            return 130
+            return 1
         log = Path(f"{run.cfg.out_dir}.console")
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -387,29 +436,29 @@ class Runner:
 
 
 def run_all(runs, jobs, post):
-    """Run all, each followed by the commands that `post` makes of it; a bar counts tokens. Returns the exit code."""
-    runner, failed = Runner(jobs, post), []
+    """Run all, each followed by the commands that `post` makes of it; a bar counts tokens. Returns the exit code: that
+    of SIGINT or SIGTERM, on which the runs that are at work save and end."""
+    runner, failed, caught = Runner(jobs, post), [], catch_signals(lambda: "\nstopping; runs save first\n")
     bar = tqdm(total=sum(run.tokens for run in runs), initial=sum(run.tokens_done for run in runs), unit="tok",
                unit_scale=True, dynamic_ncols=True, desc=f"{len(runs)} runs")
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(runner.run, run) for run in runs]
-        try:
-            while not all(future.done() for future in futures):
-                time.sleep(1)
-                done = sum(future.done() for future in futures)
-                bar.set_postfix_str(f"{done} done", refresh=False)
-                bar.update(sum(run.tokens_done for run in runs) - bar.n)
-        except KeyboardInterrupt:
+        while not caught and not all(future.done() for future in futures):
+            time.sleep(1)
+            done = sum(future.done() for future in futures)
+            bar.set_postfix_str(f"{done} done", refresh=False)
+            bar.update(sum(run.tokens_done for run in runs) - bar.n)
+        if caught:
             runner.stop()
     bar.update(sum(run.tokens_done for run in runs) - bar.n)
     bar.close()
+    if caught:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + caught[0]
     for run, future in zip(runs, futures):
         if code := future.result():
             failed.append(run)
             print(f"{run.name}: exit code {code}, see {run.cfg.out_dir}.console", file=sys.stderr)
-    if runner.stopped:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are finished")
     if lacking := sum(not run.best.is_file() for run in runs if run not in failed):
         print(f"{lacking} of them are logs without a checkpoint; with another --runs they are made anew")

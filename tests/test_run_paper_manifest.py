@@ -1,19 +1,22 @@
 """The papers' manifest, and its runner."""
 
+import contextlib
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import run_paper_manifest as runner
 from estimate import training_memory
-from helpers import environment
+from helpers import environment, finish, last_step, start
 from paper.collect import read_run
-from train_dba import UserError, bytes_per_token, count_params, make_config, parse_args
+from train_dba import UserError, bytes_per_token, count_params, load_checkpoint, make_config, parse_args
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = runner.read_manifest(ROOT / "paper_manifest.json")
@@ -143,6 +146,56 @@ def test_a_failed_run_does_not_stop_the_others(small):
     again = manifest_command(small, "--only s/good s/other --steps 3")
     assert again.returncode == 0
     assert (small / "runs/g/s/other_s1/train.jsonl").read_bytes() == log        # a finished run is left alone
+
+
+def test_sigterm_lets_runs_save_and_the_same_command_goes_on(small):
+    folders, before = [small / f"runs/g/s/{name}_s1" for name in ("good", "other")], [0, 0]
+    for _ in range(2):
+        process = start("--manifest m.json --group g --data-dir . --device cpu --only s/good s/other --jobs 2 "
+                        "--steps 1000000", small, [ROOT / "run_paper_manifest.py"])
+        while process.poll() is None and not all(last_step(f) > step for f, step in zip(folders, before)):
+            time.sleep(0.1)
+        process.terminate()
+        result = finish(process)
+        assert result.code == 128 + signal.SIGTERM and "stopped; the same command goes on" in result.stderr, result
+        before = [load_checkpoint(folder / "last.pt")["step"] for folder in folders]
+        assert all(step >= last_step(folder) > step - 10 for step, folder in zip(before, folders))
+
+
+WRONG = {                                                  # what takes the place of parts of a manifest's set or group
+    "rows": [[1], {"a": "x"}, {"a": None}, {}, {"../../x": {}}, {"": {}}, {"a": {"lrs": 0.1}}, {"a": {"layers": "2"}},
+             {"a": {"lrs": [0.001]}, "a_lr0.001": {}}],
+    "base": [[1], {"d_model": None}, {"width": 1}], "seeds": ["12", 3, [1.5], [], [-1]], "rate_seeds": [[1]],
+    "lrs": ["ab", 0.1, [0], [0.001, 0.0010000001]], "vocab_size": ["x", 0, 1.5], "steps": [3],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG.items() for value in values], ids=str)
+def test_a_set_that_can_t_be_is_refused(small, name, value):
+    manifest = json.loads((small / "m.json").read_text())
+    manifest["g"]["sets"]["s"] = {**manifest["g"]["sets"]["s"], name: value}
+    (small / "m.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as refused:
+        runner.list_runs(runner.read_manifest(small / "m.json"), ["g"], "data", "runs")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change", (dict(set="t"), dict(a="none"), dict(kind="worse"), dict(margin=0), dict(p=0.1)))
+def test_a_contrast_that_can_t_be_is_refused(small, change):
+    manifest = json.loads((small / "m.json").read_text())
+    contrast = dict(name="n", set="s", a="good", b="other", kind="better", margin=0.1)
+    for contrasts, refused in (([contrast], False), ([{**contrast, **change}], True)):
+        manifest["g"]["contrasts"] = contrasts
+        (small / "m.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="no manifest") if refused else contextlib.nullcontext():
+            runner.read_manifest(small / "m.json")
+
+
+def test_a_row_that_is_there_twice_is_refused(small):
+    text = (small / "m.json").read_text()
+    (small / "m.json").write_text(text.replace('"good":', '"good": {"layers": 2}, "good":'))
+    with pytest.raises(UserError, match="good is there twice"):
+        runner.read_manifest(small / "m.json")
 
 
 @pytest.mark.parametrize("flags", ("--steps 0 --dry-run", "--jobs 0"))
