@@ -89,6 +89,8 @@ class LlamaTokenizer:
     def __init__(self, hf, vocab_size):
         if hf.eos_token_id is None:
             raise UserError("its tokenizer has no token that ends a text")
+        if len(hf) <= len(hf.all_special_ids):
+            raise UserError("its tokenizer knows no text: are the files of one beside it?")
         if len(hf) > vocab_size:
             raise UserError(f"its tokenizer has {len(hf)} tokens, its embedding {vocab_size} rows")
         self.hf, self.vocab_size, self.eot = hf, vocab_size, hf.eos_token_id

@@ -690,7 +690,7 @@ def exclusive(path, what, wait=False):
                 continue
             f.truncate(0)
             with contextlib.suppress(OSError):             # a full disk still locks
-                print(f"process {os.getpid()} on {platform.node()}", file=f, end="", flush=True)
+                os.write(f.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
             try:
                 yield
             finally:
@@ -1362,6 +1362,13 @@ def own_folder(folder):
         except OSError as e:                               # a finished run is still said to be finished
             print(f"note: {folder} isn't locked ({brief(e)}): let nothing else write there", file=sys.stderr)
         yield
+
+
+def refuse_own_source(source, folder):
+    """Raise UserError where a model that is to be read is of the run folder that is to be written."""
+    source = Path(source)
+    if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
+        raise UserError(f"--out-dir {folder} is where {source} is read from, which would be replaced; use another")
 
 
 def remove_empty(folders):
@@ -2908,6 +2915,8 @@ def main(argv=None):
             source, given = [tokenizer, model], shape_from(model.cfg, given)
             del model
     cfg = make_config(**given)
+    if source:
+        refuse_own_source(cfg.init_from, Path(cfg.out_dir))
     keep_freed_memory()
     if cfg.mode == "sample":
         return sample(cfg)

@@ -1,6 +1,7 @@
 """Held-out loss, perplexity and bits per byte over a whole file, through a cache of any format."""
 
 import math
+import sys
 
 import torch
 
@@ -20,6 +21,7 @@ from evals.subject import (
     text_table,
     write_result,
 )
+from evals.timing import warning_past_context
 from paper.stats import mean_interval, perplexity
 from train_dba import KVCache, UserError, autocast, bytes_per_token, rotate_cache
 
@@ -130,6 +132,8 @@ def main(args) -> None:
     stride = args.stride or max(1, block // 2)
     if stride > block:
         raise UserError(f"--stride {stride} is longer than the window of {block} tokens")
+    if warning := warning_past_context(subject, block):
+        print(warning, file=sys.stderr)
     held = held_out(subject, args.data, args.max_tokens)
     if args.kv_rotate:
         rotate_cache(subject.model)

@@ -88,6 +88,12 @@ class Recorder:
         return moments
 
 
+def check_finite(logits: Tensor) -> None:
+    """Raises UserError for those of a model that is broken."""
+    if not logits.isfinite().all():
+        raise UserError("the model's own logits aren't finite: its weights are damaged, or it needs another --dtype")
+
+
 def calibrate(model: GPT, windows: Tensor, graded: int, seed: int = 0, report=lambda done, total: None):
     """[Moments] of the layers on windows of tokens [N, T]; the Fisher matrices on the first `graded` of these. The
     model's parameters are left frozen."""
@@ -99,6 +105,7 @@ def calibrate(model: GPT, windows: Tensor, graded: int, seed: int = 0, report=la
     for n, window in enumerate(windows):
         with torch.set_grad_enabled(n < graded):
             logits = model(window[None])[0]                # [T, V]
+            check_finite(logits)
             if n < graded:
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
                 logits.log_softmax(-1).gather(1, drawn).sum().backward()

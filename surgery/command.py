@@ -42,6 +42,7 @@ from train_dba import (
     count_params,
     derived,
     file_hash,
+    flag_name,
     kv_bytes_per_token,
     load_checkpoint,
     load_model,
@@ -51,6 +52,7 @@ from train_dba import (
     provenance,
     read_json,
     read_log,
+    refuse_own_source,
     relative,
     shell_quote,
     tokenizer_hash,
@@ -194,6 +196,14 @@ def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
     return record
 
 
+def check_healing(folder: Path, ckpt: dict, args: argparse.Namespace) -> None:
+    """Raises UserError where a checkpoint was healed by other settings than those asked for."""
+    differ = [f"{flag_name(name)} was {was}, is {value}" for name in ("batch_size", "lr")
+              if (was := getattr(ckpt["config"], name)) != (value := getattr(args, name))]
+    if differ:
+        raise UserError(f"{folder} was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
+
+
 def make_dba(args: argparse.Namespace, argv: list[str]) -> int:
     """Convert, then heal where that was asked for. Returns the exit code."""
     with own_folder(args.out_dir):
@@ -202,22 +212,28 @@ def make_dba(args: argparse.Namespace, argv: list[str]) -> int:
 
 def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
     check_out(str(folder))
+    refuse_own_source(args.model, folder)
     teacher = open_teacher(args.model)
     texts, windows = read_texts(teacher, args)
     asked = dict(model=teacher.sha256, data=texts.identity["sha256"], val_data=texts.identity["val_sha256"],
                  **{name: getattr(args, name) for name in ("target", "cache_share", "window", "calibration", "fisher",
-                                                         "seed")})
+                                                         "val_windows", "seed")})
     record, steps = check_record(folder, asked, args.overwrite), -(-args.heal_tokens // (args.batch_size * args.window))
     log = read_log(folder / "train.jsonl") if record else []
+    ckpt = load_checkpoint(folder / "last.pt") if record and (folder / "last.pt").exists() else None
+    if ckpt:
+        check_healing(folder, ckpt, args)
     if log and log[-1]["type"] == "done" and log[-1]["step"] >= steps:
         print(f"{folder} is finished ({log[-1]['step']} steps of healing); larger --heal-tokens go on, --overwrite "
               "starts afresh")
         return 0
+    if ckpt and ckpt["step"] > steps:
+        raise UserError(f"{folder} was healed for {ckpt['step']} steps already, and {steps} are asked for; larger "
+                        "--heal-tokens go on, --overwrite starts afresh")
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     warmup = min(5, steps)
-    if record and (folder / "last.pt").exists():           # heal() puts the student where that left off
-        ckpt = load_checkpoint(folder / "last.pt")
+    if ckpt:                                               # heal() puts the student where that left off
         student, warmup = load_model(ckpt), ckpt["config"].warmup_steps
         dtype = getattr(torch, ckpt["config"].dtype) if args.dtype == "auto" else dtype
     else:

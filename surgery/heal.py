@@ -176,10 +176,11 @@ def heal(student: GPT, teacher: GPT, tokenizer, texts: Texts, steps: int, window
             scale_latents(converted, sizes)
             run.save("best.pt", converted)
 
-    if fresh:
+    measured = {line["step"] for line in kept if line["type"] == "eval"}
+    if fresh or step == steps and step not in measured:    # stopped where now no step is left
         evaluate()
-        if steps:
-            run.save_last()
+    if fresh and steps:
+        run.save_last()
     student.train()
     stop_with = run.go_on("healing", gradients, evaluate)
     if not stop_with:

@@ -97,11 +97,12 @@ def open_host(path: str, device: str) -> tuple[Host, Subject]:
     except ModuleNotFoundError as e:
         raise UserError(f"{path} needs {e.name}: pip install -r requirements-eval.txt") from None
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        local = dict(local_files_only=True, trust_remote_code=False)            # nor ask whether to run a folder's code
+        config = AutoConfig.from_pretrained(folder, **local)
         refuse_unknown(config)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
-                                                     local_files_only=True)
-        tokenizer = LlamaTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), config.vocab_size)
+                                                     **local)
+        tokenizer = LlamaTokenizer(AutoTokenizer.from_pretrained(folder, **local), config.vocab_size)
     except (*BROKEN, OSError, RuntimeError, SafetensorError, StrictDataclassError) as e:
         raise UserError(f"{path} can't be read as a language model of transformers ({brief(e)})") from None
     device = train_dba.pick_device(device)
@@ -155,7 +156,9 @@ def check_lengths(plan: Plan, host: Host, ids: torch.Tensor, texts: dict, window
 
 @contextlib.contextmanager
 def held(folder: Path):
-    """Make a folder and hold its lock. Raises UserError."""
+    """Make a folder and hold its lock. Raises UserError, also where it is a model's."""
+    if (folder / "best.pt").exists():
+        raise UserError(f"--out-dir {folder} holds best.pt of another run; use another --out-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with train_dba.exclusive(folder / "lock", folder):
@@ -188,7 +191,7 @@ def learn(host: Host, ids: torch.Tensor, plan: Plan, folder: Path, report: Repor
     def save():
         content = dict(plan=dataclasses.asdict(plan), step=step, price=price, gates=gates.state_dict(),
                        optimizers=[optimizer.state_dict() for optimizer in optimizers])
-        train_dba.write_whole(last, partial(torch.save, content))
+        train_dba.write_whole(last, partial(save_to, content))
 
     if not begun:
         passes = SURVEYED * (2 if plan.index_bits else 1)
@@ -258,6 +261,11 @@ def resume(path: Path, plan: Plan, gates: Gates) -> tuple[int, float, list[torch
         raise UserError(f"{path} can't be read ({brief(e)}); use another --out-dir") from None
 
 
+def save_to(content: dict, path: Path) -> None:
+    with open(path, "wb") as f:                            # by its name alone, PyTorch doesn't say that a disk is full
+        torch.save(content, f)
+
+
 def keep_lines(path: Path, step: int) -> None:
     """Drop what a log says of steps after `step`, which will be done again, and a torn last line. Raises UserError for
     the log of something else."""
@@ -279,7 +287,7 @@ def best_shift(target: float, kls: dict[float, float]) -> tuple[float | None, fl
     does), and the shift to try next: between that and the next larger one, or a stride further."""
     best = None
     for shift in sorted(kls):
-        if kls[shift] > target:
+        if not kls[shift] <= target:
             return best, shift - STRIDE if best is None else (best + shift) / 2
         best = shift
     return best, 0.0 if best is None else best + STRIDE

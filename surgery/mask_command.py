@@ -55,6 +55,7 @@ def make_mask(args: argparse.Namespace) -> None:
     if len(texts) < len(args.eval_data):
         raise UserError("two --eval-data have the same name, by which results call them; rename one")
     learn_mask.check_lengths(plan, host, ids, texts, learn_mask.windows_of(vars(args)))
+    learn_mask.Reference(host, ids[:4 * plan.block + 1].to(host.device))        # refuses a broken model before all work
     with learn_mask.held(folder):
         with Progress("step", "gates") as report:
             gates = learn_mask.learn(host, ids, plan, folder, report)

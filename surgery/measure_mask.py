@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from paper.stats import mean_interval
+from surgery.calibrate import check_finite
 from surgery.mask import Gates, Host, Point, near_rows
 from surgery.sparse_attention import (
     Grid,
@@ -165,13 +166,15 @@ def compare(truth: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) -> 
 
 
 class Reference:
-    """The model's own log probabilities of the second half of ids [T + 1], to hold choices to."""
+    """The model's own log probabilities of the second half of ids [T + 1], to hold choices to. Raises UserError where
+    they aren't finite."""
 
     @torch.no_grad()
     def __init__(self, host: Host, ids: torch.Tensor):
         self.host, self.inputs, self.first = host, ids[None, :-1], (len(ids) - 1) // 2
         self.targets = ids[self.first + 1:]
         self.truth = self.log_p(host, None)
+        check_finite(self.truth)
 
     def log_p(self, host: Host, attention) -> torch.Tensor:
         """[n, V]"""

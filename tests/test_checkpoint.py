@@ -345,6 +345,12 @@ def test_full_disk_on_the_first_save(folder):
     assert losses(folder / "new") == losses(folder / "run")
 
 
+def test_full_disk_from_the_start(folder):
+    """Of which the lock, too, has no room."""
+    assert_error(cli(f"{RUN} --out-dir new", folder, preexec_fn=limited(5)), "new/command.txt", "disk full")
+    assert not (folder / "new/lock").exists()
+
+
 LOG_LIMIT = """
 import os, resource, sys, train_dba
 append = train_dba.append_line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_dba as dba
-from helpers import TRAIN, assert_done, assert_error, call, cli, make_text, write_tokens
+from helpers import TRAIN, assert_done, assert_error, call, cli, make_text, snapshot, write_tokens
 from train_dba import KVCache, load_checkpoint, read_model
 
 STILL = "--lr 1e-12 --weight-decay 0"                      # a step that changes nothing worth speaking of
@@ -77,6 +77,16 @@ def test_the_source_is_not_held_while_it_is_trained_on(sources, tmp_path, monkey
     monkeypatch.setattr(dba, "sample_batch", sampling)
     assert_done(call(f"{DATA} --steps 1 --init-from decoupled --out-dir new", tmp_path))
     assert len(held) == 1
+
+
+@pytest.mark.parametrize("source", ("decoupled", "./decoupled/best.pt"))
+def test_the_source_is_not_replaced(sources, tmp_path, source):
+    shutil.copytree(sources, tmp_path, dirs_exist_ok=True)
+    before = snapshot(tmp_path)
+    for flags in ("", "--overwrite"):
+        result = call(f"{DATA} --steps 1 --init-from {source} --out-dir decoupled {flags}", tmp_path)
+        assert_error(result, "--out-dir decoupled is where", "is read from")
+    assert snapshot(tmp_path) == before
 
 
 def test_trains_on_and_resumes(sources, tmp_path):

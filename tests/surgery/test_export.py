@@ -59,7 +59,7 @@ def test_logits_and_generation(tmp_path, settings):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @torch.no_grad()
 def test_half_precision_turns_far_tokens_by_the_same_angle(tmp_path, dtype):
-    """Loaded in it, or cast to it: of logits at positions up to 63,000 only the rounding of weights and products shows."""
+    """Loaded in it, or cast to it: of logits at positions up to 63,000 only products' rounding shows."""
     model, theirs, _ = exported(tmp_path, OTHERS["decoupled"])
     ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
     far = dict(position_ids=torch.arange(64)[None] * 1000)

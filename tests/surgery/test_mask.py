@@ -14,7 +14,7 @@ import surgery.sparse_attention as sparse
 from helpers import assert_done, assert_error, call, cli, make_text, snapshot
 from small_models import OTHERS, D, saved
 from surgery.key_index import Survey
-from surgery.learn_mask import best_shift, dropped_bytes, point_of
+from surgery.learn_mask import best_shift, dropped_bytes, point_of, save_to
 from surgery.mask import (
     Gates,
     Host,
@@ -29,7 +29,7 @@ from surgery.mask import (
 )
 from surgery.measure_mask import Measured, TokenWindow, oracle_mass, quest_top
 from surgery.sparse_attention import Grid, block_log_mass, gathered_attention, near_log_mass
-from train_dba import GPT, make_config
+from train_dba import GPT, UserError, make_config, make_tokenizer, save_checkpoint, writing
 
 # texts, query heads, key heads, queries, keys, channels of keys and of values, block
 SHAPES = [(1, 4, 2, 70, 70, 8, 8, 16), (2, 6, 2, 37, 37, 5, 3, 16), (1, 3, 1, 1, 83, 8, 8, 16),
@@ -623,6 +623,33 @@ def test_gates_that_are_not_finite_are_not_saved(tmp_path):
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 1
 
 
+@NEEDED
+def test_what_is_refused_before_all_work(tmp_path):
+    """Logits that are no numbers, another run's folder, code that a folder brings, a tokenizer of no tokens."""
+    make_text(tmp_path)
+    model = saved(tmp_path / "model", dict(block=160, **OTHERS["groups, one temperature"]))
+    kept = snapshot(tmp_path / "model")
+    command = f"mask {QUICK} --model model --out-dir"
+    assert_error(convert(f"{command} model", tmp_path), "best.pt of another run", "--out-dir")
+    assert set(snapshot(tmp_path / "model")) == set(kept)
+    assert_done(convert("export --ckpt model --out-dir brings_code", tmp_path))
+    assert_error(convert(f"{command} out --model brings_code", tmp_path), "brings_code can't be read")
+    save("Llama", tmp_path / "wordless")
+    for path in (tmp_path / "wordless").glob("token*"):
+        path.unlink()
+    assert_error(convert(f"{command} out --model wordless", tmp_path), "wordless")
+    for value in (math.nan, math.inf, 3e38):
+        model.blocks[1].mlp.up.weight.data[:] = value
+        save_checkpoint(tmp_path / "model/best.pt", model.cfg, make_tokenizer("byte", None), model, step=1)
+        assert_error(convert(f"{command} out", tmp_path), "the model's own logits aren't finite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path):
+    with pytest.raises(UserError, match="disk full"), writing(tmp_path / "last.pt"):
+        save_to(dict(step=1), Path("/dev/full"))
+
+
 @pytest.mark.parametrize("edge", (-7.3, -0.2, 0.9, 5.1))
 def test_shifts_close_in_on_a_kl_wherever_it_is(edge):
     """KL rises with the shift and passes the target at `edge`; each try halves what is unknown, once it is bounded."""
@@ -634,3 +661,4 @@ def test_shifts_close_in_on_a_kl_wherever_it_is(edge):
     best, _ = best_shift(0.01, kls)
     assert edge - 0.02 < best <= edge
     assert best_shift(1e-9, kls)[0] is None
+    assert best_shift(0.01, {0.0: math.nan})[0] is None

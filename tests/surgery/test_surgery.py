@@ -236,6 +236,25 @@ def test_how_a_teacher_was_trained_is_nothing_to_its_conversion(folder, name, va
     assert not [*(folder / "y").glob(dba.KEPT_WEIGHTS)]
 
 
+def test_healing_that_was_stopped_ends_where_it_is_measured(folder, monkeypatch):
+    """Of 5 steps, after 3: fewer are refused, and 3 end with an evaluation."""
+    draw, calls = healing.sample_batch, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(healing, "sample_batch", interrupted)
+    assert dba_command(folder, "--heal-tokens 160").code == 130
+    before = snapshot(folder / "y")
+    assert_error(dba_command(folder, "--heal-tokens 64"), "healed for 3 steps already, and 2 are asked for")
+    assert snapshot(folder / "y") == before
+    assert_done(dba_command(folder, "--heal-tokens 96"))
+    assert [(line["type"], line["step"]) for line in read_log(folder / "y")[-2:]] == [("eval", 3), ("done", 3)]
+
+
 def test_healing_goes_on_where_the_model_is(folder):
     """On any device, if that is another than what was saved is read to."""
     assert_done(dba_command(folder, "--heal-tokens 64"))
@@ -258,11 +277,22 @@ def test_scaling_latents_changes_no_logit():
 
 @pytest.mark.parametrize("change, words", [
     ("--cache-share 0.5", ["cache_share was 0.6, is 0.5"]), ("--seed 3", ["seed was 0, is 3"]),
-    ("--heal-tokens 320 --lr 1e-4", ["--lr was 0.001, is 0.0001"])])
+    ("--heal-tokens 320 --val-windows 1", ["val_windows was 2, is 1"]),
+    *((f"--heal-tokens {tokens} {flags}", [words]) for tokens in (64, 320) for flags, words in (
+        ("--lr 1e-4", "--lr was 0.001, is 0.0001"), ("--lr 1e-3 --batch-size 2", "--batch-size was 1, is 2")))])
 def test_a_folder_of_other_settings_is_refused(folder, change, words):
     assert_done(dba_command(folder, "--heal-tokens 64 --lr 1e-3"))
     assert_error(dba_command(folder, change), *words, "--overwrite")
     assert_done(dba_command(folder, f"{change} --overwrite"))
+
+
+def test_a_broken_teacher_is_refused(folder):
+    ckpt = dba.load_checkpoint(folder / "run")
+    model = dba.load_model(ckpt)
+    model.blocks[0].mlp.up.weight.data[0, 0] = float("nan")
+    dba.save_checkpoint(folder / "run/best.pt", ckpt["config"], ckpt["tokenizer"], model, step=1)
+    assert_error(dba_command(folder, ""), "logits aren't finite")
+    assert_error(call(f"advise {FLAGS} --cache-share 0.3", folder, convert_dba.main), "logits aren't finite")
 
 
 @pytest.mark.parametrize("change, words", [("--cache-share 0.1", "too few"), ("--device tpu", "tpu")])
@@ -275,11 +305,13 @@ def test_a_failure_overwrites_nothing(folder, change, words):
 
 @pytest.mark.parametrize("name", ("best.pt", "last.pt"))
 def test_a_folder_of_another_run_is_left_alone(folder, name):
-    (folder / "run/best.pt").rename(folder / "run" / name)
-    before = snapshot(folder / "run")
-    command = f"--out-dir run --model run/{name}"
-    assert_error(dba_command(folder, command), name, "another run", "--overwrite")
-    assert snapshot(folder / "run") == before
+    shutil.copytree(folder / "run", folder / "other")
+    (folder / "other/best.pt").rename(folder / "other" / name)
+    before = snapshot(folder / "other")
+    assert_error(dba_command(folder, "--out-dir other"), name, "another run", "--overwrite")
+    for model in ("other", f"other/{name}"):
+        assert_error(dba_command(folder, f"--out-dir ./other --overwrite --model {model}"), "other is where other")
+    assert snapshot(folder / "other") == before
 
 
 def test_an_out_dir_that_is_a_file(folder):
