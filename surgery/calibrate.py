@@ -91,7 +91,7 @@ class Recorder:
 def check_finite(logits: Tensor) -> None:
     """Raises UserError for those of a model that is broken."""
     if not logits.isfinite().all():
-        raise UserError("the model's own logits aren't finite: its weights are damaged, or it needs another --dtype")
+        raise UserError("the model's own logits aren't finite: its weights are damaged")
 
 
 def calibrate(model: GPT, windows: Tensor, graded: int, seed: int = 0, report=lambda done, total: None):

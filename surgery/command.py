@@ -25,7 +25,7 @@ from evals.subject import (
 from kernels.rotate import rotated
 from surgery.calibrate import SINK, calibrate, check_teacher
 from surgery.convert import Layer, choose, convert, student_config
-from surgery.heal import Texts, distance, heal
+from surgery.heal import Texts, check_begun, distance, heal
 from surgery.refit import refit_outputs
 from surgery.targets import FITTED, TARGETS
 from train_dba import (
@@ -42,7 +42,6 @@ from train_dba import (
     count_params,
     derived,
     file_hash,
-    flag_name,
     kv_bytes_per_token,
     load_checkpoint,
     load_model,
@@ -196,14 +195,6 @@ def check_record(folder: Path, asked: dict, overwrite: bool) -> dict:
     return record
 
 
-def check_healing(folder: Path, ckpt: dict, args: argparse.Namespace) -> None:
-    """Raises UserError where a checkpoint was healed by other settings than those asked for."""
-    differ = [f"{flag_name(name)} was {was}, is {value}" for name in ("batch_size", "lr")
-              if (was := getattr(ckpt["config"], name)) != (value := getattr(args, name))]
-    if differ:
-        raise UserError(f"{folder} was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
-
-
 def make_dba(args: argparse.Namespace, argv: list[str]) -> int:
     """Convert, then heal where that was asked for. Returns the exit code."""
     with own_folder(args.out_dir):
@@ -222,7 +213,7 @@ def make_dba_in(folder: Path, args: argparse.Namespace, argv: list[str]) -> int:
     log = read_log(folder / "train.jsonl") if record else []
     ckpt = load_checkpoint(folder / "last.pt") if record and (folder / "last.pt").exists() else None
     if ckpt:
-        check_healing(folder, ckpt, args)
+        check_begun(folder, ckpt, dict(batch_size=args.batch_size, lr=args.lr))
     if log and log[-1]["type"] == "done" and log[-1]["step"] >= steps:
         print(f"{folder} is finished ({log[-1]['step']} steps of healing); larger --heal-tokens go on, --overwrite "
               "starts afresh")

@@ -115,6 +115,15 @@ def loss_of(teacher: GPT, student: GPT, x: Tensor, y: Tensor, dtype) -> tuple[Te
     return total, kls
 
 
+def check_begun(folder: Path, ckpt: dict, settings: dict) -> None:
+    """Raises UserError where a checkpoint was healed with other settings than these."""
+    before = vars(ckpt["config"])
+    differ = [f"{flag_name(name)} was {before[name]!r}, is {value!r}" for name, value in settings.items()
+              if before[name] != value]
+    if differ:
+        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
+
+
 def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: dict):
     """(step, best KL, latent scale or None) where the folder's last.pt left off; model, optimiser and generator are put
     there. Raises UserError where that is another run."""
@@ -126,11 +135,7 @@ def resume(folder: Path, cfg: Config, student: GPT, optimizer, rng, identity: di
                         "--overwrite")
     if ckpt.get("data") != identity:
         raise UserError(f"{folder}/last.pt was healed on other text; {ELSEWHERE}")
-    before = vars(ckpt["config"])
-    differ = [f"{flag_name(name)} was {before[name]!r}, is {value!r}" for name, value in vars(cfg).items()
-              if name not in MAY_CHANGE | {"steps"} and before[name] != value]
-    if differ:
-        raise UserError(f"{folder}/last.pt was healed otherwise ({'; '.join(differ)}); {ELSEWHERE}")
+    check_begun(folder, ckpt, {name: value for name, value in vars(cfg).items() if name not in MAY_CHANGE | {"steps"}})
     restore(ckpt, student, optimizer, rng)
     return ckpt["step"], ckpt["best_val_loss"], [*ckpt[LATENT_SCALE].to(student.embed.weight.device)]
 

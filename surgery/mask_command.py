@@ -48,6 +48,7 @@ def make_mask(args: argparse.Namespace) -> None:
         raise UserError("mask writes its gates by safetensors: pip install -r requirements-eval.txt")
     from evals.subject import Progress, read_data, text_table
     from surgery import learn_mask
+    from surgery.calibrate import check_finite
     host, subject = learn_mask.open_host(args.model, args.device)
     ids, folder = read_data(subject, args.data).ids, args.out_dir
     plan = learn_mask.plan_of(vars(args), subject)
@@ -55,7 +56,7 @@ def make_mask(args: argparse.Namespace) -> None:
     if len(texts) < len(args.eval_data):
         raise UserError("two --eval-data have the same name, by which results call them; rename one")
     learn_mask.check_lengths(plan, host, ids, texts, learn_mask.windows_of(vars(args)))
-    learn_mask.Reference(host, ids[:4 * plan.block + 1].to(host.device))        # refuses a broken model before all work
+    check_finite(host.log_p(host.hidden(ids[None, :4 * plan.block].to(host.device))[0]))              # before all work
     with learn_mask.held(folder):
         with Progress("step", "gates") as report:
             gates = learn_mask.learn(host, ids, plan, folder, report)
